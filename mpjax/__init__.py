@@ -1,0 +1,40 @@
+"""mpjax: which layers of a JAX/Flax model may run in low precision, how we know, and how fast the result is.
+
+The package exports modules, not names: `import mpjax as mp; mp.sensitivity.local_rounding(...)`.
+"""
+
+from mpjax import (
+    apply,
+    compiled,
+    curvature,
+    emulate,
+    formats,
+    hlo,
+    ledger,
+    lowering,
+    metrics,
+    models,
+    partition,
+    report,
+    search,
+    sensitivity,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "apply",
+    "compiled",
+    "curvature",
+    "emulate",
+    "formats",
+    "hlo",
+    "ledger",
+    "lowering",
+    "metrics",
+    "models",
+    "partition",
+    "report",
+    "search",
+    "sensitivity",
+]

@@ -1,0 +1,102 @@
+"""Rewrite a model's parameters and dtypes by an assignment: the mixed-precision model that really executes.
+
+Weights are stored in the assigned dtype and the product is computed on operands of that dtype, accumulated in float32
+(`preferred_element_type`), through the override alone: Flax's plain `dtype=` would round the product's result, too.
+`float16_acc16` has no hardware behind it in XLA: its arithmetic is emulated in float32, its storage is real.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+
+from mpjax import partition
+from mpjax.emulate import Calibration, product_in
+from mpjax.formats import FLOAT32, Format, amax_scale, parse
+from mpjax.models import Array, Layer, Model, Override, Params, Product
+
+
+def apply(model: Model, assignment: Mapping[str, str], *, calibration: Calibration | None = None) -> Model:
+    """The model with each layer stored and computed in its assigned format; `model` is untouched.
+
+    Args:
+        model: a float32 model.
+        assignment: layer name -> format name; layers that it does not name stay float32.
+        calibration: layer name -> largest activation magnitude, for scaled formats (`emulate.calibrate`).
+
+    Returns:
+        A Model whose params are {"weights": the params with lowered kernels, "weight_scales", "input_scales"}.
+
+    Raises:
+        KeyError: an unknown layer (with the nearest known names).
+        ValueError: an unknown format, a model that is already mixed, or a missing activation range.
+    """
+    if model.original is not None:
+        raise ValueError("Expected a float32 model, found one made by apply: pass its .original.")
+    formats = {name: parse(assignment[name]) for name in assignment}
+    unknown = [name for name in formats if name not in model.names]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], model.names, n=3, cutoff=0.3)
+        raise KeyError(
+            f"The assignment names {len(unknown)} layers that the model has not: {', '.join(unknown[:5])}. Nearest "
+            f"known to the first: {', '.join(near or model.names[:3])}."
+        )
+    kernels: dict[str, Array] = {}
+    weight_scales: dict[str, Array] = {}
+    input_scales: dict[str, Array] = {}
+    for layer in model.layers:
+        fmt = formats.get(layer.name, FLOAT32)
+        if fmt == FLOAT32:
+            continue
+        weights = partition.select(model.params, layer.block)[layer.kernel]
+        if fmt.scaled:
+            if calibration is None or layer.name not in calibration:
+                raise ValueError(
+                    f"Layer {layer.name!r} in {fmt.name} needs its activation range: pass "
+                    "calibration=emulate.calibrate(model, batches)."
+                )
+            weight_scales[layer.name] = amax_scale(jnp.max(jnp.abs(weights)), fmt)
+            input_scales[layer.name] = amax_scale(jnp.float32(calibration[layer.name]), fmt)
+            weights = weights / weight_scales[layer.name]
+        kernels[layer.kernel] = _cast(weights, fmt.storage, fmt)
+    params = {
+        "weights": partition.replace(model.params, kernels),
+        "weight_scales": weight_scales,
+        "input_scales": input_scales,
+    }
+
+    def call(mixed_params: Params, *inputs: Array, override: Override | None = None) -> Any:
+        if override is not None:
+            raise ValueError("A mixed model takes no override: its products are already overridden. Use its .original.")
+
+        def execute(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+            fmt = formats.get(layer.name, FLOAT32)
+            if fmt.scaled:
+                scale = mixed_params["input_scales"][layer.name]
+                out = product.multiply(_cast(lhs / scale, fmt.operand, fmt), rhs, accumulate="float32")
+                return product.add_bias(out * (scale * mixed_params["weight_scales"][layer.name]))
+            return _execute(fmt, product, lhs, rhs)
+
+        return model.call(mixed_params["weights"], *inputs, override=execute)
+
+    complete = {name: formats.get(name, FLOAT32).name for name in model.names}
+    return replace(model, params=params, call=call, original=model, assignment=complete)
+
+
+def _execute(fmt: Format, product: Product, lhs: Array, rhs: Array) -> Array:
+    if fmt == FLOAT32:
+        return product(lhs, rhs)
+    if fmt.accumulate == "float16":
+        return product_in(fmt, product, lhs, rhs.astype(jnp.float32))
+    return product.add_bias(product.multiply(lhs.astype(fmt.operand), rhs, accumulate=fmt.accumulate))
+
+
+def _cast(x: Array, dtype: str, fmt: Format) -> Array:
+    """`x` in a dtype; float8 saturates, as `formats` says."""
+    if fmt.scaled:
+        x = jnp.clip(x, -fmt.max, fmt.max)
+    return x.astype(dtype)

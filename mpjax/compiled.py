@@ -1,0 +1,241 @@
+"""Compile a model to one XLA function, and give it to nobody before it has been compared with an op-by-op run.
+
+XLA:CPU has been seen to miscompile silently (jaxlib 0.10.2: its YNN fusion returned wrong numbers for a chain of
+convolution, depthwise convolution, pad, add, relu and max-pool). So every program is compared, on real inputs, with an
+op-by-op run of the same program; if they disagree it is compiled again with that fusion off, and refused if they still do.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export as jax_export
+
+from mpjax import hlo
+from mpjax.metrics import relative_error
+from mpjax.models import Array, Batches, Model, check_batches
+
+FLOAT32_LIMIT = 1e-4
+# Tried in this order until one agrees with the op-by-op run.
+OPTION_SETS: tuple[dict[str, str], ...] = ({}, {"xla_cpu_experimental_ynn_fusion_type": ""})
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The compiled program against an op-by-op run of the same program: largest error relative to the largest output.
+
+    `limit`: 1e-4 for float32 programs; for low-precision ones a quarter of `distance`, their own distance to float32,
+    where that is more.
+    """
+
+    error: float
+    limit: float
+    distance: float
+    inputs: int
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the program may be used."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A compiled mixed-precision function; `compiled(*inputs) -> outputs`.
+
+    `weights`: the leaves that the program takes as arguments. `executed`: layer -> dtypes in the optimised HLO. `assignment`:
+    layer -> requested format. `options`: the compiler options in force; `skipped`: what this jaxlib did not know.
+    `weight_bytes`, `peak_bytes` (temporaries, arguments and outputs, from XLA's memory analysis).
+    """
+
+    weights: tuple[Array, ...]
+    executable: Any
+    program: Any  # jitted function of (weights, *inputs), for export
+    input_specs: tuple[jax.ShapeDtypeStruct, ...]
+    assignment: Mapping[str, str]
+    executed: Mapping[str, hlo.Executed]
+    verification: Verification
+    options: Mapping[str, str]
+    skipped: tuple[str, ...]
+    compile_seconds: float
+    weight_bytes: int
+    peak_bytes: int
+
+    def __call__(self, *inputs: Array) -> Any:
+        """Run the program on inputs of the shapes and dtypes that it was compiled for."""
+        found = tuple((np.shape(each), np.dtype(getattr(each, "dtype", type(each)))) for each in inputs)
+        expected = tuple((spec.shape, np.dtype(spec.dtype)) for spec in self.input_specs)
+        if found != expected:
+            raise ValueError(f"Expected inputs {expected}, found {found}: compile again for other shapes or dtypes.")
+        return self.executable(self.weights, *inputs)
+
+    def export(self, path: str | os.PathLike[str]) -> Path:
+        """Save program (StableHLO, by jax.export), weights and assignment as one file; `load` reads it back."""
+        specs = tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in self.weights)
+        exported = jax_export.export(self.program)(specs, *self.input_specs)
+        header = {
+            "format": _FORMAT,
+            "assignment": dict(self.assignment),
+            "options": dict(self.options),
+            "weights": [{"shape": each.shape, "dtype": str(each.dtype)} for each in self.weights],
+            "executed": {name: vars(each) for name, each in self.executed.items()},
+            "verification": vars(self.verification),
+            "platforms": list(exported.platforms),
+            "jax": jax.__version__,
+        }
+        path = Path(path)
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("header.json", json.dumps(header, indent=1))
+            archive.writestr("program.bin", bytes(exported.serialize()))
+            archive.writestr("weights.bin", b"".join(np.asarray(each).tobytes() for each in self.weights))
+        temporary = path.with_name(path.name + ".part")
+        temporary.write_bytes(buffer.getvalue())
+        os.replace(temporary, path)
+        return path
+
+
+class MiscompiledError(RuntimeError):
+    """The compiled program disagrees with an op-by-op run of the same program, with every option that was tried."""
+
+
+class ExportError(ValueError):
+    """A file that `load` cannot use."""
+
+
+def compile(model: Model, batches: Batches) -> Compiled:  # noqa: A001 - the design's name
+    """Compile a model ahead of time for the shapes of these real inputs, and verify it on each of them.
+
+    Args:
+        model: a model, float32 or made by `apply`.
+        batches: at least two different input tuples of equal shapes.
+
+    Raises:
+        ValueError: fewer than two input tuples.
+        MiscompiledError: no tried set of compiler options gave a program that agrees with the op-by-op run.
+    """
+    check_batches(batches)
+    if len(batches) < 2:
+        raise ValueError(f"Expected at least two real inputs to verify the program on, found {len(batches)}.")
+    leaves, tree = jax.tree.flatten(model.params)
+
+    def function(weights: tuple[Array, ...], *inputs: Array) -> Any:
+        return model.call(jax.tree.unflatten(tree, weights), *inputs)
+
+    program = jax.jit(function)
+    weights = tuple(jax.device_put(each) for each in leaves)
+    lowered = program.lower(weights, *batches[0])
+    with jax.disable_jit():
+        stepwise = [function(weights, *batch) for batch in batches]
+        reference = model.original or model
+        truth = [reference.call(reference.params, *batch) for batch in batches] if model.original else stepwise
+    distance = _largest_error(stepwise, truth)
+    limit = max(FLOAT32_LIMIT, distance / 4)
+    skipped: list[str] = []
+    errors: list[str] = []
+    for options in OPTION_SETS:
+        start = time.perf_counter()
+        executable = _compile(lowered, options, skipped)
+        if executable is None:
+            continue
+        seconds = time.perf_counter() - start
+        error = _largest_error([executable(weights, *batch) for batch in batches], stepwise)
+        verification = Verification(error=error, limit=limit, distance=distance, inputs=len(batches))
+        if verification.agrees:
+            break
+        errors.append(f"{options or 'default options'}: {error:.2g}")
+    else:
+        raise MiscompiledError(
+            f"The compiled program differs from an op-by-op run by more than {limit:.2g} (relative): {'; '.join(errors)}. Not "
+            "used. Report it to the XLA project; other compiler options may help (compiled.OPTION_SETS)."
+        )
+    analysis = executable.memory_analysis()
+    peak = (
+        0
+        if analysis is None
+        else sum(int(getattr(analysis, f"{kind}_size_in_bytes")) for kind in ("temp", "argument", "output"))
+    )
+    names = model.names
+    return Compiled(
+        weights=weights,
+        executable=executable,
+        program=program,
+        input_specs=tuple(jax.ShapeDtypeStruct(np.shape(each), each.dtype) for each in batches[0]),
+        assignment=dict(model.assignment or dict.fromkeys(names, "float32")),
+        executed=hlo.executed_dtypes(executable.as_text(), names),
+        verification=verification,
+        options=options,
+        skipped=tuple(skipped),
+        compile_seconds=seconds,
+        weight_bytes=sum(int(each.nbytes) for each in weights),
+        peak_bytes=peak,
+    )
+
+
+def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """The function saved by `Compiled.export`: `function(*inputs) -> outputs`. Load files that you trust only.
+
+    Raises:
+        ExportError: not such a file, a damaged one, or one for another platform than the present one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            if damaged:
+                raise ExportError(f"{path}: member {damaged} is damaged. Export the program again.")
+            header = json.loads(archive.read("header.json"))
+            exported = jax_export.deserialize(bytearray(archive.read("program.bin")))
+            raw = archive.read("weights.bin")
+    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+        raise ExportError(
+            f"{path} is not a whole file written by Compiled.export ({error}). Export it again."
+        ) from error
+    if header.get("format") != _FORMAT:
+        raise ExportError(f"{path}: file format {header.get('format')!r}, this mpjax reads {_FORMAT}. Export it again.")
+    platform = jax.default_backend()
+    if platform not in exported.platforms:
+        raise ExportError(
+            f"{path} was exported for {', '.join(exported.platforms)}; this process runs on {platform}. Export it there, or "
+            f"set JAX_PLATFORMS={exported.platforms[0]}."
+        )
+    weights, offset = [], 0
+    for each in header["weights"]:
+        dtype = jax.numpy.dtype(each["dtype"])
+        count = int(np.prod(each["shape"], dtype=np.int64))
+        array = np.frombuffer(raw, dtype, count=count, offset=offset).reshape(each["shape"])
+        weights.append(jax.device_put(array))
+        offset += count * dtype.itemsize
+    leaves = tuple(weights)
+    specs = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in exported.in_avals[len(leaves) :]]
+    executable = _compile(jax.jit(exported.call).lower(leaves, *specs), header["options"], [])
+    if executable is None:
+        raise ExportError(f"{path} needs compiler options that this jaxlib does not know: {header['options']}.")
+    return lambda *inputs: executable(leaves, *inputs)
+
+
+def _compile(lowered: Any, options: Mapping[str, str], skipped: list[str]) -> Any:
+    """The executable, or None where this jaxlib does not know an option (recorded in `skipped`)."""
+    try:
+        return lowered.compile(compiler_options=dict(options) or None)
+    except Exception as error:
+        if options and ("No such compile option" in str(error) or "option" in str(error).lower()):
+            skipped.extend(options)
+            return None
+        raise
+
+
+def _largest_error(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    pairs = zip(jax.tree.leaves(list(found)), jax.tree.leaves(list(expected)), strict=True)
+    errors = [relative_error(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+    return max((float("inf") if not np.isfinite(each) else each for each in errors), default=0.0)

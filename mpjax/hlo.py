@@ -1,0 +1,123 @@
+"""Read an optimised HLO program: which dtypes each layer's arithmetic really runs in.
+
+What a compiled program runs in is only known from its optimised HLO: XLA may convert narrow operands up before a product.
+Layers are found by their named scope in the instructions' `op_name` metadata.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+_DTYPES = {
+    "f64": "float64",
+    "f32": "float32",
+    "f16": "float16",
+    "bf16": "bfloat16",
+    "f8e4m3fn": "float8_e4m3fn",
+    "f8e5m2": "float8_e5m2",
+}
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(?[a-z]\w*\[).*")
+_OPCODE = re.compile(r"(?:[\])}>]|\)) (?P<opcode>[a-z][\w\-]*)\(")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_TYPE = re.compile(r"\b(pred|[suf]\d+\w*|bf16)\[")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_PRODUCTS = ("convolution", "dot")
+_ELEMENTWISE = ("multiply", "fusion", "custom-call")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Instruction:
+    """One HLO instruction: its opcode, result dtype, operands' dtypes and the scope it came from."""
+
+    name: str
+    opcode: str
+    dtype: str
+    operand_dtypes: tuple[str, ...]
+    scope: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Executed:
+    """How one layer's product runs: "convolution", "dot" or "multiply" (written out as multiply-adds).
+
+    `operands` and `result` are dtype names joined by "+" where instructions differ; "unknown" where nothing was found.
+    """
+
+    layer: str
+    opcode: str
+    operands: str
+    result: str
+
+
+def instructions(text: str) -> tuple[Instruction, ...]:
+    """All instructions of an HLO module's text, of every computation in it, fused ones too."""
+    dtypes: dict[str, str] = {}
+    parsed: list[tuple[str, str, str, str]] = []
+    for line in text.splitlines():
+        if line and not line[0].isspace():
+            dtypes = dict(dtypes)  # names are unique in a module, so one table serves all computations
+        match = _INSTRUCTION.match(line)
+        if not match:
+            continue
+        body = line.split(" = ", 1)[1]
+        opcode = _OPCODE.search(body)
+        if opcode is None:
+            continue
+        dtype = _dtype(_TYPE.search(body))
+        dtypes[match["name"]] = dtype
+        arguments = body[opcode.end() :].split("), ", 1)[0]
+        op_name = _OP_NAME.search(body)
+        parsed.append((match["name"], opcode["opcode"], arguments, op_name.group(1) if op_name else ""))
+    return tuple(
+        Instruction(
+            name=name,
+            opcode=opcode,
+            dtype=dtypes[name],
+            operand_dtypes=tuple(dtypes[each] for each in _OPERAND.findall(arguments) if each in dtypes),
+            scope=scope,
+        )
+        for name, opcode, arguments, scope in parsed
+    )
+
+
+def executed_dtypes(text: str, layers: Sequence[str]) -> dict[str, Executed]:
+    """Per layer, the dtypes of the product that the optimised program computes.
+
+    A layer without a dot or convolution is read from its multiplications (depthwise convolutions as multiply-adds).
+    """
+    by_layer: dict[str, list[Instruction]] = {name: [] for name in layers}
+    patterns = [
+        (name, re.compile(rf"(?:^|/){re.escape(name)}(?:/|$)")) for name in sorted(layers, key=len, reverse=True)
+    ]
+    cache: dict[str, str | None] = {}
+    for each in instructions(text):
+        if each.scope not in cache:
+            cache[each.scope] = next((name for name, pattern in patterns if pattern.search(each.scope)), None)
+        name = cache[each.scope]
+        if name is not None:
+            by_layer[name].append(each)
+    return {name: _executed(name, found) for name, found in by_layer.items()}
+
+
+def _executed(name: str, found: Iterable[Instruction]) -> Executed:
+    found = list(found)
+    products = [each for each in found if each.opcode in _PRODUCTS]
+    for opcodes in (_PRODUCTS, ("multiply",)):
+        products = [each for each in found if each.opcode in opcodes and each.dtype in _DTYPES.values()]
+        if products:
+            break
+    if not products:
+        return Executed(layer=name, opcode="unknown", operands="unknown", result="unknown")
+    operands = {dtype for each in products for dtype in each.operand_dtypes}
+    return Executed(
+        layer=name,
+        opcode="+".join(sorted({each.opcode for each in products})),
+        operands="+".join(sorted(operands)) or "unknown",
+        result="+".join(sorted({each.dtype for each in products})),
+    )
+
+
+def _dtype(match: re.Match[str] | None) -> str:
+    return "unknown" if match is None else _DTYPES.get(match.group(1), match.group(1))

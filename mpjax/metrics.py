@@ -1,0 +1,168 @@
+"""How far a low-precision model is from its reference, and how sure that number is. NumPy only.
+
+The reference ("truth") is everywhere the *float32 output of the same model*, not a human label: these metrics
+measure what lowering the precision changed, not how good the model is.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A confidence interval, in the unit of the statistic."""
+
+    low: float
+    high: float
+
+
+def nme(predicted: ArrayLike, truth: ArrayLike, normaliser: ArrayLike) -> Floats:
+    """Normalised mean error: mean landmark distance over a stated length, per sample.
+
+    Args:
+        predicted: (N, K, 2) landmarks of the model under test.
+        truth: (N, K, 2) landmarks of the float32 model, in the same unit.
+        normaliser: (N,) positive lengths in that unit (for a pose: shoulder midpoint to hip midpoint).
+
+    Returns:
+        (N,) without unit. A NaN landmark makes its sample NaN: a numerical failure is data.
+
+    Raises:
+        ValueError: shapes do not match, no samples, or a normaliser that is not positive and finite.
+    """
+    distance, length = _distances(predicted, truth, normaliser)
+    return np.asarray(distance.mean(axis=1) / length)
+
+
+def pck(predicted: ArrayLike, truth: ArrayLike, normaliser: ArrayLike, *, threshold: float) -> Floats:
+    """Percentage of correct keypoints, as a fraction: landmarks within `threshold` × normaliser, per sample.
+
+    Arguments, shapes and errors as in `nme`; `threshold` is a positive fraction of the normaliser. The bound
+    is inclusive; a NaN landmark is not correct. Source: Yang and Ramanan, doi 10.1109/TPAMI.2012.261.
+
+    Returns:
+        (N,) fractions in [0, 1].
+    """
+    if not (np.isfinite(threshold) and threshold > 0):
+        raise ValueError(f"threshold must be a positive fraction of the normaliser, e.g. 0.05; got {threshold}")
+    distance, length = _distances(predicted, truth, normaliser)
+    return np.asarray((distance <= threshold * length[:, None]).mean(axis=1))
+
+
+def bootstrap_interval(
+    per_sample: ArrayLike,
+    blocks: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int,
+) -> Interval:
+    """Percentile interval of the mean over samples, by resampling whole blocks with replacement.
+
+    Samples of one block (a person in one second of video) depend on each other, so whole blocks are drawn, as
+    many as there are. With independent samples give each its own block. With fewer than about 20 blocks the
+    percentile interval is too narrow (it covers less often than `confidence`).
+
+    Sources: Efron 1979, doi 10.1214/aos/1176344552 (bootstrap); Künsch 1989, doi 10.1214/aos/1176347265
+    (blocks of dependent samples). The blocks here are given and disjoint; Künsch's are overlapping windows.
+
+    Args:
+        per_sample: (N,) values. A NaN makes the interval NaN.
+        blocks: (N,) block of each sample, integers or strings; sizes may differ.
+        confidence: coverage aimed at, in (0, 1).
+        num_resamples: number of bootstrap draws.
+        seed: seed of the draws; the same seed gives the same interval.
+
+    Raises:
+        ValueError: shapes do not match, no samples, a single block, confidence outside (0, 1), no resamples.
+    """
+    values, ids = np.asarray(per_sample, dtype=np.float64), np.asarray(blocks)
+    if values.ndim != 1 or values.shape != ids.shape:
+        raise ValueError(f"per_sample and blocks must both be (N,); got {values.shape} and {ids.shape}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), e.g. 0.95; got {confidence}")
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples must be at least 1; got {num_resamples}")
+    names, block_of = np.unique(ids, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"an interval needs at least 2 blocks; got {len(names)} with {len(values)} samples")
+    sums = np.bincount(block_of, weights=values)
+    sizes = np.bincount(block_of)
+    drawn = np.random.default_rng(seed).integers(len(names), size=(num_resamples, len(names)))
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(low=float(low), high=float(high))
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
+    """Spearman's rank correlation in [-1, 1]; ties take their average rank. Source: doi 10.2307/1412159.
+
+    Args:
+        a, b: (N,) values; infinities are ranked as largest and smallest.
+
+    Returns:
+        The correlation, or None where it is undefined: fewer than 2 values, all values of one side equal (a
+        score that is zero by construction), or a NaN.
+
+    Raises:
+        ValueError: a and b are not two vectors of one length.
+    """
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ValueError(f"a and b must both be (N,); got {x.shape} and {y.shape}")
+    if np.isnan(x).any() or np.isnan(y).any():
+        return None
+    x, y = _centred_ranks(x), _centred_ranks(y)
+    scale = np.sqrt((x @ x) * (y @ y))
+    return float(np.clip(x @ y / scale, -1.0, 1.0)) if scale > 0 else None
+
+
+def relative_error(a: ArrayLike, b: ArrayLike) -> float:
+    """max |a - b| / max |b|: the largest difference, relative to the largest reference value.
+
+    Args:
+        a: values under test, any shape.
+        b: reference values (float32 output), the same shape.
+
+    Returns:
+        0 for equal arrays, inf where only the reference is all zero, NaN where a NaN is involved.
+
+    Raises:
+        ValueError: shapes differ, or the arrays are empty.
+    """
+    x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if x.shape != y.shape or x.size == 0:
+        raise ValueError(f"a and b must have one shape and not be empty; got {x.shape} and {y.shape}")
+    with np.errstate(invalid="ignore"):
+        difference, scale = float(np.abs(x - y).max()), float(np.abs(y).max())
+    if scale == 0:
+        return 0.0 if difference == 0 else difference * float("inf")
+    return difference / scale
+
+
+def _distances(predicted: ArrayLike, truth: ArrayLike, normaliser: ArrayLike) -> tuple[Floats, Floats]:
+    """Checked (N, K) distances and (N,) normalisers."""
+    p, t, length = (np.asarray(x, dtype=np.float64) for x in (predicted, truth, normaliser))
+    if p.ndim != 3 or p.shape[-1] != 2 or p.shape != t.shape:
+        raise ValueError(f"predicted and truth must both be (N, K, 2); got {p.shape} and {t.shape}")
+    if length.shape != p.shape[:1]:
+        raise ValueError(f"normaliser must be (N,) = ({p.shape[0]},); got {length.shape}")
+    if p.size == 0:
+        raise ValueError(f"no landmarks to compare: predicted has shape {p.shape}")
+    bad = ~(np.isfinite(length) & (length > 0))
+    if bad.any():
+        i = int(np.flatnonzero(bad)[0])
+        raise ValueError(f"normaliser must be positive and finite; sample {i} has {length[i]} (drop the sample)")
+    return np.asarray(np.linalg.norm(p - t, axis=-1)), length
+
+
+def _centred_ranks(x: Floats) -> Floats:
+    """(N,) average ranks minus their mean."""
+    _, group, count = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    rank = last - (count - 1) / 2
+    return np.asarray(rank[group] - (len(x) + 1) / 2)

@@ -1,0 +1,139 @@
+"""Blocks of a parameter pytree: which leaves belong together, by slash path.
+
+A path joins the keys of a leaf: `encoder/0/kernel`. Dicts, lists, tuples and registered dataclasses work
+alike; the path of a bare array is `.`, and so is the parent of a top-level leaf. A partition need not cover
+every leaf: what it leaves out is held fixed by the estimators.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+Params: TypeAlias = Any  # a pytree of arrays
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A named group of leaves, e.g. the parameters of one layer.
+
+    Attributes:
+        name: unique within its partition.
+        paths: slash paths of its leaves, at least one.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.paths or len(set(self.paths)) != len(self.paths):
+            raise ValueError(f"block {self.name!r} needs distinct paths and at least one; got {self.paths}")
+
+
+Partition: TypeAlias = tuple[Block, ...]
+
+
+def paths(params: Params) -> tuple[str, ...]:
+    """Slash paths of the leaves, in the order of `jax.tree.leaves`.
+
+    Raises:
+        ValueError: no leaves, or two leaves with one path (a key that itself contains a slash).
+    """
+    return tuple(_named_leaves(params))
+
+
+def by_leaf(params: Params) -> Partition:
+    """One block per leaf, named by its path."""
+    return tuple(Block(name=path, paths=(path,)) for path in paths(params))
+
+
+def by_module(params: Params) -> Partition:
+    """One block per parent path: `dense/kernel` and `dense/bias` form the block `dense`."""
+    groups: dict[str, list[str]] = {}
+    for path in paths(params):
+        groups.setdefault(path.rpartition("/")[0] or ".", []).append(path)
+    return tuple(Block(name=name, paths=tuple(members)) for name, members in groups.items())
+
+
+def by_rules(params: Params, rules: Mapping[str, str]) -> Partition:
+    """One block per rule, in the order of the rules: block name -> regular expression over slash paths.
+
+    A rule must match the full path; the first rule that matches takes the leaf; a leaf that no rule matches
+    is left out.
+
+    Raises:
+        ValueError: a rule that takes no leaf, or that is not a regular expression.
+    """
+    known = paths(params)
+    groups: dict[str, list[str]] = {name: [] for name in rules}
+    compiled = {name: _compile(name, rule) for name, rule in rules.items()}
+    for path in known:
+        for name, rule in compiled.items():
+            if rule.fullmatch(path):
+                groups[name].append(path)
+                break
+    for name, members in groups.items():
+        if not members:
+            taken = any(compiled[name].fullmatch(path) for path in known)
+            why = "matches only leaves that earlier rules took" if taken else "matches no leaf"
+            raise ValueError(f"rule {name!r} = {rules[name]!r} {why}; leaves are {_some(known)}")
+    return tuple(Block(name=name, paths=tuple(members)) for name, members in groups.items())
+
+
+def select(params: Params, block: Block) -> dict[str, jax.Array]:
+    """The leaves of a block by path, in the block's order.
+
+    Raises:
+        ValueError: the block names a path that the parameters do not have.
+    """
+    leaves = _named_leaves(params)
+    _check_known(block.paths, leaves)
+    return {path: leaves[path] for path in block.paths}
+
+
+def replace(params: Params, values: Mapping[str, jax.Array]) -> Params:
+    """The parameters with some leaves exchanged, by path. The dtype may change, the shape may not.
+
+    Raises:
+        ValueError: an unknown path, or a value of another shape.
+    """
+    leaves = _named_leaves(params)
+    _check_known(values, leaves)
+    for path, value in values.items():
+        if jnp.shape(value) != jnp.shape(leaves[path]):
+            raise ValueError(f"{path!r} has shape {jnp.shape(leaves[path])}; got {jnp.shape(value)}")
+    return jax.tree.unflatten(jax.tree.structure(params), list({**leaves, **values}.values()))
+
+
+def _named_leaves(params: Params) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    named = {jax.tree_util.keystr(path, simple=True, separator="/") or ".": leaf for path, leaf in leaves}
+    if not leaves:
+        raise ValueError(f"the parameter tree has no leaves: {params!r}")
+    if len(named) != len(leaves):
+        raise ValueError(f"two leaves share one slash path (a key contains '/'?); paths are {_some(named)}")
+    return named
+
+
+def _check_known(names: Iterable[str], known: Iterable[str]) -> None:
+    known = list(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise ValueError(f"unknown path {name!r}; the nearest is {near[0]!r}, of {len(known)} leaves")
+
+
+def _compile(name: str, rule: str) -> re.Pattern[str]:
+    try:
+        return re.compile(rule)
+    except re.error as error:
+        raise ValueError(f"rule {name!r} = {rule!r} is not a regular expression: {error}") from error
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")

@@ -1,0 +1,93 @@
+"""The mixed model: real dtypes in its params, the emulation's numbers, the original untouched."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpjax import apply, emulate, formats, models
+from mpjax.lowering import depthwise_conv
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(6, (3, 3), strides=2, name="stem")(x))
+        x = nn.Conv(6, (3, 3), feature_group_count=6, conv_general_dilated=depthwise_conv, name="depthwise")(x)
+        return nn.Dense(3, name="head")(nn.relu(x).mean((1, 2)))
+
+
+@pytest.fixture(scope="module")
+def small():
+    x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3), jnp.float32)
+    return models.from_linen(Small(), Small().init(jax.random.key(1), x), x), x
+
+
+@pytest.mark.parametrize("name", [name for name in formats.FORMATS if name != "float32"])
+def test_it_computes_what_the_emulation_says(small, name):
+    model, x = small
+    ranges = emulate.calibrate(model, [(x,)])
+    mixed = apply.apply(model, dict.fromkeys(model.names, name), calibration=ranges)
+    override = emulate.in_format(dict.fromkeys(model.names, formats.parse(name)), calibration=ranges)
+    expected = model.call(model.params, x, override=override)
+    exact = model.call(model.params, x)
+    distance = float(jnp.abs(expected - exact).max())
+    found = mixed.call(mixed.params, x)
+    assert distance > 0
+    # equal up to the order of float32 sums, which may flip a rounding now and then
+    assert float(jnp.abs(found - expected).max()) <= 0.25 * distance
+    assert found.dtype == jnp.float32
+
+
+def test_params_are_stored_in_the_assigned_dtype(small):
+    model, x = small
+    ranges = emulate.calibrate(model, [(x,)])
+    before = jax.tree.map(np.array, model.params)
+    mixed = apply.apply(model, {"stem": "bfloat16", "head": "float8_e4m3fn"}, calibration=ranges)
+    weights = mixed.params["weights"]
+    assert weights["stem"]["kernel"].dtype == jnp.bfloat16
+    assert weights["depthwise"]["kernel"].dtype == jnp.float32
+    assert weights["head"]["kernel"].dtype == jnp.float8_e4m3fn
+    assert weights["stem"]["bias"].dtype == jnp.float32
+    assert set(mixed.params["weight_scales"]) == {"head"} == set(mixed.params["input_scales"])
+    assert mixed.assignment == {"stem": "bfloat16", "depthwise": "float32", "head": "float8_e4m3fn"}
+    assert mixed.original is model
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, model.params), before)
+
+
+def test_nothing_lowered_is_the_model_itself(small):
+    model, x = small
+    mixed = apply.apply(model, {})
+    np.testing.assert_array_equal(mixed.call(mixed.params, x), model.call(model.params, x))
+
+
+def test_float8_saturates_outside_the_calibrated_range(small):
+    model, x = small
+    ranges = emulate.calibrate(model, [(x,)])
+    mixed = apply.apply(model, {"stem": "float8_e4m3fn"}, calibration=ranges)
+    assert np.isfinite(np.asarray(mixed.call(mixed.params, 1e4 * x))).all()
+
+
+def test_with_output_follows_the_mixed_model(small):
+    model, x = small
+    mixed = models.with_output(apply.apply(model, {"head": "bfloat16"}), lambda out: 2 * out)
+    assert mixed.original is not None
+    np.testing.assert_array_equal(mixed.original.call(model.params, x), 2 * model.call(model.params, x))
+
+
+def test_clear_errors(small):
+    model, x = small
+    with pytest.raises(KeyError, match="depthwise"):
+        apply.apply(model, {"deptwise": "bfloat16"})
+    with pytest.raises(ValueError, match="Did you mean 'bfloat16'"):
+        apply.apply(model, {"head": "bfloat"})
+    with pytest.raises(ValueError, match="calibration=emulate.calibrate"):
+        apply.apply(model, {"head": "float8_e5m2"})
+    mixed = apply.apply(model, {"head": "bfloat16"})
+    with pytest.raises(ValueError, match="pass its .original"):
+        apply.apply(mixed, {"head": "bfloat16"})
+    with pytest.raises(ValueError, match="takes no override"):
+        mixed.call(mixed.params, x, override=lambda layer, product, lhs, rhs: product(lhs, rhs))

@@ -1,0 +1,163 @@
+"""Compiled programs: verified, honest about dtypes, exported and loaded; a wrong program is caught."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpjax import apply, compiled, hlo, models
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+
+
+class Small(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="stem")(x))
+        x = nn.relu(nn.Conv(16, (1, 1), name="pointwise")(x))
+        return {"out": nn.Dense(3, name="head")(x.mean((1, 2))), "mean": x.mean((1, 2, 3))}
+
+
+@pytest.fixture(scope="module")
+def small():
+    keys = jax.random.split(jax.random.key(0), 3)
+    batches = [(jax.random.normal(key, (2, 16, 16, 3), jnp.float32),) for key in keys[1:]]
+    model = models.from_linen(Small(), Small().init(keys[0], *batches[0]), *batches[0])
+    return model, batches
+
+
+@pytest.fixture(scope="module")
+def mixed_program(small):
+    model, batches = small
+    return compiled.compile(apply.apply(model, {"pointwise": "bfloat16", "head": "float16"}), batches)
+
+
+def test_a_float32_program_equals_the_model(small):
+    model, batches = small
+    program = compiled.compile(model, batches)
+    found, expected = program(*batches[0]), model.call(model.params, *batches[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+    assert program.verification.agrees and program.verification.limit == 1e-4
+    assert set(program.assignment.values()) == {"float32"}
+    assert {each.result for each in program.executed.values()} == {"float32"}
+
+
+def test_a_mixed_program_is_near_the_op_by_op_run(small, mixed_program):
+    model, batches = small
+    assert mixed_program.verification.agrees
+    assert 0 < mixed_program.verification.distance < 0.05
+    expected = model.call(model.params, *batches[0])["out"]
+    assert not np.array_equal(mixed_program(*batches[0])["out"], expected)
+    np.testing.assert_allclose(mixed_program(*batches[0])["out"], expected, atol=0.05)
+
+
+def test_it_says_what_was_asked_for_and_what_runs(mixed_program):
+    assert mixed_program.assignment == {"stem": "float32", "pointwise": "bfloat16", "head": "float16"}
+    assert set(mixed_program.executed) == {"stem", "pointwise", "head"}
+    known = {"float32", "bfloat16", "float16"}
+    for name, each in mixed_program.executed.items():
+        assert each.opcode != "unknown" and set(each.operands.split("+")) <= known, (name, each)
+    assert mixed_program.executed["stem"].operands == "float32"
+    bytes_float32 = 4 * (27 * 8 + 8 + 8 * 16 + 16 + 16 * 3 + 3)
+    assert mixed_program.weight_bytes == bytes_float32 - 2 * (8 * 16 + 16 * 3)
+    assert mixed_program.peak_bytes >= mixed_program.weight_bytes
+    assert mixed_program.compile_seconds > 0
+
+
+def test_export_and_load_round_trip(small, mixed_program, tmp_path):
+    _, batches = small
+    path = mixed_program.export(tmp_path / "mixed.mpjax")
+    function = compiled.load(path)
+    found, expected = function(*batches[1]), mixed_program(*batches[1])
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert [each.name for each in tmp_path.iterdir()] == ["mixed.mpjax"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "empty"])
+def test_a_damaged_file_is_refused(mixed_program, tmp_path, damage):
+    path = mixed_program.export(tmp_path / "mixed.mpjax")
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        data = data[: len(data) // 2]
+    elif damage == "flipped":
+        data[-300] ^= 0xFF  # in the archive's directory
+        data[200] ^= 0xFF
+    elif damage == "foreign":
+        data = bytearray(b"not an archive")
+    else:
+        data = bytearray()
+    path.write_bytes(bytes(data))
+    with pytest.raises(compiled.ExportError, match="mixed.mpjax"):
+        compiled.load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing.mpjax"):
+        compiled.load(tmp_path / "nothing.mpjax")
+
+
+def test_a_wrong_program_is_caught_and_compiled_with_other_options(small, monkeypatch):
+    """The first executable is sabotaged; the verification must see it and take the next set of options."""
+    model, batches = small
+    real = compiled._compile
+
+    class Wrong:
+        def __init__(self, executable):
+            self.executable = executable
+
+        def __call__(self, *args):
+            return jax.tree.map(lambda leaf: leaf * 1.01, self.executable(*args))
+
+    def sabotaged(lowered, options, skipped):
+        executable = real(lowered, options, skipped)
+        return executable if options or executable is None else Wrong(executable)
+
+    monkeypatch.setattr(compiled, "_compile", sabotaged)
+    monkeypatch.setattr(compiled, "OPTION_SETS", ({}, {"xla_cpu_enable_fast_math": False}))
+    program = compiled.compile(model, batches)
+    assert program.options == {"xla_cpu_enable_fast_math": False} and program.verification.agrees
+    monkeypatch.setattr(compiled, "OPTION_SETS", ({},))
+    with pytest.raises(compiled.MiscompiledError, match="differs from an op-by-op run"):
+        compiled.compile(model, batches)
+
+
+def test_an_unknown_compiler_option_is_skipped_and_recorded(small, monkeypatch):
+    model, batches = small
+    monkeypatch.setattr(compiled, "OPTION_SETS", ({"xla_no_such_option": "1"}, {}))
+    program = compiled.compile(model, batches)
+    assert program.skipped == ("xla_no_such_option",) and program.options == {}
+
+
+def test_clear_errors(small, mixed_program):
+    model, batches = small
+    with pytest.raises(ValueError, match="at least two"):
+        compiled.compile(model, batches[:1])
+    with pytest.raises(ValueError, match="compile again"):
+        mixed_program(jnp.ones((1, 16, 16, 3), jnp.float32))
+
+
+HLO = """
+HloModule jit_function, entry_computation_layout={(f32[2,4]{1,0})->f32[2,3]{1,0}}
+
+%fused (p0: f32[2,4], p1: bf16[4,3]) -> f32[2,3] {
+  %p0 = f32[2,4]{1,0} parameter(0)
+  %p1 = bf16[4,3]{1,0} parameter(1)
+  %convert.1 = bf16[2,4]{1,0} convert(%p0), metadata={op_name="jit(function)/a/b/convert"}
+  ROOT %dot.2 = f32[2,3]{1,0} dot(%convert.1, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(function)/a/b/dot_general"}
+}
+
+ENTRY %main (x: f32[2,4], w: bf16[4,3]) -> f32[2,3] {
+  %x = f32[2,4]{1,0} parameter(0)
+  %w = bf16[4,3]{1,0} parameter(1)
+  %multiply.9 = f32[2,4]{1,0} multiply(%x, %x), metadata={op_name="jit(function)/b/mul"}
+  ROOT %fusion = f32[2,3]{1,0} fusion(%multiply.9, %w), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_hlo_is_read_in_fusions_and_by_the_longest_name():
+    found = hlo.executed_dtypes(HLO, ("a/b", "b", "c"))
+    assert (found["a/b"].opcode, found["a/b"].operands, found["a/b"].result) == ("dot", "bfloat16", "float32")
+    assert (found["b"].opcode, found["b"].operands) == ("multiply", "float32")
+    assert found["c"].opcode == "unknown"

@@ -1,0 +1,407 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.flatten_util import ravel_pytree
+
+from mpjax import curvature, partition
+from mpjax.curvature import LogDet, Operator
+from mpjax.partition import Block
+
+SEEDS = (0, 1, 2)
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def network(seed: int):
+    """A two-layer network: its parameters, (params -> (5, 2) outputs), (params -> scalar)."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "first": {
+            "kernel": jnp.asarray(rng.normal(size=(3, 4))),
+            "bias": jnp.asarray(rng.normal(size=(1, 4))),
+        },
+        "last": {"kernel": jnp.asarray(rng.normal(size=(4, 2)))},
+    }
+    x, target = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)))
+
+    def function(params):
+        hidden = jnp.tanh(x @ params["first"]["kernel"] + jnp.tile(params["first"]["bias"], (5, 1)))
+        return jnp.sin(hidden @ params["last"]["kernel"])
+
+    def loss(params):
+        return 0.5 * jnp.sum((function(params) - target) ** 2)
+
+    return params, function, loss
+
+
+def random_like(params, seed: int):
+    flat, unravel = ravel_pytree(params)
+    return unravel(jnp.asarray(np.random.default_rng(seed).normal(size=flat.shape)))
+
+
+def whole(params) -> Block:
+    return Block(name="all", paths=partition.paths(params))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_hvp_is_the_hessian_times_the_vector(seed: int) -> None:
+    params, _, loss = network(seed)
+    vector = random_like(params, seed + 10)
+    flat, unravel = ravel_pytree(params)
+    hessian = jax.hessian(lambda x: loss(unravel(x)))(flat)
+    for product in (
+        curvature.hvp(loss, params, vector),
+        jax.jit(curvature.hvp, static_argnums=0)(loss, params, vector),
+    ):
+        np.testing.assert_allclose(ravel_pytree(product)[0], hessian @ ravel_pytree(vector)[0], **TIGHT)
+        assert jax.tree.structure(product) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_block_hessian_is_the_diagonal_block(seed: int) -> None:
+    params, _, loss = network(seed)
+    for block in (*partition.by_module(params), whole(params)):
+        values = partition.select(params, block)
+        flat, unravel = ravel_pytree([values[path] for path in block.paths])
+
+        def restricted(x, block=block, unravel=unravel):
+            return loss(partition.replace(params, dict(zip(block.paths, unravel(x), strict=True))))
+
+        expected = jax.hessian(restricted)(flat)
+        operator = curvature.block_hessian(loss, params, block)
+        assert operator.size == flat.size and operator.dtype == flat.dtype
+        np.testing.assert_allclose(curvature.dense(operator), expected, **TIGHT)
+
+
+def test_dense_is_the_same_whatever_the_batch_size() -> None:
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(7, 7)))  # not symmetric: returned as is
+    operator = Operator(matvec=lambda v: matrix @ v, size=7, dtype=matrix.dtype)
+    for batch_size in (None, 1, 3, 7, 100):
+        np.testing.assert_allclose(curvature.dense(operator, batch_size=batch_size), matrix, **TIGHT)
+
+
+def test_block_hessian_agrees_with_finite_differences() -> None:
+    params, _, loss = network(0)
+    flat, unravel = ravel_pytree(params)
+    slow = reference.finite_difference_hessian(lambda x: float(loss(unravel(jnp.asarray(x)))), np.asarray(flat))
+    fast = curvature.dense(curvature.block_hessian(loss, params, whole(params)))
+    np.testing.assert_allclose(fast, slow, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_quadratic(seed: int) -> None:
+    matrix = reference.symmetric_with_eigenvalues(np.array([-2.0, -0.5, 0.0, 1.0, 7.0]), seed)
+
+    def loss(w):
+        return 0.5 * w @ jnp.asarray(matrix) @ w + jnp.sum(w)
+
+    w = jnp.asarray(np.random.default_rng(seed).normal(size=5))  # params may be one bare array
+    np.testing.assert_allclose(curvature.hvp(loss, w, w), matrix @ w, **TIGHT)
+    np.testing.assert_allclose(curvature.dense(curvature.block_hessian(loss, w, whole(w))), matrix, **TIGHT)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_linear_regression(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y, w = rng.normal(size=(6, 4)), rng.normal(size=6), jnp.asarray(rng.normal(size=4))
+
+    def residual(w):
+        return jnp.asarray(x) @ w - jnp.asarray(y)
+
+    expected = reference.linear_regression_hessian(x)
+    hessian = curvature.block_hessian(lambda w: 0.5 * jnp.sum(residual(w) ** 2), w, whole(w))
+    np.testing.assert_allclose(curvature.dense(hessian), expected, **TIGHT)
+    np.testing.assert_allclose(curvature.dense(curvature.block_ggn(residual, w, whole(w))), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_logistic_regression_by_hessian_and_by_gauss_newton(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y, w = rng.normal(size=(8, 3)), rng.integers(2, size=8), jnp.asarray(rng.normal(size=3))
+
+    def logits(w):
+        return jnp.asarray(x) @ w
+
+    def loss(w):
+        return jnp.sum(jnp.logaddexp(0.0, logits(w)) - jnp.asarray(y, float) * logits(w))
+
+    def loss_hessian_vp(logits, tangent):
+        p = jax.nn.sigmoid(logits)
+        return p * (1 - p) * tangent
+
+    expected = reference.logistic_regression_hessian(x, np.asarray(w))
+    np.testing.assert_allclose(curvature.dense(curvature.block_hessian(loss, w, whole(w))), expected, **TIGHT)
+    operator = curvature.block_ggn(logits, w, whole(w), loss_hessian_vp=loss_hessian_vp)
+    np.testing.assert_allclose(curvature.dense(operator), expected, **TIGHT)
+    product = curvature.ggn_vp(logits, w, w, loss_hessian_vp=loss_hessian_vp)
+    np.testing.assert_allclose(product, expected @ w, **TIGHT)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gauss_newton_is_the_hessian_of_the_output_loss_at_the_reference(seed: int) -> None:
+    params, function, _ = network(seed)
+    target = function(params)
+
+    def output_loss(p):
+        return 0.5 * jnp.sum((function(p) - target) ** 2)
+
+    vector = random_like(params, seed + 20)
+    expected = ravel_pytree(curvature.hvp(output_loss, params, vector))[0]
+    product = jax.jit(lambda p, v: curvature.ggn_vp(function, p, v))(params, vector)
+    np.testing.assert_allclose(ravel_pytree(product)[0], expected, **TIGHT)
+    for block in partition.by_module(params):
+        hessian = curvature.dense(curvature.block_hessian(output_loss, params, block))
+        np.testing.assert_allclose(curvature.dense(curvature.block_ggn(function, params, block)), hessian, **TIGHT)
+
+
+def test_an_operator_is_an_argument_of_a_jitted_function() -> None:
+    params, function, loss = network(0)
+    block = partition.by_module(params)[0]
+
+    @jax.jit
+    def product(operator, vector):
+        return operator.matvec(vector)
+
+    for operator in (
+        curvature.block_hessian(loss, params, block),
+        curvature.block_ggn(function, params, block),
+    ):
+        vector = jnp.ones(operator.size)
+        np.testing.assert_allclose(product(operator, vector), curvature.dense(operator) @ vector, **TIGHT)
+
+
+def test_a_block_of_mixed_dtypes_takes_vectors_of_the_widest() -> None:
+    params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(3, jnp.float32), "unused": jnp.arange(3)}
+
+    def loss(p):
+        return jnp.sum(p["a"].astype(jnp.float32) ** 2) + 2 * jnp.sum(p["b"] ** 2)
+
+    block = Block(name="ab", paths=("a", "b"))
+    operator = curvature.block_hessian(loss, params, block)
+    assert operator.dtype == jnp.float32
+    np.testing.assert_allclose(curvature.dense(operator), np.diag([2, 2, 4, 4, 4]))
+    grams = curvature.output_grams(lambda p: (p["a"] * 2, p["b"]), params, (block,))
+    np.testing.assert_allclose(grams["ab"], np.diag([4, 4, 1, 1, 1]))
+    assert grams["ab"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("spectrum", [[1.0, 2, 3], [-1.0, 2, 3], [-1.0, -2, 3, 4], [-1e-9, 1e9, 1.0], [-5.0, -1, -2]])
+def test_logdet_agrees_with_slogdet_on_definite_and_indefinite_matrices(spectrum: list[float], seed: int) -> None:
+    matrix = reference.symmetric_with_eigenvalues(np.array(spectrum), seed)
+    for damping in (0.0, 0.1, 1.5):
+        result = curvature.logdet(jnp.asarray(matrix), damping=damping)
+        sign, logabsdet = np.linalg.slogdet(matrix + damping * np.eye(len(spectrum)))
+        if min(abs(np.array(spectrum) + damping)) > 1e-6 * max(np.abs(spectrum)):  # else rounding decides
+            assert float(result.sign) == sign
+            assert int(result.num_negative) == sum(value + damping < 0 for value in spectrum)
+            np.testing.assert_allclose(float(result.logabsdet), logabsdet, rtol=1e-10, atol=1e-10)
+        assert result.size == len(spectrum)
+
+
+def test_logdet_of_a_singular_matrix() -> None:
+    result = curvature.logdet(jnp.zeros((3, 3)), damping=0.0)
+    assert (float(result.sign), float(result.logabsdet), int(result.num_negative)) == (0, -np.inf, 0)
+
+
+def test_logdet_under_jit_and_vmap_over_dampings() -> None:
+    matrix = jnp.asarray(reference.symmetric_with_eigenvalues(np.array([-1.0, 2, 3]), 0))
+    dampings = jnp.array([0.5, 2.0])
+    results = jax.jit(jax.vmap(lambda damping: curvature.logdet(matrix, damping=damping)))(dampings)
+    assert isinstance(results, LogDet)
+    np.testing.assert_allclose(results.sign, [-1, 1])
+    np.testing.assert_allclose(results.num_negative, [1, 0])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_matrix_that_is_not_finite_is_data(bad: float) -> None:
+    result = curvature.logdet(jnp.eye(3).at[0, 1].set(bad), damping=1.0)
+    assert np.isnan(result.sign) and np.isnan(result.logabsdet) and int(result.num_negative) == -1
+
+
+def test_an_asymmetric_matrix_is_refused_or_nan_where_it_is_traced() -> None:
+    matrix = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+    with pytest.raises(ValueError, match=r"symmetric matrix; max \|A - Aᵀ\| is 2"):
+        curvature.logdet(matrix, damping=1.0)
+    assert np.isnan(jax.jit(lambda m: curvature.logdet(m, damping=1.0).logabsdet)(matrix))
+    curvature.logdet(jnp.eye(2).at[0, 1].set(1e-9), damping=1.0)  # rounding is not asymmetry
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_logdet_score_is_the_damped_log_determinant_less_its_offset(seed: int) -> None:
+    jacobian = np.random.default_rng(seed).normal(size=(4, 9))
+    for damping in (1e-3, 1.0, 1e3):
+        _, logabsdet = np.linalg.slogdet(damping * np.eye(9) + jacobian.T @ jacobian)
+        for matrix in (jacobian @ jacobian.T, jacobian.T @ jacobian):
+            score = curvature.logdet_score(curvature.eigenvalues(jnp.asarray(matrix)), damping=damping)
+            np.testing.assert_allclose(score, logabsdet - 9 * np.log(damping), rtol=1e-9)
+
+
+def test_logdet_score_forgives_rounding_and_not_indefiniteness() -> None:
+    assert float(curvature.logdet_score(jnp.array([-1e-15, 1.0]), damping=1e-15)) == pytest.approx(np.log1p(1e15))
+    assert np.isnan(curvature.logdet_score(jnp.array([-1e-3, 1.0]), damping=1.0))
+    assert float(curvature.logdet_score(jnp.zeros(3), damping=1.0)) == 0
+
+
+def dense_grams(function, params):
+    """Block -> J Jᵀ, from jax.jacobian."""
+    jacobian = jax.jacobian(lambda p: ravel_pytree(function(p))[0])(params)
+    rows = {
+        path: leaf.reshape(leaf.shape[0], -1)
+        for path, leaf in zip(partition.paths(params), jax.tree.leaves(jacobian), strict=True)
+    }
+    return {b.name: sum(rows[path] @ rows[path].T for path in b.paths) for b in partition.by_module(params)}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_output_grams_are_exact_whatever_the_batches_and_groups(seed: int) -> None:
+    params, function, _ = network(seed)
+    blocks = partition.by_module(params)
+    largest = 10 * 16 * 8  # k = 10 outputs, 16 parameters in the first layer, 8 bytes
+    expected = dense_grams(function, params)
+    for batch_size, max_bytes in ((None, 2**31), (3, 2**31), (1, largest), (99, largest)):
+
+        def run(p, batch_size=batch_size, max_bytes=max_bytes):
+            return curvature.output_grams(function, p, blocks, batch_size=batch_size, max_bytes=max_bytes)
+
+        grams = jax.jit(run)(params)
+        assert set(grams) == {"first", "last"}
+        for name in expected:
+            np.testing.assert_allclose(grams[name], expected[name], **TIGHT)
+    with pytest.raises(ValueError, match=f"'first' needs {largest:,} bytes for its 10 rows"):
+        curvature.output_grams(function, params, blocks, max_bytes=largest - 1)
+
+
+def test_output_grams_keep_their_memory_bound_under_jit() -> None:
+    n, layers = 64, 6
+    params = {f"layer{i}": jnp.eye(n, dtype=jnp.float32) for i in range(layers)}
+    rows = n * n * n * 4  # of one layer
+
+    def function(p):
+        hidden = jnp.ones((1, n), jnp.float32)
+        for kernel in p.values():
+            hidden = jnp.tanh(hidden @ kernel)
+        return hidden
+
+    def temporary_bytes(max_bytes: int) -> int:
+        def run(p):
+            blocks = partition.by_leaf(params)
+            return curvature.output_grams(function, p, blocks, batch_size=4, max_bytes=max_bytes)
+
+        return jax.jit(run).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(2**31) > layers * rows
+    assert temporary_bytes(2 * rows) < 3 * rows
+
+
+def test_output_grams_of_a_tree_of_outputs_without_jit() -> None:
+    params, function, _ = network(0)
+
+    def tree(p):
+        outputs = function(p)
+        return {"b": (outputs[:2], outputs[2, 0]), "a": 3 * outputs[3:]}
+
+    grams = curvature.output_grams(tree, params, partition.by_module(params), batch_size=4)
+    for name, expected in dense_grams(tree, params).items():
+        np.testing.assert_allclose(grams[name], expected, **TIGHT)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_weinstein_aronszajn_identity(seed: int) -> None:
+    """log det(εI_d + JᵀJ) = (d - k) log ε + log det(εI_k + JJᵀ), for d > k and for d < k."""
+    params, function, _ = network(seed)
+    blocks = partition.by_module(params)
+    grams = curvature.output_grams(function, params, blocks)
+    k = 10
+    for block in blocks:
+        large = curvature.dense(curvature.block_ggn(function, params, block))
+        d = large.shape[0]
+        assert (d > k) == (block.name == "first")
+        for damping in (1e-2, 1.0, 30.0):
+            left = curvature.logdet(large, damping=damping)
+            right = curvature.logdet(grams[block.name], damping=damping)
+            identity = (d - k) * np.log(damping) + float(right.logabsdet)
+            np.testing.assert_allclose(float(left.logabsdet), identity, rtol=1e-10, atol=1e-10)
+            assert float(left.sign) == float(right.sign) == 1
+
+
+def test_losses_and_outputs_of_a_wrong_kind_are_refused() -> None:
+    params, function, loss = network(0)
+    block = partition.by_module(params)[0]
+    with pytest.raises(ValueError, match=r"one scalar.*\(5, 2\)"):
+        curvature.hvp(function, params, params)
+    with pytest.raises(ValueError, match="without aux"):
+        curvature.block_hessian(lambda p: (loss(p), 0.0), params, block)
+    with pytest.raises(ValueError, match="the loss: .*int64"):
+        curvature.block_hessian(lambda p: jnp.sum(p["first"]["bias"]).astype(int), params, block)
+    for call in (curvature.block_ggn, lambda f, p, b: curvature.output_grams(f, p, (b,))):
+        with pytest.raises(ValueError, match="the outputs: .*'label' is int64"):
+            call(lambda p: {"label": jnp.argmax(function(p), axis=-1)}, params, block)
+
+
+def test_parameters_of_a_wrong_kind_are_refused_before_tracing() -> None:
+    def never(params):
+        raise AssertionError("was traced")
+
+    integers = {"w": jnp.ones(2), "steps": jnp.arange(2)}
+    for call in (curvature.hvp, curvature.ggn_vp):
+        with pytest.raises(ValueError, match="params: .*'steps' is int64"):
+            call(never, integers, integers)
+        with pytest.raises(ValueError, match="without leaves"):
+            call(never, {}, {})
+    grams = lambda f, p, b: curvature.output_grams(f, p, (b,))  # noqa: E731
+    for make in (curvature.block_hessian, curvature.block_ggn, grams):
+        with pytest.raises(ValueError, match="unknown path 'v'; the nearest"):
+            make(never, integers, Block(name="b", paths=("v",)))
+        with pytest.raises(ValueError, match="block 'b': .*'steps' is int64"):
+            make(never, integers, Block(name="b", paths=("w", "steps")))
+        with pytest.raises(ValueError, match="no elements"):
+            make(never, {"w": jnp.ones((0, 2))}, Block(name="b", paths=("w",)))
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        ({"w": jnp.ones(3)}, r"vector at 'w' must have .*\(2,\).* got .*\(3,\)"),
+        ({"w": jnp.ones(2, jnp.float32)}, "vector at 'w' must have .*float32"),
+        ({"v": jnp.ones(2)}, "structure of params"),
+        ([jnp.ones(2)], "structure of params"),
+    ],
+)
+def test_a_vector_that_does_not_match_is_refused(vector, message: str) -> None:
+    params = {"w": jnp.ones(2)}
+    for call in (curvature.hvp, curvature.ggn_vp):
+        with pytest.raises(ValueError, match=message):
+            call(lambda p: jnp.sum(p["w"]), params, vector)
+
+
+def test_partitions_batch_sizes_and_sizes_without_a_meaning_are_refused() -> None:
+    params, function, _ = network(0)
+    block = partition.by_module(params)[0]
+    for blocks in ((), (block, block)):
+        with pytest.raises(ValueError, match="distinct names"):
+            curvature.output_grams(function, params, blocks)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        curvature.output_grams(function, params, (block,), batch_size=0)
+    operator = Operator(matvec=lambda v: v, size=1000, dtype=jnp.float64)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        curvature.dense(operator, batch_size=-1)
+    with pytest.raises(ValueError, match="1000 x 1000 matrix of float64 takes 8,000,000 bytes"):
+        curvature.dense(operator, max_bytes=7_999_999)
+
+
+def test_matrices_and_dampings_without_a_meaning_are_refused() -> None:
+    for shape in ((2, 3), (3,), (0, 0)):
+        with pytest.raises(ValueError, match="square matrix"):
+            curvature.logdet(jnp.ones(shape), damping=1.0)
+    with pytest.raises(ValueError, match="matrix: .*int64"):
+        curvature.logdet(jnp.eye(2, dtype=int), damping=1.0)
+    for damping in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="damping must be a finite scalar >= 0"):
+            curvature.logdet(jnp.eye(2), damping=damping)
+    for damping in (0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="damping must be a finite scalar > 0"):
+            curvature.logdet_score(jnp.ones(2), damping=damping)
+    with pytest.raises(ValueError, match=r"eigenvalues \(n,\)"):
+        curvature.logdet_score(jnp.eye(2), damping=1.0)

@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+import scipy.stats
+
+from mpjax import metrics
+
+SEEDS = (0, 1, 2)
+
+
+def landmarks(seed: int):
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=(7, 5, 2))
+    return truth + 0.1 * rng.normal(size=truth.shape), truth, rng.uniform(0.5, 2.0, size=7)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_nme_and_pck_against_slow_loops(seed: int) -> None:
+    predicted, truth, normaliser = landmarks(seed)
+    nme, pck = (
+        metrics.nme(predicted, truth, normaliser),
+        metrics.pck(predicted, truth, normaliser, threshold=0.1),
+    )
+    for n in range(7):
+        distances = []
+        for k in range(5):
+            dx, dy = predicted[n, k] - truth[n, k]
+            distances.append((dx**2 + dy**2) ** 0.5)
+        assert nme[n] == pytest.approx(sum(distances) / 5 / normaliser[n])
+        assert pck[n] == sum(d <= 0.1 * normaliser[n] for d in distances) / 5
+
+
+def test_nme_and_pck_in_closed_form() -> None:
+    truth = np.zeros((1, 2, 2))
+    predicted = np.array([[[3.0, 4.0], [0.0, 0.0]]])  # distances 5 and 0
+    np.testing.assert_allclose(metrics.nme(predicted, truth, [10.0]), [0.25])
+    np.testing.assert_allclose(metrics.pck(predicted, truth, [10.0], threshold=0.5), [1.0])  # inclusive
+    np.testing.assert_allclose(metrics.pck(predicted, truth, [10.0], threshold=0.49), [0.5])
+
+
+def test_a_nan_landmark_is_data() -> None:
+    predicted, truth, normaliser = landmarks(0)
+    predicted[2, 1, 0] = np.nan
+    assert np.flatnonzero(np.isnan(metrics.nme(predicted, truth, normaliser))).tolist() == [2]
+    assert metrics.pck(predicted, truth, normaliser, threshold=1e9)[2] == 0.8
+
+
+def test_float32_inputs_are_computed_in_float64() -> None:
+    predicted, truth, normaliser = (x.astype(np.float32) for x in landmarks(0))
+    expected = metrics.nme(*(x.astype(np.float64) for x in (predicted, truth, normaliser)))
+    np.testing.assert_array_equal(metrics.nme(predicted, truth, normaliser), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"predicted": np.zeros((7, 4, 2))}, r"\(7, 4, 2\) and \(7, 5, 2\)"),
+        ({"predicted": np.zeros((7, 5, 3)), "truth": np.zeros((7, 5, 3))}, r"\(N, K, 2\)"),
+        ({"normaliser": np.ones(6)}, r"\(7,\); got \(6,\)"),
+        ({"normaliser": np.array([1, 1, 0, 1, 1, 1, 1.0])}, "sample 2 has 0.0"),
+        ({"normaliser": np.array([1, 1, 1, np.nan, 1, 1, 1.0])}, "sample 3 has nan"),
+        (
+            {"predicted": np.zeros((0, 5, 2)), "truth": np.zeros((0, 5, 2)), "normaliser": np.ones(0)},
+            "no landmarks",
+        ),
+    ],
+)
+def test_landmarks_that_do_not_fit_are_refused(change: dict, message: str) -> None:
+    arguments = dict(zip(("predicted", "truth", "normaliser"), landmarks(0), strict=True)) | change
+    with pytest.raises(ValueError, match=message):
+        metrics.nme(**arguments)
+    with pytest.raises(ValueError, match=message):
+        metrics.pck(**arguments, threshold=0.1)
+
+
+@pytest.mark.parametrize("threshold", [0.0, -1.0, np.nan])
+def test_a_threshold_without_a_meaning_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="threshold must be a positive"):
+        metrics.pck(*landmarks(0), threshold=threshold)
+
+
+def clustered(rng: np.random.Generator, blocks: int = 40, size: int = 6):
+    """Samples of mean 1 whose blocks share half of the variance."""
+    ids = np.repeat(np.arange(blocks), size)
+    return 1 + rng.normal(size=blocks)[ids] + rng.normal(size=blocks * size), ids
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_interval_covers_the_mean_of_clustered_data_as_often_as_it_says(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    by_block = by_sample = 0
+    for i in range(300):
+        values, ids = clustered(rng)
+        interval = metrics.bootstrap_interval(values, ids, num_resamples=400, seed=i)
+        by_block += interval.low <= 1 <= interval.high
+        interval = metrics.bootstrap_interval(values, np.arange(len(values)), num_resamples=400, seed=i)
+        by_sample += interval.low <= 1 <= interval.high
+    assert 0.89 < by_block / 300 < 0.985
+    assert by_sample / 300 < 0.8  # what ignoring the blocks would claim
+
+
+def test_the_interval_against_a_slow_loop_with_blocks_of_different_sizes() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.array(["b", "a", "b", "c", "a", "b", "d"])
+    values = rng.normal(size=7)
+    groups = [values[ids == name] for name in "abcd"]
+    means = [np.concatenate([groups[i] for i in rng.integers(4, size=4)]).mean() for _ in range(20_000)]
+    interval = metrics.bootstrap_interval(values, ids, confidence=0.8, num_resamples=20_000, seed=1)
+    np.testing.assert_allclose([interval.low, interval.high], np.quantile(means, [0.1, 0.9]), atol=0.03)
+
+
+def test_the_interval_is_reproducible_grows_with_confidence_and_is_exact_on_constants() -> None:
+    values, ids = clustered(np.random.default_rng(0))
+    first, second = (metrics.bootstrap_interval(values, ids, seed=3) for _ in range(2))
+    assert first == second != metrics.bootstrap_interval(values, ids, seed=4)
+    narrow = metrics.bootstrap_interval(values, ids, confidence=0.5, seed=3)
+    assert first.low < narrow.low < values.mean() < narrow.high < first.high
+    assert metrics.bootstrap_interval([2.0] * 4, [0, 0, 1, 2], seed=0) == metrics.Interval(low=2.0, high=2.0)
+
+
+def test_a_nan_sample_makes_the_interval_nan() -> None:
+    interval = metrics.bootstrap_interval([1.0, np.nan, 2.0], [0, 1, 2], seed=0)
+    assert np.isnan(interval.low) and np.isnan(interval.high)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": [0, 1]}, r"\(3,\) and \(2,\)"),
+        ({"per_sample": [], "blocks": []}, "at least 2 blocks; got 0"),
+        ({"blocks": [5, 5, 5]}, "at least 2 blocks; got 1 with 3 samples"),
+        ({"confidence": 1.0}, "confidence must lie in"),
+        ({"confidence": 95}, "confidence must lie in"),
+        ({"confidence": np.nan}, "confidence must lie in"),
+        ({"num_resamples": 0}, "num_resamples"),
+    ],
+)
+def test_an_interval_that_makes_no_sense_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        metrics.bootstrap_interval(**{"per_sample": [1.0, 2.0, 3.0], "blocks": [0, 1, 2], "seed": 0} | change)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_spearman_agrees_with_scipy_with_ties_and_infinities(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    a = rng.integers(6, size=30).astype(float)
+    b = a + rng.normal(size=30).round(1)
+    for x, y in ((a, b), (b, -b), (np.where(a == 5, np.inf, a), b)):
+        assert metrics.spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
+
+
+@pytest.mark.parametrize("a", [[], [1.0], [2.0, 2.0, 2.0], [1.0, np.nan, 3.0]])
+def test_an_undefined_correlation_is_none(a: list[float]) -> None:
+    b = [float(i) for i in range(len(a))]
+    assert metrics.spearman(a, b) is None
+    assert metrics.spearman(b, a) is None
+
+
+def test_spearman_of_other_lengths_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
+        metrics.spearman([1, 2], [1, 2, 3])
+
+
+def test_relative_error() -> None:
+    assert metrics.relative_error([[1.0, 2.5]], [[1.0, -2.0]]) == 2.25
+    assert metrics.relative_error([0.0], [0.0]) == 0
+    assert metrics.relative_error([1.0], [0.0]) == np.inf
+    assert np.isnan(metrics.relative_error([np.nan], [1.0]))
+    for a, b in (([1.0], [1.0, 2.0]), ([], [])):
+        with pytest.raises(ValueError, match="one shape and not be empty"):
+            metrics.relative_error(a, b)

@@ -1,0 +1,110 @@
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mpjax import partition
+from mpjax.partition import Block
+
+PARAMS = {
+    "encoder": [{"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}, {"kernel": jnp.ones((3, 1))}],
+    "scale": jnp.ones(()),
+}
+PATHS = ("encoder/0/bias", "encoder/0/kernel", "encoder/1/kernel", "scale")
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Dense:
+    kernel: jax.Array
+    bias: jax.Array
+
+
+def test_paths_follow_the_order_of_the_leaves() -> None:
+    assert partition.paths(PARAMS) == PATHS
+
+
+def test_paths_of_tuples_dataclasses_and_a_bare_array() -> None:
+    tree = (Dense(kernel=jnp.ones(2), bias=jnp.ones(1)), {"x": jnp.ones(1)})
+    assert partition.paths(tree) == ("0/kernel", "0/bias", "1/x")
+    assert partition.paths(jnp.ones(3)) == (".",)
+
+
+def test_by_leaf_is_one_block_per_leaf() -> None:
+    assert partition.by_leaf(PARAMS) == tuple(Block(name=p, paths=(p,)) for p in PATHS)
+
+
+def test_by_module_groups_by_parent() -> None:
+    blocks = {block.name: block.paths for block in partition.by_module(PARAMS)}
+    assert blocks == {"encoder/0": PATHS[:2], "encoder/1": PATHS[2:3], ".": ("scale",)}
+
+
+def test_by_rules_first_match_wins_on_the_full_path() -> None:
+    rules = {
+        "first": r"encoder/0/.*",
+        "kernels": r".*/kernel",
+        "kernel_only": r"scal.",
+        "rest": r".*kern|encoder/1.*",
+    }
+    with pytest.raises(ValueError, match="'rest'.*earlier rules took"):
+        partition.by_rules(PARAMS, rules)
+    del rules["rest"]
+    blocks = {block.name: block.paths for block in partition.by_rules(PARAMS, rules)}
+    assert blocks == {"first": PATHS[:2], "kernels": PATHS[2:3], "kernel_only": ("scale",)}
+
+
+def test_by_rules_leaves_out_what_no_rule_matches() -> None:
+    assert partition.by_rules(PARAMS, {"scale": "scale"}) == (Block(name="scale", paths=("scale",)),)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"), [("kernel", "'bad' = 'kernel' matches no leaf"), ("(", "not a regular expression")]
+)
+def test_by_rules_refuses_a_rule_that_cannot_match(rule: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        partition.by_rules(PARAMS, {"all": ".*", "bad": rule})
+
+
+def test_select_and_replace_are_inverse() -> None:
+    for block in partition.by_module(PARAMS):
+        values = partition.select(PARAMS, block)
+        assert tuple(values) == block.paths
+        doubled = partition.replace(PARAMS, {path: 2 * value for path, value in values.items()})
+        assert jax.tree.structure(doubled) == jax.tree.structure(PARAMS)
+        for path, before, after in zip(PATHS, jax.tree.leaves(PARAMS), jax.tree.leaves(doubled), strict=True):
+            assert jnp.array_equal(after, 2 * before if path in values else before)
+
+
+def test_replace_may_change_the_dtype_but_not_the_shape() -> None:
+    lowered = partition.replace(PARAMS, {"scale": jnp.ones((), jnp.bfloat16)})
+    assert lowered["scale"].dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match=r"'scale' has shape \(\); got \(2,\)"):
+        partition.replace(PARAMS, {"scale": jnp.ones(2)})
+
+
+def test_select_and_replace_work_under_jit() -> None:
+    block = Block(name="b", paths=("encoder/0/bias",))
+
+    @jax.jit
+    def shifted(params):
+        return partition.replace(params, {p: v + 1.0 for p, v in partition.select(params, block).items()})
+
+    assert jnp.array_equal(shifted(PARAMS)["encoder"][0]["bias"], jnp.ones(3))
+
+
+def test_an_unknown_path_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown path 'encoder/0/kernal'; the nearest is 'encoder/0/kernel'"):
+        partition.select(PARAMS, Block(name="b", paths=("encoder/0/kernal",)))
+    with pytest.raises(ValueError, match="nearest is 'scale'"):
+        partition.replace(PARAMS, {"scales": jnp.ones(())})
+
+
+def test_trees_and_blocks_without_a_meaning_are_refused() -> None:
+    with pytest.raises(ValueError, match="no leaves"):
+        partition.by_leaf({})
+    with pytest.raises(ValueError, match="share one slash path"):
+        partition.paths({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
+    for paths in ((), ("scale", "scale")):
+        with pytest.raises(ValueError, match="distinct paths"):
+            Block(name="b", paths=paths)
