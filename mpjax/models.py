@@ -205,13 +205,14 @@ def from_nnx(module: nnx.Module, *example: Array, **kwargs: Any) -> Model:
     Raises:
         ValueError: no example input, or no layer that a format could lower.
     """
-    graphdef, state, rest = nnx.split(module, nnx.Param, ...)
+    graphdef, state, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     params = nnx.to_pure_dict(state)
 
     def run(run_params: Params, inputs: tuple[Array, ...], session: _Session) -> Any:
         run_state = jax.tree.map(lambda leaf: leaf, state)  # a copy: replace_by_pure_dict works in place
         nnx.replace_by_pure_dict(run_state, run_params)
         merged = nnx.merge(graphdef, run_state, rest)
+        sub: Any
         for path, sub in list(nnx.iter_modules(merged)):
             session.owners["/".join(map(str, path))] = type(sub).__name__
             hooks = _hook_of(sub, _NNX_HOOKS)
@@ -262,9 +263,12 @@ def summary(model: Model) -> str:
     flops = sum(layer.flops for layer in model.layers)
     total = f"{len(rows)} layers, {weights:,} weights, {flops / 1e6:.1f} MFLOP per example"
     lines = [*_text_table(header, rows), total]
-    if model.others:
-        lines.append(f"{len(model.others)} parameters stay as they are:")
-        others = [(each.path, "x".join(map(str, each.shape)), each.owner, each.reason) for each in model.others]
+    biases = sum(each.reason == "bias" for each in model.others)
+    others = [(e.path, "x".join(map(str, e.shape)), e.owner, e.reason) for e in model.others if e.reason != "bias"]
+    if biases:
+        lines.append(f"{biases} biases of these layers stay as they are.")
+    if others:
+        lines.append(f"{len(others)} other parameters stay as they are:")
         lines += _text_table(("parameter", "shape", "owner", "why"), others)
     return "\n".join(lines)
 

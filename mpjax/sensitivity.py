@@ -176,7 +176,10 @@ def quadratic(*, loss: Callable[..., Array] | None = None) -> Scorer:
         low = parse_all(formats)
         check_batches(batches)
         kernels = {layer.name: _leaf(model.params, layer) for layer in model.layers}
-        deltas = [{name: round_weights(w, fmt) - w for name, w in kernels.items()} for fmt in low]
+        round_all = jax.jit(
+            lambda ws, fmt: {name: round_weights(w, fmt) - w for name, w in ws.items()}, static_argnums=1
+        )
+        deltas = [round_all(kernels, fmt) for fmt in low]
         zero = jnp.zeros((), jnp.float32)
 
         def with_kernels(params: Params, values: dict[str, Array]) -> Params:
@@ -201,7 +204,7 @@ def quadratic(*, loss: Callable[..., Array] | None = None) -> Scorer:
                 change = tangent_of(only)
                 if loss is None:
                     return 0.5 * jnp.sum(jnp.square(change))
-                return 0.5 * sum(jnp.vdot(only[name], change[name]) for name in only)
+                return 0.5 * jnp.sum(jnp.stack([jnp.vdot(only[name], change[name]) for name in only]))
 
             return jax.lax.map(score, jnp.arange(len(model.layers)))
 

@@ -114,9 +114,9 @@ def test_a_wrong_program_is_caught_and_compiled_with_other_options(small, monkey
         return executable if options or executable is None else Wrong(executable)
 
     monkeypatch.setattr(compiled, "_compile", sabotaged)
-    monkeypatch.setattr(compiled, "OPTION_SETS", ({}, {"xla_cpu_enable_fast_math": False}))
+    monkeypatch.setattr(compiled, "OPTION_SETS", ({}, {"xla_allow_excess_precision": False}))
     program = compiled.compile(model, batches)
-    assert program.options == {"xla_cpu_enable_fast_math": False} and program.verification.agrees
+    assert program.options == {"xla_allow_excess_precision": False} and program.verification.agrees
     monkeypatch.setattr(compiled, "OPTION_SETS", ({},))
     with pytest.raises(compiled.MiscompiledError, match="differs from an op-by-op run"):
         compiled.compile(model, batches)
@@ -127,6 +127,18 @@ def test_an_unknown_compiler_option_is_skipped_and_recorded(small, monkeypatch):
     monkeypatch.setattr(compiled, "OPTION_SETS", ({"xla_no_such_option": "1"}, {}))
     program = compiled.compile(model, batches)
     assert program.skipped == ("xla_no_such_option",) and program.options == {}
+
+
+def test_the_roundings_that_were_asked_for_are_there(small):
+    """XLA's default removes float32 -> bfloat16 -> float32; a compiled program must not."""
+    model, batches = small
+    mixed = apply.apply(model, {"stem": "bfloat16"})
+    with jax.disable_jit():
+        stepwise = mixed.call(mixed.params, *batches[0])["out"]
+    program = compiled.compile(mixed, batches)
+    assert program.options["xla_allow_excess_precision"] is False
+    distance = np.abs(np.asarray(stepwise - model.call(model.params, *batches[0])["out"])).max()
+    assert np.abs(np.asarray(program(*batches[0])["out"] - stepwise)).max() < 0.1 * distance
 
 
 def test_clear_errors(small, mixed_program):
@@ -144,7 +156,7 @@ HloModule jit_function, entry_computation_layout={(f32[2,4]{1,0})->f32[2,3]{1,0}
   %p0 = f32[2,4]{1,0} parameter(0)
   %p1 = bf16[4,3]{1,0} parameter(1)
   %convert.1 = bf16[2,4]{1,0} convert(%p0), metadata={op_name="jit(function)/a/b/convert"}
-  ROOT %dot.2 = f32[2,3]{1,0} dot(%convert.1, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_name="jit(function)/a/b/dot_general"}
+  ROOT %dot.2 = f32[2,3]{1,0} dot(%convert.1, %p1), metadata={op_name="jit(function)/a/b/dot_general"}
 }
 
 ENTRY %main (x: f32[2,4], w: bf16[4,3]) -> f32[2,3] {
