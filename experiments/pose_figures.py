@@ -74,7 +74,7 @@ def nme_against_layers(
             axis.set_xlabel("layers lowered, least sensitive first")
             axis.set_ylabel("NME against float32 (calibration)")
             axis.set_yscale("symlog", linthresh=max(limit[fmt] / 3, 1e-6))
-            axis.legend(loc="upper left", fontsize=9)
+            axis.legend(loc="lower right", fontsize=9)
         return report.save_figure(folder, "nme_against_layers", figure)
 
 
@@ -86,22 +86,21 @@ def landmarks(
     all_low: np.ndarray,
     *,
     fmt: str,
-    titles: tuple[str, str],
+    titles: Sequence[tuple[str, str]],
 ) -> Path:
     """Landmarks on crops: float32 green, low precision blue; mixed on the left, all layers low on the right."""
     with report.style():
-        figure, axes = plt.subplots(len(images), 2, figsize=(7.2, 3.6 * len(images)), squeeze=False)
+        figure, axes = plt.subplots(len(images), 2, figsize=(7.2, 3.7 * len(images)), squeeze=False)
         for row, image in enumerate(images):
-            for axis, low, title in zip(axes[row], (mixed[row], all_low[row]), titles, strict=True):
+            for axis, low, title in zip(axes[row], (mixed[row], all_low[row]), titles[row], strict=True):
                 axis.imshow(image)
-                for points, colour, width in ((truth[row], "#00d000", 2.2), (low, "#1040ff", 1.2)):
+                for points, colour, width, size in ((truth[row], "#00e000", 3.0, 9), (low, "#1040ff", 1.0, 3.5)):
                     for a, b in LIMBS:
-                        axis.plot(*points[[a, b]].T, color=colour, linewidth=width, alpha=0.85)
-                    axis.plot(*points.T, ".", color=colour, markersize=5)
+                        axis.plot(*points[[a, b]].T, color=colour, linewidth=width)
+                    axis.plot(*points.T, ".", color=colour, markersize=size)
                 axis.set_xlim(0, image.shape[1])
                 axis.set_ylim(image.shape[0], 0)
                 axis.set_axis_off()
-                if row == 0:
-                    axis.set_title(title)
+                axis.set_title(title, fontsize=10)
         figure.suptitle(f"float32 green, {fmt} blue")
         return report.save_figure(folder, f"landmarks_{fmt}", figure)

@@ -23,7 +23,7 @@ import numpy as np
 
 from mpjax import curvature, partition
 from mpjax.emulate import Calibration, calibrate, choose, product_in
-from mpjax.formats import Format, parse_all, round_weights
+from mpjax.formats import FLOAT32, Format, parse_all, round_weights
 from mpjax.ledger import Ledger
 from mpjax.models import Array, Batches, Layer, Model, Override, Params, Product, check_batches
 
@@ -383,7 +383,9 @@ def _scores(
     # float16 is the one format here that overflows; any other non-finite score came out of the model itself.
     overflows = np.array([fmt.operand == "float16" for fmt in formats])
     finite = np.isfinite(value)
-    status = np.where(finite, OK, np.where(overflows[None, :], OVERFLOW, NOT_FINITE))
+    status = np.where(finite, OK, np.where(overflows[None, :], OVERFLOW, NOT_FINITE)).astype("U32")
+    if kind == "loss":
+        status[:, [fmt == FLOAT32 for fmt in formats]] = ZERO  # float32 itself, asked for beside the others
     return Scores(
         estimator=name,
         value=np.where(finite, value, np.inf),
