@@ -792,8 +792,8 @@ def write_report(
                 Picture(
                     path=figures["landmarks"],
                     alt="Landmarks on three crops: mixed on the left, all layers low on the right",
-                    caption=f"float32 green, {EMULATED} blue; mixed left, all layers low right. Evaluation crops with the median, "
-                    "the 90 % and the largest error of all-low.",
+                    caption=f"float32 green, {EMULATED} blue; mixed left, all layers low right. Evaluation crops with the "
+                    "median, the 90 % and the largest error of all-low.",
                 )
             ],
         ),
