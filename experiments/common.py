@@ -56,7 +56,7 @@ def commit() -> str:
 def peak_memory_mb() -> float:
     """The process's largest resident size so far, in MB."""
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest / (1e6 if sys.platform == "darwin" else 1e3)
+    return largest / 1e6 if sys.platform == "darwin" else largest * 1024 / 1e6  # bytes there, KiB here
 
 
 @dataclass(frozen=True, kw_only=True)

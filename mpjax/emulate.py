@@ -36,7 +36,7 @@ def calibrate(model: Model, batches: Batches) -> dict[str, float]:
 
     def receive(name: str, value: np.ndarray) -> np.ndarray:
         largest[name] = float(np.maximum(largest[name], value))  # NaN stays
-        return np.float32(value)
+        return np.asarray(value, np.float32)
 
     def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
         amax = jnp.max(jnp.abs(lhs)).astype(jnp.float32)
@@ -78,7 +78,7 @@ def product_in(fmt: Format, product: Product, lhs: Array, rhs: Array, *, amax: f
         return product.add_bias(out * (lhs_scale * rhs_scale))
     lhs, rhs = round_to(lhs, fmt.operand), round_to(rhs, fmt.operand)
     if fmt.accumulate == "float16":
-        return product.add_bias(_accumulate_float16(product, lhs, rhs).astype(jnp.float16))
+        return product.add_bias(_accumulate_float16(product, lhs, rhs).astype(fmt.output))
     return product(lhs, rhs)
 
 

@@ -67,6 +67,8 @@ def parse(name: str | Format) -> Format:
         ValueError: no format has that name (the message gives the nearest one and all of them).
     """
     if isinstance(name, Format):
+        if FORMATS.get(name.name) != name:
+            raise ValueError(f"Expected one of the known formats ({', '.join(FORMATS)}), found {name}.")
         return name
     if name not in FORMATS:
         near = difflib.get_close_matches(str(name), FORMATS, n=1, cutoff=0.4)

@@ -24,7 +24,6 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TYPE = re.compile(r"\b(pred|[suf]\d+\w*|bf16)\[")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _PRODUCTS = ("convolution", "dot")
-_ELEMENTWISE = ("multiply", "fusion", "custom-call")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +39,7 @@ class Instruction:
 
 @dataclass(frozen=True, kw_only=True)
 class Executed:
-    """How one layer's product runs: "convolution", "dot" or "multiply" (written out as multiply-adds).
+    """How one layer's product runs: "convolution", "dot", "custom-call" (a library) or "multiply" (multiply-adds).
 
     `operands` and `result` are dtype names joined by "+" where instructions differ; "unknown" where nothing was found.
     """
@@ -53,11 +52,9 @@ class Executed:
 
 def instructions(text: str) -> tuple[Instruction, ...]:
     """All instructions of an HLO module's text, of every computation in it, fused ones too."""
-    dtypes: dict[str, str] = {}
+    dtypes: dict[str, str] = {}  # names are unique in a module, so one table serves all computations
     parsed: list[tuple[str, str, str, str]] = []
     for line in text.splitlines():
-        if line and not line[0].isspace():
-            dtypes = dict(dtypes)  # names are unique in a module, so one table serves all computations
         match = _INSTRUCTION.match(line)
         if not match:
             continue
@@ -102,12 +99,11 @@ def executed_dtypes(text: str, layers: Sequence[str]) -> dict[str, Executed]:
 
 
 def _executed(name: str, found: Iterable[Instruction]) -> Executed:
-    found = list(found)
+    found = [each for each in found if each.dtype in _DTYPES.values()]
     products = [each for each in found if each.opcode in _PRODUCTS]
-    for opcodes in (_PRODUCTS, ("multiply",)):
-        products = [each for each in found if each.opcode in opcodes and each.dtype in _DTYPES.values()]
-        if products:
-            break
+    # Without a product of XLA's own the layer is a library's call, or written out as multiply-adds.
+    products = products or [each for each in found if each.opcode == "custom-call"]
+    products = products or [each for each in found if each.opcode == "multiply"]
     if not products:
         return Executed(layer=name, opcode="unknown", operands="unknown", result="unknown")
     operands = {dtype for each in products for dtype in each.operand_dtypes}

@@ -79,7 +79,7 @@ class Product:
     """One dot or convolution, and the bias added to it.
 
     `kind`: "dot" | "conv". For a dot only `dimension_numbers` and `precision` say something. `function` is the
-    module's own hook, or the plain lax function.
+    module's own hook, or the plain lax function; `extra` what else Flax hands to it (`preferred_element_type`, say).
     """
 
     kind: str
@@ -92,6 +92,7 @@ class Product:
     rhs_dilation: tuple[int, ...] = ()
     feature_group_count: int = 1
     bias: Array | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, lhs: Array, rhs: Array) -> Array:
         """The product as the model computes it, bias included."""
@@ -105,7 +106,7 @@ class Product:
         """
         if accumulate is not None and not _takes_preferred_type(self.function):
             lhs, rhs, accumulate = lhs.astype(accumulate), rhs.astype(accumulate), None
-        extra = {} if accumulate is None else {"preferred_element_type": jnp.dtype(accumulate)}
+        extra = dict(self.extra) if accumulate is None else {"preferred_element_type": jnp.dtype(accumulate)}
         if self.kind == "dot":
             return self.function(lhs, rhs, self.dimension_numbers, precision=self.precision, **extra)
         return self.function(
@@ -310,6 +311,8 @@ class _Session:
     found: dict[str, Layer] = field(default_factory=dict)
     reached: Counter[str] = field(default_factory=Counter)
     owners: dict[str, str] = field(default_factory=dict)
+    narrow: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
     inside: bool = False
 
     @contextmanager
@@ -364,13 +367,14 @@ class _Call:
         return self._dot(own or jax.lax.dot_general) if which == "dot_general" else self._conv(own)
 
     def _dot(self, own: Callable[..., Array]) -> Callable[..., Array]:
-        def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, **_: Any) -> Array:
+        def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, **more: Any) -> Array:
             product = Product(
                 kind="dot",
                 function=own,
                 dimension_numbers=dimension_numbers,
                 precision=precision,
                 bias=self.bias,
+                extra={name: value for name, value in more.items() if value is not None},
             )
             return self._run(product, lhs, rhs)
 
@@ -387,7 +391,7 @@ class _Call:
             dimension_numbers: Any = None,
             feature_group_count: int = 1,
             precision: Any = None,
-            **_: Any,
+            **more: Any,
         ) -> Array:
             spatial = len(window_strides)
             product = Product(
@@ -401,6 +405,7 @@ class _Call:
                 rhs_dilation=tuple(rhs_dilation or (1,) * spatial),
                 feature_group_count=feature_group_count,
                 bias=self.bias,
+                extra={name: value for name, value in more.items() if value is not None},
             )
             return self._run(product, lhs, rhs)
 
@@ -411,11 +416,13 @@ class _Call:
         session.reached[self.name] += 1
         if session.layers is None:
             out = product(lhs, rhs)
+            if {lhs.dtype, rhs.dtype} != {jnp.dtype(jnp.float32)}:
+                session.narrow.append(f"{self.name} ({lhs.dtype} x {rhs.dtype})")
             session.found[self.name] = self._describe(product, lhs, rhs, out)
             return out
         with jax.named_scope(self.name):
             out = session.override(session.layers[self.name], product, lhs, rhs)
-            return out.astype(self.dtype)
+            return out.astype(product.extra.get("preferred_element_type", self.dtype))
 
     def _describe(self, product: Product, lhs: Array, rhs: Array, out: Array) -> Layer:
         macs = out.size * rhs.size // rhs.shape[-1]  # per output number: kernel size x input features of its group
@@ -455,6 +462,9 @@ def _linen_interceptor(session: _Session) -> Callable[..., Any]:
         variables = dict(module.variables)
         kernel, bias = _leaf_paths(module.path, has_bias=module.use_bias)
         name = "/".join(module.path) or type(module).__name__
+        if kernel not in session.dtypes:  # a model inside the model, with weights of its own
+            session.foreign.append(name)
+            return next_fun(*args, **kwargs)
         call = _Call(session, name, type(module).__name__, kernel, bias)
         factory = getattr(module, which + "_cls")
         own = factory() if factory is not None else getattr(module, which)
@@ -484,23 +494,48 @@ def _build(
             "Found no Dense, Linear or Conv layer that the override can reach; modules seen: "
             f"{sorted(set(discovery.owners.values()))}. Nothing here can be lowered."
         )
-    layers = discovery.found
+    if discovery.foreign:
+        raise OverrideNotReached(
+            f"The weights of {len(discovery.foreign)} layers are not among the model's params: "
+            f"{', '.join(discovery.foreign[:5])}. They belong to a module applied inside this one: make it a submodule."
+        )
+    if discovery.narrow:
+        raise ValueError(
+            f"Expected float32 layers, found {len(discovery.narrow)} that compute in other dtypes: "
+            f"{', '.join(discovery.narrow[:5])}. Build the module with dtype=float32 (or None) and float32 params and inputs; "
+            "mpjax.apply then lowers them."
+        )
+    layers = {name: _stacked(layer, params) for name, layer in discovery.found.items()}
+    again = _Session(override=_identity, dtypes=dtypes, layers=layers)
+    jax.eval_shape(lambda p, *x: run(p, x, again), params, *example)  # a cached inner trace is skipped now
+    _check_reached(again)
 
     def call(call_params: Params, *inputs: Array, override: Override | None = None) -> Any:
         session = _Session(override=override or _identity, dtypes=dtypes, layers=layers)
         outputs = run(call_params, inputs, session)
-        if override is not None:
-            missed = [name for name, layer in layers.items() if session.reached[name] < layer.calls]
-            if missed:
-                raise OverrideNotReached(
-                    f"The override did not reach the product of {len(missed)} of {len(layers)} layers: "
-                    f"{', '.join(missed[:5])}{' …' if len(missed) > 5 else ''}. An inner function that was jitted and traced "
-                    "before does this: call the model without inner jax.jit, and jit the whole instead."
-                )
+        _check_reached(session)
         return outputs
 
     others = _others(params, tuple(layers.values()), discovery.owners)
     return Model(params=params, layers=tuple(layers.values()), call=call, others=others)
+
+
+def _check_reached(session: _Session) -> None:
+    layers = session.layers or {}
+    missed = [name for name, layer in layers.items() if session.reached[name] < layer.calls]
+    if missed:
+        raise OverrideNotReached(
+            f"The override did not reach the product of {len(missed)} of {len(layers)} layers: "
+            f"{', '.join(missed[:5])}{' …' if len(missed) > 5 else ''}. An inner function that was jitted and traced before "
+            "does this: take inner jax.jit out of the model, and jit the whole instead."
+        )
+
+
+def _stacked(layer: Layer, params: Params) -> Layer:
+    """The layer with its whole kernel: under `nn.scan` a product sees one slice of it at a time."""
+    kernel = dict(_named_leaves(params))[layer.kernel]
+    slices = int(np.prod(kernel.shape)) // max(layer.weights, 1)
+    return replace(layer, kernel_shape=tuple(kernel.shape), flops=layer.flops * slices)
 
 
 def _others(params: Params, layers: Iterable[Layer], owners: Mapping[str, str]) -> tuple[OtherParameter, ...]:
@@ -513,7 +548,9 @@ def _others(params: Params, layers: Iterable[Layer], owners: Mapping[str, str]) 
             continue
         owner = owners.get(path.rpartition("/")[0], "")
         is_weight = path.rpartition("/")[2] in ("kernel", "embedding")
-        reason = "bias" if path in biases else ("its product has no hook" if is_weight else "not a product's weights")
+        reason = (
+            "bias" if path in biases else ("its product was not reached" if is_weight else "not a product's weights")
+        )
         found.append(OtherParameter(path=path, shape=tuple(np.shape(leaf)), owner=owner, reason=reason))
     return tuple(found)
 

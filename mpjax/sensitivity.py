@@ -121,7 +121,16 @@ def local_rounding(*, num_probes: int | None = 4, calibration: Calibration | Non
         probes = num_probes or _output_size(model, batches)
         ledger = Ledger(forward=examples * (1 + len(low)), vjp=examples * probes, compilations=1)
         name = f"local_rounding[{'exact' if num_probes is None else num_probes}]"
-        return _scores(name, model, low, total / examples, np.sqrt(variance) / examples, ledger=ledger, timed=run)
+        return _scores(
+            name,
+            model,
+            low,
+            total / examples,
+            np.sqrt(variance) / examples,
+            ledger=ledger,
+            timed=run,
+            data=batches,
+        )
 
     return scorer
 
@@ -154,7 +163,16 @@ def measured(*, calibration: Calibration | None = None) -> Scorer:
                 total[layer, fmt] += 0.5 * np.sum(change**2)
         examples = _examples(batches)
         ledger = Ledger(forward=examples * (1 + total.size), compilations=1)
-        return _scores("measured", model, low, total / examples, np.zeros_like(total), ledger=ledger, timed=run)
+        return _scores(
+            "measured",
+            model,
+            low,
+            total / examples,
+            np.zeros_like(total),
+            ledger=ledger,
+            timed=run,
+            data=batches,
+        )
 
     return scorer
 
@@ -221,7 +239,9 @@ def quadratic(*, loss: Callable[..., Array] | None = None) -> Scorer:
         value = total / examples
         kind: Literal["loss", "ranking"] = "loss" if loss is None else "ranking"
         name = f"quadratic[{'output_loss' if loss is None else 'loss'}]"
-        scores = _scores(name, model, low, value, np.zeros_like(value), ledger=ledger, timed=run, kind=kind)
+        scores = _scores(
+            name, model, low, value, np.zeros_like(value), ledger=ledger, timed=run, kind=kind, data=batches
+        )
         return replace(scores, status=np.where(unchanged, ZERO, scores.status))
 
     return scorer
@@ -268,8 +288,9 @@ def logdet(*, damping: float = 1e-2, max_outputs: int = 256, batch_size: int = 8
 
         run = _Timed(grams)
         matrices = run(model.params, *inputs)
-        spectra = [np.linalg.eigvalsh(np.float64(matrices[name])).clip(min=0.0) for name in model.names]
+        spectra = [_spectrum(np.asarray(matrices[name], np.float64)) for name in model.names]
         everything = np.concatenate(spectra)
+        everything = everything[np.isfinite(everything)]
         nonzero = everything[everything > 1e-7 * everything.max(initial=0.0)]
         epsilon = damping * float(nonzero.mean()) if nonzero.size else 1.0
         column = np.array([np.sum(np.log1p(each / epsilon)) for each in spectra])
@@ -351,6 +372,11 @@ def _leaf(params: Params, layer: Layer) -> Array:
     return partition.select(params, layer.block)[layer.kernel]
 
 
+def _spectrum(gram: np.ndarray) -> np.ndarray:
+    """Eigenvalues of a positive semi-definite matrix; NaN where it is not finite."""
+    return np.linalg.eigvalsh(gram).clip(min=0.0) if np.isfinite(gram).all() else np.full(1, np.nan)
+
+
 def _examples(batches: Batches) -> int:
     return sum(batch[0].shape[0] for batch in batches)
 
@@ -379,9 +405,11 @@ def _scores(
     ledger: Ledger,
     timed: _Timed,
     kind: Literal["loss", "ranking"] = "loss",
+    data: Batches = (),
 ) -> Scores:
-    # float16 is the one format here that overflows; any other non-finite score came out of the model itself.
-    overflows = np.array([fmt.operand == "float16" for fmt in formats])
+    # float16 is the one format here that overflows, unless the inputs were not finite to begin with.
+    overflows = np.array([fmt.operand == "float16" and kind == "loss" for fmt in formats])
+    overflows &= all(bool(jnp.all(jnp.isfinite(each))) for batch in data for each in batch)
     finite = np.isfinite(value)
     status = np.where(finite, OK, np.where(overflows[None, :], OVERFLOW, NOT_FINITE)).astype("U32")
     if kind == "loss":

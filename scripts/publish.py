@@ -19,6 +19,7 @@ def main() -> None:
     """Copy and rewrite."""
     summary = json.loads((RUN / "summary.json").read_text())
     confident = json.loads((CONFIDENT / "summary.json").read_text())
+    check(summary, confident)
     DOCS.mkdir(parents=True, exist_ok=True)
     for name in ("results.csv", "agreement.csv", "executed.csv", "programs.csv"):
         shutil.copy(RUN / name, DOCS / name)
@@ -26,9 +27,27 @@ def main() -> None:
         shutil.copy(RUN / name, DOCS / name)
     readme = ROOT / "README.md"
     text = readme.read_text()
-    before, _, rest = text.partition(START)
-    after = rest.partition(END)[2]
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise SystemExit(f"README.md lacks {START} or {END}; nothing was written to it.")
     readme.write_text(before + START + "\n" + block(summary, confident) + END + after)
+
+
+def check(summary: dict, confident: dict) -> None:
+    """Refuse runs whose numbers would not be what the README says they are."""
+    wrong = []
+    for name, run, confidence in (("the demo", summary, None), ("the confident run", confident, 0.95)):
+        if run["config"]["tolerance"] != 0.1 or run["config"]["confidence"] != confidence:
+            wrong.append(f"{name} ran with {run['config']}")
+        if run["commit"].endswith("+") or run["commit"] == "unknown":
+            wrong.append(f"{name} ran on uncommitted changes ({run['commit']})")
+    if summary["commit"] != confident["commit"]:
+        wrong.append(f"the runs are of two commits, {summary['commit']} and {confident['commit']}")
+    if summary["reused_pieces"]:
+        wrong.append(f"the demo reused pieces, so its seconds are partial: {summary['reused_pieces']}; add --fresh")
+    if wrong:
+        raise SystemExit("Not published:\n  " + "\n  ".join(wrong))
 
 
 def block(summary: dict, confident: dict) -> str:
@@ -77,8 +96,7 @@ def block(summary: dict, confident: dict) -> str:
         f"{local['compile_seconds']:.0f} s against {summary['agreement'][0]['compile_seconds']:.0f} s). The exact "
         f"log-determinant of a layer's Hessian block reaches {logdet['spearman_float16_acc16']:.2f} and "
         f"{logdet['spearman_bfloat16']:.2f}: it "
-        "does not see how large the rounding is. Six formats at once: "
-        "[local_rounding_speed.csv](docs/pose_landmark/local_rounding_speed.csv).",
+        "does not see how large the rounding is. `scripts/local_rounding_speed.py` compares all formats at once.",
         "",
         f"`scripts/demo` on {where['device']}, {where['cores']} cores, Python {where['python']}, jax {where['jax']}, flax "
         f"{where['flax']}, {where['date'][:10]}, in {summary['seconds']:.0f} s with {summary['peak_rss_mb'] / 1e3:.1f} GB at "

@@ -110,8 +110,8 @@ def test_a_wrong_program_is_caught_and_compiled_with_other_options(small, monkey
             return jax.tree.map(lambda leaf: leaf * 1.01, self.executable(*args))
 
     def sabotaged(lowered, options, skipped):
-        executable = real(lowered, options, skipped)
-        return executable if options or executable is None else Wrong(executable)
+        executable, used = real(lowered, options, skipped)
+        return (executable if options else Wrong(executable)), used
 
     monkeypatch.setattr(compiled, "_compile", sabotaged)
     monkeypatch.setattr(compiled, "OPTION_SETS", ({}, {"xla_allow_excess_precision": False}))
@@ -120,6 +120,19 @@ def test_a_wrong_program_is_caught_and_compiled_with_other_options(small, monkey
     monkeypatch.setattr(compiled, "OPTION_SETS", ({},))
     with pytest.raises(compiled.MiscompiledError, match="differs from an op-by-op run"):
         compiled.compile(model, batches)
+
+
+def test_outputs_that_are_not_finite_must_agree_too(small, monkeypatch):
+    """An overflowing program is compiled if it overflows in the same places, and refused if it does not."""
+    model, batches = small
+    params = jax.tree.map(lambda leaf: leaf, model.params)
+    params["head"]["kernel"] = params["head"]["kernel"].at[:, 0].set(jnp.float32(3e38))
+    loud = models.Model(params=params, layers=model.layers, call=model.call)
+    program = compiled.compile(apply.apply(loud, {"pointwise": "bfloat16"}), batches)
+    assert not np.isfinite(program(*batches[0])["out"]).all() and np.isfinite(program.verification.error)
+    assert compiled._largest_error([np.array([1.0, np.nan])], [np.array([1.0, np.inf])]) == np.inf
+    assert compiled._largest_error([np.array([np.nan, 1.0])], [np.array([1.0, 1.0])]) == np.inf
+    assert not compiled.Verification(error=np.inf, limit=np.inf, distance=np.inf, spread=0.0, inputs=2).agrees
 
 
 def test_an_unknown_compiler_option_is_skipped_and_recorded(small, monkeypatch):
@@ -145,6 +158,8 @@ def test_clear_errors(small, mixed_program):
     model, batches = small
     with pytest.raises(ValueError, match="at least two"):
         compiled.compile(model, batches[:1])
+    with pytest.raises(ValueError, match="two different inputs"):
+        compiled.compile(model, [batches[0], batches[0]])
     with pytest.raises(ValueError, match="compile again"):
         mixed_program(jnp.ones((1, 16, 16, 3), jnp.float32))
 

@@ -106,7 +106,7 @@ def test_others_are_listed_with_the_reason(linen):
     why = {each.path: each.reason for each in model.others}
     assert why["stem/bias"] == "bias"
     assert why["norm/scale"] == "not a product's weights"
-    assert why["attention/query/kernel"] == "its product has no hook"
+    assert why["attention/query/kernel"] == "its product was not reached"
     kernels = {layer.kernel for layer in model.layers}
     paths = {
         jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -170,22 +170,47 @@ def test_a_jitted_inner_function_is_refused():
             return nn.Dense(4, name="inside")(x)
 
     x = jnp.ones((2, 4), jnp.float32)
-    variables = Inner().init(KEY, x)
     cached = jax.jit(lambda p, x: Inner().apply({"params": p}, x))
 
     class Outer(nn.Module):
+        own: bool = True
+
         @nn.compact
         def __call__(self, x):
             x = nn.Dense(4, name="outside")(x)
-            return cached(variables["params"], x)
+            return cached(self.variables["params"] if self.own else weights, x)
 
-    outer = Outer().init(KEY, x)
-    model = models.from_linen(Outer(), outer, x)  # the trace of `cached` is already there, or is made here
-    if "inside" in model.names:
-        with pytest.raises(models.OverrideNotReached, match="inside"):
-            model.call(model.params, x, override=recording([]))
-    else:
-        assert model.names == ("outside",)
+    weights = Inner().init(KEY, x)["params"]
+    variables = {"params": {"outside": weights["inside"], **weights}}
+    with pytest.raises(models.OverrideNotReached, match="did not reach .* inside"):
+        models.from_linen(Outer(), variables, x)
+    jax.clear_caches()
+    Outer().apply(variables, x)  # the inner trace is cached before mpjax sees the model: its weights are listed
+    model = models.from_linen(Outer(), variables, x)
+    assert model.names == ("outside",)
+    assert [each.reason for each in model.others if each.path == "inside/kernel"] == ["its product was not reached"]
+    jax.clear_caches()
+    with pytest.raises(models.OverrideNotReached, match="not among the model's params: inside"):
+        models.from_linen(Outer(own=False), {"params": {"outside": weights["inside"]}}, x)
+
+
+def test_other_dtypes_than_float32_are_refused():
+    x = jnp.ones((2, 4), jnp.float32)
+    module = nn.Dense(3, dtype=jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"Dense \(bfloat16 x bfloat16\)"):
+        models.from_linen(module, module.init(KEY, x), x)
+
+
+def test_scanned_layers_count_all_their_weights():
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            return nn.Dense(4, name="dense")(x), None
+
+    body = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
+    x = jnp.ones((2, 4), jnp.float32)
+    (layer,) = models.from_linen(body, body.init(KEY, x, None), x, None).layers
+    assert layer.weights == 48 and layer.kernel_shape == (3, 4, 4)
 
 
 def test_product_call_and_accumulation():
