@@ -141,7 +141,7 @@ def main(config: Config) -> None:
         for fmt in FORMATS
     }
 
-    rows, emulated_xy = emulated_rows(config, evaluators[EMULATED], found[EMULATED], calibration, evaluation, pieces)
+    rows, emulated_xy = emulated_rows(config, evaluators[EMULATED], found[EMULATED], evaluation, pieces)
     program_rows, programs, timings, executed_table, check_table, program_ledger = executed_rows(
         config, base, found[EXECUTED], calibration, evaluation
     )
@@ -168,7 +168,7 @@ def main(config: Config) -> None:
     report.write_json(folder / "plan.json", plan)
 
     agreement = agreement_rows(scores, by_name["measured"])
-    figures = draw(folder, config, scores, found, curves, calibration, evaluation, emulated_xy)
+    figures = draw(folder, config, scores, found, curves, evaluation, emulated_xy)
     seconds = time.perf_counter() - start
     parameters = sum(int(leaf.size) for leaf in jax.tree.leaves(base.params))
     summary = {
@@ -495,7 +495,7 @@ def with_tolerance(row: dict[str, Any], config: Config, found: Found) -> dict[st
 
 
 def emulated_rows(
-    config: Config, evaluator: Evaluator, found: Found, calibration: Split, evaluation: Split, pieces: common.Pieces
+    config: Config, evaluator: Evaluator, found: Found, evaluation: Split, pieces: common.Pieces
 ) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     """All-low and mixed rows of the emulated format on the evaluation crops, and their landmarks."""
     everything = search.Assignment.uniform(found.assignment, evaluator.fmt)
@@ -595,7 +595,6 @@ def draw(
     scores: Sequence[sensitivity.Scores],
     found: Mapping[str, Found],
     curves: Mapping[str, Sequence[pose_figures.Curve]],
-    calibration: Split,
     evaluation: Split,
     emulated_xy: Mapping[str, np.ndarray],
 ) -> dict[str, Path]:

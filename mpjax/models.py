@@ -505,7 +505,8 @@ def _build(
             f"{', '.join(discovery.narrow[:5])}. Build the module with dtype=float32 (or None) and float32 params and inputs; "
             "mpjax.apply then lowers them."
         )
-    layers = {name: _stacked(layer, params) for name, layer in discovery.found.items()}
+    leaves = dict(_named_leaves(params))
+    layers = {name: _stacked(layer, leaves[layer.kernel]) for name, layer in discovery.found.items()}
     again = _Session(override=_identity, dtypes=dtypes, layers=layers)
     jax.eval_shape(lambda p, *x: run(p, x, again), params, *example)  # a cached inner trace is skipped now
     _check_reached(again)
@@ -531,9 +532,8 @@ def _check_reached(session: _Session) -> None:
         )
 
 
-def _stacked(layer: Layer, params: Params) -> Layer:
+def _stacked(layer: Layer, kernel: Array) -> Layer:
     """The layer with its whole kernel: under `nn.scan` a product sees one slice of it at a time."""
-    kernel = dict(_named_leaves(params))[layer.kernel]
     slices = int(np.prod(kernel.shape)) // max(layer.weights, 1)
     return replace(layer, kernel_shape=tuple(kernel.shape), flops=layer.flops * slices)
 

@@ -3,7 +3,7 @@
     .venv/bin/python scripts/local_rounding_speed.py        (about 8 minutes on 2 cores)
 
 Same crops, same process, seconds without compilation. Prints a table; writes docs/pose_landmark/local_rounding_speed.csv.
-Run it on an idle machine.
+Run it on an idle machine. One of the six is float32, which costs `measured` a pass per layer and local rounding nothing.
 """
 
 import sys

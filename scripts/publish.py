@@ -1,6 +1,7 @@
 """Put a run of the demo into README.md and docs/pose_landmark/: figures, small tables, the numbers with machine and date.
 
-scripts/demo
+scripts/demo --fresh
+mkdir -p results/confidence && cp -r results/pose_landmark results/confidence/    (its scores are reused)
 scripts/demo --confidence 0.95 --results results/confidence
 .venv/bin/python scripts/publish.py
 """
@@ -84,8 +85,8 @@ def block(summary: dict, confident: dict) -> str:
     where = summary["environment"]
     lines += [
         "",
-        "Accepted on the calibration crops at 10 % of the all-low NME (`limit`); the rows are the evaluation crops, run once, "
-        "reported as they are: "
+        "Accepted on the calibration crops at 10 % of the all-low NME (`limit`); the rows are the evaluation crops, on which "
+        "nothing was searched, reported as they are: "
         + ", ".join(f"mixed {fmt} has {value:.1%} of the all-low error there" for fmt, value in ratio.items())
         + ". Layers lowered when accepted by the mean / by the upper bound of its 95 % interval (`--confidence 0.95`): "
         + ", ".join(f"{fmt} {mean} / {bound}" for fmt, (mean, bound) in counts.items())
@@ -94,7 +95,7 @@ def block(summary: dict, confident: dict) -> str:
         f"`local_rounding` ranks the layers as measuring them one by one does (Spearman {local['spearman_float16_acc16']:.3f} "
         f"and {local['spearman_bfloat16']:.3f}) in {local['vs_measured']:.2f} of the time (both formats at once; compilation "
         f"{local['compile_seconds']:.0f} s against {summary['agreement'][0]['compile_seconds']:.0f} s). The exact "
-        f"log-determinant of a layer's Hessian block reaches {logdet['spearman_float16_acc16']:.2f} and "
+        f"log-determinant of a layer's Hessian block, from one crop, reaches {logdet['spearman_float16_acc16']:.2f} and "
         f"{logdet['spearman_bfloat16']:.2f}: it "
         "does not see how large the rounding is. `scripts/local_rounding_speed.py` compares all formats at once.",
         "",
