@@ -37,7 +37,7 @@ EMULATED, EXECUTED = "float16_acc16", "bfloat16"
 FORMATS = (EMULATED, EXECUTED)
 RANKED_BY = "local_rounding"
 BATCH = 4  # crops in one call where many are evaluated
-QUADRATIC_CROPS = 8  # of the calibration crops, for the score that costs one JVP per layer, format and crop
+CURVATURE_CROPS = 8  # of the calibration crops, for the two scores whose cost per crop is large
 CURVE_POINTS = 10
 
 ROW_FIELDS: dict[str, Any] = {
@@ -251,8 +251,8 @@ def all_scores(config: Config, model: Model, split: Split, pieces: common.Pieces
             "sensitivity: local rounding, all layers at once",
             {"probes": config.probes},
         ),
-        (sensitivity.quadratic(), split.batches(BATCH, QUADRATIC_CROPS), "sensitivity: quadratic (weights only)", {}),
-        (sensitivity.logdet(max_outputs=66), split.batches(1, 1), "sensitivity: log-determinant, exact", {}),
+        (sensitivity.quadratic(), split.batches(BATCH, CURVATURE_CROPS), "sensitivity: quadratic (weights only)", {}),
+        (sensitivity.logdet(), split.batches(1, CURVATURE_CROPS), "sensitivity: log-determinant, exact", {}),
     ]
     scores = []
     with report.progress("sensitivity", len(plan)) as advance:
@@ -260,31 +260,10 @@ def all_scores(config: Config, model: Model, split: Split, pieces: common.Pieces
 
             def compute(scorer: sensitivity.Scorer = scorer, batches: Batches = batches) -> tuple[dict, dict, Ledger]:
                 found = scorer(model, batches, FORMATS, key)
-                arrays = {"value": found.value, "stderr": found.stderr, "status": found.status.astype("U32")}
-                notes = {
-                    "estimator": found.estimator,
-                    "kind": found.kind,
-                    "seconds": found.seconds,
-                    "compile_seconds": found.compile_seconds,
-                    "ledger": found.ledger.as_dict(),
-                }
-                return arrays, notes, found.ledger
+                return *sensitivity.pack(found), found.ledger
 
             piece = pieces.get(name, compute, **extra)
-            scores.append(
-                sensitivity.Scores(
-                    estimator=piece.meta["estimator"],
-                    value=piece.arrays["value"],
-                    stderr=piece.arrays["stderr"],
-                    status=piece.arrays["status"],
-                    layers=model.names,
-                    formats=FORMATS,
-                    kind=piece.meta["kind"],
-                    ledger=Ledger(**piece.meta["ledger"]),
-                    seconds=piece.meta["seconds"],
-                    compile_seconds=piece.meta["compile_seconds"],
-                )
-            )
+            scores.append(sensitivity.unpack(piece.arrays, piece.meta))
             advance()
     return scores
 
@@ -810,7 +789,7 @@ def write_report(
             heading="Estimators against measuring",
             paragraphs=[
                 "Spearman's rank correlation with the error of each layer lowered alone; seconds without compilation, in one "
-                f"process. local_rounding and measured saw all calibration crops, quadratic {QUADRATIC_CROPS}, logdet 1.",
+                f"process. local_rounding and measured saw all calibration crops, quadratic and logdet {CURVATURE_CROPS}.",
             ],
             html=[tables["agreement"]],
         ),

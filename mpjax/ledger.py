@@ -28,6 +28,12 @@ class Ledger:
             return NotImplemented
         return Ledger(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
 
+    def __mul__(self, times: int) -> "Ledger":
+        """The cost of doing it that many times."""
+        if not isinstance(times, int):
+            return NotImplemented
+        return Ledger(**{f.name: getattr(self, f.name) * times for f in fields(self)})
+
     def as_dict(self) -> dict[str, int]:
         """The counts by name, as they are written to a summary."""
         return asdict(self)

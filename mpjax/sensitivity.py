@@ -4,425 +4,412 @@ A scorer is made by a factory that takes the knobs; it then takes the problem an
 
     scores = local_rounding(num_probes=4)(model, batches, ("bfloat16",), jax.random.key(0))
 
-Every score of kind "loss" here predicts (or, for `measured`, is) the same number: the mean over the examples of
-½ ‖f_low(x) − f(x)‖², where only that one layer is in that format and f are the model's outputs, flattened. That is the
-*output loss* per example: its gradient at the trained weights is exactly 0 and its Hessian exactly JᵀJ, so the
-second-order expansion ½ δᵀHδ holds without assuming that training reached an optimum.
+Without a model, `from_loss` has the curvature scores of any `loss(params) -> scalar`.
+
+The default loss is the *output loss* per example, ½ ‖f_low(x) − f(x)‖², f the model's outputs, flattened: its gradient at the
+trained weights is exactly 0 and its Hessian exactly JᵀJ, so the second-order expansion ½ δᵀHδ holds without assuming that
+training reached an optimum. Others are in `losses`. Where a score predicts a loss ("kind" loss), it is the mean over examples.
+
+Where to look: `rounding_scores` (measured, local_rounding and the baselines), `output_scores` (output probes, exact spectra),
+`hessian_scores` (Hessian-vector products), `cross_terms` (interactions), `scores` (what all of them return).
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax import curvature, partition
-from mpjax.emulate import Calibration, calibrate, choose, product_in
-from mpjax.formats import FLOAT32, Format, parse_all, round_weights
-from mpjax.ledger import Ledger
-from mpjax.models import Array, Batches, Layer, Model, Override, Params, Product, check_batches
+from mpjax import estimate, from_loss, grams, hessian_scores, losses, output_scores
+from mpjax.cross_terms import Interactions, interactions
+from mpjax.formats import Format
+from mpjax.from_loss import EigenvalueScale, Form, Probes, TraceScale
+from mpjax.gradients import matrix_gradients
+from mpjax.hessian_scores import Objective
+from mpjax.losses import Loss
+from mpjax.models import Array, Batches, Model, Params
+from mpjax.rounding_scores import depth, local_rounding, measured, output_size, random, rounding_norm
+from mpjax.scores import (
+    INDEFINITE,
+    NOT_FINITE,
+    OK,
+    OVERFLOW,
+    UNCONVERGED,
+    ZERO,
+    Key,
+    Scorer,
+    Scores,
+    Timed,
+    examples_in,
+    make_scores,
+    pack,
+    prepare,
+    rounding_of,
+    unpack,
+)
 
-Key = Array
-Scorer = Callable[[Model, Batches, Sequence[str | Format], Key], "Scores"]
-
-OK = "ok"
-ZERO = "zero_by_construction"
-NOT_FINITE = "not_finite"
-OVERFLOW = "overflow"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """Scores of L layers in F formats.
-
-    `value`, `stderr`: (L, F) float64; a score that is not finite is +inf, so it ranks as most sensitive. `stderr`: standard
-    error from the random probes (0 where there are none, NaN where it cannot be told). `kind`: "loss" (predicted output
-    loss, may be summed) or "ranking" (only the order means something). `status`: (L, F) strings, "ok" |
-    "zero_by_construction" | "not_finite" | "overflow". `seconds` without and `compile_seconds` of compilation.
-    """
-
-    estimator: str
-    value: np.ndarray
-    stderr: np.ndarray
-    layers: tuple[str, ...]
-    formats: tuple[str, ...]
-    kind: Literal["loss", "ranking"]
-    status: np.ndarray
-    ledger: Ledger
-    seconds: float
-    compile_seconds: float
-
-    def column(self, fmt: str) -> np.ndarray:
-        """(L,) scores of one format."""
-        if fmt not in self.formats:
-            raise ValueError(f"No scores for format {fmt!r}; these are for {', '.join(self.formats)}.")
-        return self.value[:, self.formats.index(fmt)]
-
-    def ranking(self, fmt: str) -> tuple[str, ...]:
-        """Layers from least to most sensitive; ties in execution order."""
-        return tuple(self.layers[i] for i in np.argsort(self.column(fmt), kind="stable"))
-
-
-def local_rounding(*, num_probes: int | None = 4, calibration: Calibration | None = None) -> Scorer:
-    """Each layer's own rounding error, carried to the output by vector-Jacobian products: all layers and formats at once.
-
-    Let δa be the layer in low precision on its float32 input minus the layer in float32 (weights, inputs and
-    accumulation together) and u a random sign vector over the outputs; then s = uᵀ (∂f/∂a) δa has E[s²] = ‖(∂f/∂a) δa‖².
-    The number of vector-Jacobian products is `num_probes` per example, whatever the number of layers or formats; the
-    local errors cost about one more forward pass per format. First order in δa, exact in everything else. Memory: the
-    activations of one batch, `num_probes` times for the cotangents, and one layer's local error at a time.
-
-    Source: the Gauss-Newton form of ½ δᵀHδ (Martens, arXiv 1412.1193) with sign probes (Hutchinson 1990,
-    doi 10.1080/03610919008812866), taken at the layers' outputs instead of their weights.
-
-    Args:
-        num_probes: random sign vectors per example; None takes every basis vector, which makes the score exact.
-        calibration: activation ranges for scaled formats; measured on the batches where it is needed and None.
-    """
-    if num_probes is not None and num_probes < 1:
-        raise ValueError(f"Expected num_probes ≥ 1, or None for all basis vectors; found {num_probes}.")
-
-    def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
-        low, ranges = _prepare(model, batches, formats, calibration)
-        shape = (len(model.layers), len(low))
-
-        def of_example(params: Params, probe_key: Key, *example: Array) -> Array:  # -> (P, L, F)
-            def tapped(taps: Array) -> Array:
-                return _outputs(model, params, example, _taps(taps, model.names, low, ranges))
-
-            outputs, pull = jax.vjp(tapped, jnp.zeros(shape, jnp.float32))
-            if num_probes is None:
-                probes = jnp.eye(outputs.size, dtype=outputs.dtype)
-            else:
-                probes = jax.random.rademacher(probe_key, (num_probes, outputs.size), outputs.dtype)
-            return jax.vmap(lambda u: pull(u)[0])(probes)
-
-        def of_batch(params: Params, batch_key: Key, *batch: Array) -> tuple[Array, Array]:
-            keys = jax.random.split(batch_key, batch[0].shape[0])
-            over = (None, 0, *(0 for _ in batch))
-            squares = jnp.square(jax.vmap(of_example, in_axes=over)(params, keys, *batch)) / 2.0  # (N, P, L, F)
-            if num_probes is None:
-                return jnp.sum(squares, axis=(0, 1)), jnp.zeros(shape, squares.dtype)
-            mean = jnp.mean(squares, axis=1)
-            spread = jnp.var(squares, axis=1, ddof=1) if num_probes > 1 else jnp.full_like(mean, jnp.nan)
-            return jnp.sum(mean, axis=0), jnp.sum(spread, axis=0) / num_probes
-
-        run = _Timed(of_batch)
-        total, variance = np.zeros(shape), np.zeros(shape)
-        for number, batch in enumerate(batches):
-            mean, spread = run(model.params, jax.random.fold_in(key, number), *batch)
-            total, variance = total + np.float64(mean), variance + np.float64(spread)
-        examples = _examples(batches)
-        probes = num_probes or _output_size(model, batches)
-        ledger = Ledger(forward=examples * (1 + len(low)), vjp=examples * probes, compilations=1)
-        name = f"local_rounding[{'exact' if num_probes is None else num_probes}]"
-        return _scores(
-            name,
-            model,
-            low,
-            total / examples,
-            np.sqrt(variance) / examples,
-            ledger=ledger,
-            timed=run,
-            data=batches,
-        )
-
-    return scorer
+__all__ = [
+    "INDEFINITE",
+    "NOT_FINITE",
+    "OK",
+    "OVERFLOW",
+    "UNCONVERGED",
+    "ZERO",
+    "Interactions",
+    "Scorer",
+    "Scores",
+    "depth",
+    "first_order",
+    "fisher",
+    "from_loss",
+    "gauss_newton",
+    "interactions",
+    "local_rounding",
+    "logdet",
+    "measured",
+    "pack",
+    "quadratic",
+    "random",
+    "rounding_norm",
+    "top_eigenvalue",
+    "trace",
+    "unpack",
+]
 
 
-def measured(*, calibration: Calibration | None = None) -> Scorer:
-    """Each layer lowered alone, by emulation: the truth that the other scores are judged by.
+def quadratic(*, hessian: Literal["gauss_newton", "true"] = "gauss_newton", loss: Loss = losses.OUTPUT) -> Scorer:
+    """½ δᵀHδ with the real rounding error δ of the layer's weights, exact.
 
-    One compilation (the format of each layer is a traced number), then one forward pass per layer, format and example.
-
-    Args:
-        calibration: activation ranges for scaled formats; measured on the batches where it is needed and None.
-    """
-
-    def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
-        del key  # nothing here is random
-        low, ranges = _prepare(model, batches, formats, calibration)
-        count = len(model.layers)
-
-        def of_batch(params: Params, index: Array, *batch: Array) -> Array:
-            return _flat(model.call(params, *batch, override=choose(index, model.names, low, calibration=ranges)))
-
-        run = _Timed(of_batch)
-        total = np.zeros((count, len(low)))
-        for batch in batches:
-            truth = np.float64(run(model.params, jnp.zeros(count, jnp.int32), *batch))
-            for layer, fmt in np.ndindex(*total.shape):
-                index = np.zeros(count, np.int32)
-                index[layer] = 1 + fmt
-                change = np.float64(run(model.params, jnp.asarray(index), *batch)) - truth
-                total[layer, fmt] += 0.5 * np.sum(change**2)
-        examples = _examples(batches)
-        ledger = Ledger(forward=examples * (1 + total.size), compilations=1)
-        return _scores(
-            "measured",
-            model,
-            low,
-            total / examples,
-            np.zeros_like(total),
-            ledger=ledger,
-            timed=run,
-            data=batches,
-        )
-
-    return scorer
-
-
-def quadratic(*, loss: Callable[..., Array] | None = None) -> Scorer:
-    """½ δᵀHδ with the real rounding error δ of the layer's weights.
-
-    Under the output loss (`loss=None`) H = JᵀJ, so it is ½ ‖Jδ‖²: one Jacobian-vector product per layer, format and
-    example, and no backward pass. With a loss of one's own, `loss(outputs, *inputs) -> scalar` (mean over the batch), H is
-    the true Hessian block and it costs one Hessian-vector product each; the value may then be negative, so the kind is
-    "ranking". Weight-space scores do not see the rounding of activations. Where no weight of a layer changes in a format
-    the score is 0 with status "zero_by_construction".
+    "gauss_newton": one Jacobian-vector product per layer, format and example, no backward pass; never negative for a loss
+    that is convex in the outputs. "true": one Hessian-vector product each; negative (status "indefinite") away from an
+    optimum. Under the output loss the two are the same number. Weight-space scores do not see the rounding of activations:
+    where no weight of a layer changes in a format the score is 0 with status "zero_by_construction".
 
     Source: LeCun, Denker and Solla, "Optimal brain damage", NIPS 1989; Dong et al. (HAWQ), arXiv 1905.03696.
     """
+    losses.check(loss)
+    from_loss.check_choice("hessian", hessian, ("gauss_newton", "true"))
 
     def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
         del key
-        low = parse_all(formats)
-        check_batches(batches)
-        kernels = {layer.name: _leaf(model.params, layer) for layer in model.layers}
-        round_all = jax.jit(
-            lambda ws, fmt: {name: round_weights(w, fmt) - w for name, w in ws.items()}, static_argnums=1
-        )
-        deltas = [round_all(kernels, fmt) for fmt in low]
-        zero = jnp.zeros((), jnp.float32)
-
-        def with_kernels(params: Params, values: dict[str, Array]) -> Params:
-            return partition.replace(params, {layer.kernel: values[layer.name] for layer in model.layers})
-
-        def of_batch(params: Params, delta: dict[str, Array], *batch: Array) -> Array:  # -> (L,)
-            def outputs(values: dict[str, Array]) -> Array:
-                return _flat(model.call(with_kernels(params, values), *batch))
-
-            def objective(values: dict[str, Array]) -> Array:
-                assert loss is not None
-                return loss(model.call(with_kernels(params, values), *batch), *batch) * batch[0].shape[0]
-
-            current = {layer.name: _leaf(params, layer) for layer in model.layers}
-            function = outputs if loss is None else jax.grad(objective)
-            _, tangent_of = jax.linearize(function, current)
-
-            def score(number: Array) -> Array:
-                only = {
-                    name: jnp.where(number == position, delta[name], zero) for position, name in enumerate(model.names)
-                }
-                change = tangent_of(only)
-                if loss is None:
-                    return 0.5 * jnp.sum(jnp.square(change))
-                return 0.5 * jnp.sum(jnp.stack([jnp.vdot(only[name], change[name]) for name in only]))
-
-            return jax.lax.map(score, jnp.arange(len(model.layers)))
-
-        run = _Timed(of_batch)
-        total = np.zeros((len(model.layers), len(low)))
-        for batch in batches:
-            for column, delta in enumerate(deltas):
-                total[:, column] += np.float64(run(model.params, delta, *batch))
-        unchanged = np.array([[not bool(jnp.any(delta[name])) for delta in deltas] for name in model.names])
-        examples = _examples(batches)
-        count = examples * total.size
-        ledger = Ledger(forward=examples * len(low), compilations=1)
-        ledger += Ledger(jvp=count) if loss is None else Ledger(hvp=count)
-        value = total / examples
-        kind: Literal["loss", "ranking"] = "loss" if loss is None else "ranking"
-        name = f"quadratic[{'output_loss' if loss is None else 'loss'}]"
-        scores = _scores(
-            name, model, low, value, np.zeros_like(value), ledger=ledger, timed=run, kind=kind, data=batches
-        )
-        return replace(scores, status=np.where(unchanged, ZERO, scores.status))
+        low = prepare(batches, formats, loss)
+        if hessian == "true":
+            return hessian_scores.quadratic(_objective(model, batches, loss), low, "quadratic[true]")
+        timed, rounding = Timed(), rounding_of(model.params, model.partition, low)
+        value, ledger = output_scores.gauss_newton_products(model, batches, loss, rounding, timed=timed)
+        return make_scores(
+            "quadratic[gauss_newton]", model.names, low, value,
+            loss=loss.name, ledger=ledger, timed=timed, kind="loss",
+            unchanged=rounding.unchanged, overflowed=rounding.overflowed,
+        )  # fmt: skip
 
     return scorer
 
 
-def logdet(*, damping: float = 1e-2, max_outputs: int = 256, batch_size: int = 8, max_bytes: int = 2 << 30) -> Scorer:
-    """The post's score: the log-determinant of a layer's Hessian block, exact, as Σ log(1 + λ/ε).
+def gauss_newton(*, num_probes: int = 4, loss: Loss = losses.OUTPUT) -> Scorer:
+    """½ δᵀJᵀHJδ from output probes: one vector-Jacobian product per probe for all layers and formats.
 
-    Under the output loss the block is JᵢᵀJᵢ, summed over the examples; its non-zero eigenvalues are those of the small
-    matrix JᵢJᵢᵀ (the Weinstein–Aronszajn identity), so blocks of any size are exact from k = examples × outputs
-    vector-Jacobian products. Subtracting d log ε from log det(εI + JᵀJ) leaves Σ log(1 + λ/ε), which does not
-    depend on the number of parameters d. It does not depend on the format either: it says how much the output
-    moves, not how large the rounding is. Kind "ranking".
+    The random form of `quadratic(hessian="gauss_newton")`: E[(gᵀδ)²] with g = Jᵀu, u random with E[u uᵀ] = H.
+
+    Source: Martens, arXiv 1412.1193; Hutchinson 1990, doi 10.1080/03610919008812866.
+    """
+    _check_output_probes(num_probes, loss, "gauss_newton")
+
+    def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
+        return _probed(model, batches, formats, key, f"gauss_newton[{num_probes}]", loss, num_probes, "directional")
+
+    return scorer
+
+
+def first_order(*, loss: Loss) -> Scorer:
+    """|gᵀδ|, g the gradient of the loss over all examples: one gradient for all layers and formats.
+
+    Raises:
+        ValueError: a loss whose gradient is zero by construction (the output loss, KL to the model's own output).
+    """
+    _check_not_stationary(loss, "first_order")
+
+    def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
+        del key
+        low = prepare(batches, formats, loss)
+        return hessian_scores.first_order(_objective(model, batches, loss), low, "first_order")
+
+    return scorer
+
+
+def fisher(
+    *,
+    kind: Literal["true", "empirical"] = "true",
+    elementwise: bool = True,
+    num_probes: int = 4,
+    loss: Loss = losses.OUTPUT,
+) -> Scorer:
+    """The diagonal Fisher score ½ Σ E[g²] δ², g the gradient of one example: all layers and formats at once.
+
+    "true": g = Jᵀu from `num_probes` output probes with E[u uᵀ] = H (for cross-entropy: labels drawn from the model itself).
+    "empirical": g is the gradient on the given label, one per example, so nothing is random. Not `elementwise` is FIT's
+    layer-wise form, ½ · mean E[g²] · ‖δ‖².
+
+    Source: FIT (Zandonati et al.), arXiv 2210.08502; on true and empirical: Kunstner, Balles and Hennig, arXiv 1905.12558.
+
+    Raises:
+        ValueError: "empirical" under a loss whose gradient is zero by construction.
+    """
+    from_loss.check_choice("kind", kind, ("true", "empirical"))
+    if kind == "empirical":
+        _check_not_stationary(loss, "fisher[empirical]")
+    else:
+        _check_output_probes(num_probes, loss, "fisher[true]")
+    name = f"fisher[{kind},{'elementwise' if elementwise else 'mean'}]"
+
+    def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
+        probes = num_probes if kind == "true" else None
+        if elementwise:
+            return _probed(model, batches, formats, key, name, loss, probes, "elementwise")
+        return _squares(model, batches, formats, key, name, loss, probes, "noise")
+
+    return scorer
+
+
+def trace(
+    *,
+    num_probes: int = 8,
+    method: Literal["hutchinson", "xtrace", "output", "exact"] = "hutchinson",
+    probes: Probes = "joint",
+    scale: TraceScale = "noise",
+    loss: Loss = losses.OUTPUT,
+    batch_size: int = 1,
+    max_outputs: int = 1024,
+) -> Scorer:
+    """Trace of each layer's Hessian block; by default HAWQ-V2's score ½ · (trace / d) · ‖δ‖², d the layer's weights.
+
+    "hutchinson", "xtrace": of the true Hessian, by Hessian-vector products: joint probes cost one per probe whatever the
+    number of layers, per-layer probes one per probe and layer. "output": of the Gauss-Newton matrix, E‖Jᵀu‖², one
+    vector-Jacobian product per probe and example for all layers, never negative and of far smaller variance. "exact": the
+    same from all rows of H^½ J of at most `max_outputs` outputs; examples are taken from the front of the batches.
+
+    Sources: Dong et al. (HAWQ-V2), arXiv 1911.03852; Hutchinson 1990, doi 10.1080/03610919008812866; XTrace: Epperly, Tropp
+    and Webber, doi 10.1137/23M1548323.
 
     Args:
-        damping: ε, relative to the mean of all layers' non-zero eigenvalues.
-        max_outputs: k at most; the examples are taken from the front of the batches, as many as fit.
-        batch_size: vector-Jacobian products computed together.
-        max_bytes: bound on the k × d Jacobian; a clear error beyond it.
+        num_probes: random vectors (per example for "output").
+        probes: "joint" or "per_layer"; for "hutchinson" and "xtrace".
+        scale: "noise" for the score, "none" for the trace itself (kind "ranking").
+        batch_size: products at a time; memory grows with it.
     """
-    if not damping > 0:
-        raise ValueError(f"Expected damping > 0, found {damping}.")
+    from_loss.check_trace(num_probes, method, probes, scale, ("hutchinson", "xtrace", "output", "exact"))
+    losses.check(loss)
+    if method == "output":
+        _check_output_probes(num_probes, loss, "trace[output]")
 
     def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
-        del key
-        low = parse_all(formats)
-        check_batches(batches)
-        size = _output_size(model, batches)
-        examples = min(max_outputs // size, _examples(batches))
-        if examples < 1:
-            raise ValueError(
-                f"One example has {size} outputs, more than max_outputs = {max_outputs}: raise max_outputs."
-            )
-        inputs = [jnp.concatenate(parts)[:examples] for parts in zip(*batches, strict=True)]
-
-        def grams(params: Params, *batch: Array) -> dict[str, Array]:
-            return curvature.output_grams(
-                lambda p: _flat(model.call(p, *batch)),
-                params,
-                model.partition,
-                batch_size=batch_size,
-                max_bytes=max_bytes,
-            )
-
-        run = _Timed(grams)
-        matrices = run(model.params, *inputs)
-        spectra = [_spectrum(np.asarray(matrices[name], np.float64)) for name in model.names]
-        everything = np.concatenate(spectra)
-        everything = everything[np.isfinite(everything)]
-        nonzero = everything[everything > 1e-7 * everything.max(initial=0.0)]
-        epsilon = damping * float(nonzero.mean()) if nonzero.size else 1.0
-        column = np.array([np.sum(np.log1p(each / epsilon)) for each in spectra])
-        value = np.repeat(column[:, None], len(low), axis=1)
-        ledger = Ledger(forward=examples, vjp=examples * size, compilations=1)
-        name = f"logdet[exact,damping={damping:g}]"
-        return _scores(name, model, low, value, np.zeros_like(value), ledger=ledger, timed=run, kind="ranking")
+        low = prepare(batches, formats, loss)
+        if method in ("hutchinson", "xtrace"):
+            objective = _objective(model, batches, loss)
+            return from_loss.trace_of(objective, low, key, num_probes, method, probes, scale, batch_size)
+        name = f"trace[{method}{'' if scale == 'noise' else ',none'}]"
+        if method == "output":
+            return _squares(model, batches, formats, key, name, loss, num_probes, scale)
+        timed = Timed()
+        spectra, ledger, _ = output_scores.spectra(model, batches, loss, max_outputs, timed=timed)
+        value = np.array([np.sum(spectra[each]) for each in model.names])
+        return hessian_scores.in_scale(
+            model.names, low, name, value, None, None, rounding_of(model.params, model.partition, low),
+            scale=scale, loss=loss.name, timed=timed, ledger=ledger, mean=True,
+        )  # fmt: skip
 
     return scorer
 
 
-# --- helpers --------------------------------------------------------------------------------------------------
-
-
-class _Timed:
-    """A jitted function that keeps the seconds of compiling and of running apart."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._jitted = jax.jit(function)
-        self._compiled: Any = None
-        self.compile_seconds = 0.0
-        self.seconds = 0.0
-
-    def __call__(self, *args: Any) -> Any:
-        start = time.perf_counter()
-        if self._compiled is None:
-            self._compiled = self._jitted.lower(*args).compile()
-            self.compile_seconds = time.perf_counter() - start
-            start = time.perf_counter()
-        out = jax.block_until_ready(self._compiled(*args))
-        self.seconds += time.perf_counter() - start
-        return out
-
-
-def _taps(taps: Array, layers: Sequence[str], formats: Sequence[Format], calibration: Calibration | None) -> Override:
-    """The override whose derivative with respect to taps[layer, format] is ⟨cotangent, local rounding error⟩.
-
-    The local errors are computed in the backward pass, one layer at a time, so they are never stored. Derivatives with
-    respect to the weights are not provided (zero).
-    """
-    position = {name: number for number, name in enumerate(layers)}
-
-    def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
-        amax = None if calibration is None else calibration[layer.name]
-
-        @jax.custom_vjp
-        def tapped(row: Array, x: Array, w: Array, bias: Array | None) -> Array:
-            return replace(product, bias=bias)(x, w)
-
-        def forward(row: Array, x: Array, w: Array, bias: Array | None) -> tuple[Array, tuple]:
-            return tapped(row, x, w, bias), (x, w, bias)
-
-        def backward(kept: tuple, cotangent: Array) -> tuple:
-            x, w, bias = kept
-            whole = replace(product, bias=bias)
-            exact, pull = jax.vjp(lambda each: whole(each, w), x)
-            errors = [product_in(fmt, whole, x, w, amax=amax).astype(exact.dtype) - exact for fmt in formats]
-            row = jnp.stack([jnp.sum(cotangent * error) for error in errors])
-            return row, pull(cotangent)[0], jnp.zeros_like(w), None if bias is None else jnp.zeros_like(bias)
-
-        tapped.defvjp(forward, backward)
-        return tapped(taps[position[layer.name]], lhs, rhs, product.bias)
-
-    return override
-
-
-def _outputs(model: Model, params: Params, example: Sequence[Array], override: Override) -> Array:
-    """All outputs of one example, flat."""
-    outputs = model.call(params, *(each[None] for each in example), override=override)
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(outputs)])
-
-
-def _flat(outputs: Any) -> Array:
-    """Outputs of a batch as (N, K)."""
-    return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(outputs)], axis=1)
-
-
-def _leaf(params: Params, layer: Layer) -> Array:
-    return partition.select(params, layer.block)[layer.kernel]
-
-
-def _spectrum(gram: np.ndarray) -> np.ndarray:
-    """Eigenvalues of a positive semi-definite matrix; NaN where it is not finite."""
-    return np.linalg.eigvalsh(gram).clip(min=0.0) if np.isfinite(gram).all() else np.full(1, np.nan)
-
-
-def _examples(batches: Batches) -> int:
-    return sum(batch[0].shape[0] for batch in batches)
-
-
-def _output_size(model: Model, batches: Batches) -> int:
-    return jax.eval_shape(lambda *each: _flat(model.call(model.params, *each)), *batches[0]).shape[1]
-
-
-def _prepare(
-    model: Model, batches: Batches, formats: Sequence[str | Format], calibration: Calibration | None
-) -> tuple[tuple[Format, ...], Calibration | None]:
-    low = parse_all(formats)
-    check_batches(batches)
-    if calibration is None and any(fmt.scaled for fmt in low):
-        calibration = calibrate(model, batches)
-    return low, calibration
-
-
-def _scores(
-    name: str,
-    model: Model,
-    formats: Sequence[Format],
-    value: np.ndarray,
-    stderr: np.ndarray,
+def top_eigenvalue(
     *,
-    ledger: Ledger,
-    timed: _Timed,
-    kind: Literal["loss", "ranking"] = "loss",
-    data: Batches = (),
-) -> Scores:
-    # float16 is the one format here that overflows, unless the inputs were not finite to begin with.
-    overflows = np.array([fmt.operand == "float16" and kind == "loss" for fmt in formats])
-    overflows &= all(bool(jnp.all(jnp.isfinite(each))) for batch in data for each in batch)
-    finite = np.isfinite(value)
-    status = np.where(finite, OK, np.where(overflows[None, :], OVERFLOW, NOT_FINITE)).astype("U32")
-    if kind == "loss":
-        status[:, [fmt == FLOAT32 for fmt in formats]] = ZERO  # float32 itself, asked for beside the others
-    return Scores(
-        estimator=name,
-        value=np.where(finite, value, np.inf),
-        stderr=stderr,
-        layers=model.names,
-        formats=tuple(fmt.name for fmt in formats),
-        kind=kind,
-        status=status,
-        ledger=ledger,
-        seconds=timed.seconds,
-        compile_seconds=timed.compile_seconds,
+    method: Literal["exact", "lanczos"] = "exact",
+    depth: int = 20,
+    scale: EigenvalueScale = "per_parameter",
+    loss: Loss = losses.OUTPUT,
+    max_outputs: int = 1024,
+) -> Scorer:
+    """Largest eigenvalue (in magnitude, with its sign) of each layer's Hessian block.
+
+    "exact": of the Gauss-Newton block, from the k rows of H^½ J of at most `max_outputs` outputs: k vector-Jacobian products
+    for all layers. "lanczos": of the true Hessian's block, `depth` Hessian-vector products per layer; the residual says how
+    far the value is from an eigenvalue.
+
+    Source: Dong et al. (HAWQ), arXiv 1905.03696, which ranks by λ / d, d the layer's weights.
+
+    Args:
+        scale: "per_parameter" λ / d; "noise" ½ λ ‖δ‖², an upper bound of ½ δᵀHδ; "none" λ.
+    """
+    from_loss.check_choice("method", method, ("exact", "lanczos"))
+    from_loss.check_scale(scale, ("per_parameter", "noise", "none"))
+    losses.check(loss)
+    estimator = estimate.top_eigenvalue(depth=depth)
+
+    def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
+        low = prepare(batches, formats, loss)
+        if method == "lanczos":
+            objective = _objective(model, batches, loss)
+            return from_loss.top_eigenvalue_of(objective, low, key, estimator, depth, scale)
+        timed = Timed()
+        spectra, ledger, _ = output_scores.spectra(model, batches, loss, max_outputs, timed=timed)
+        value = np.array([np.max(spectra[each]) for each in model.names])
+        name = f"top_eigenvalue[exact{'' if scale == 'per_parameter' else ',' + scale}]"
+        return hessian_scores.in_scale(
+            model.names, low, name, value, None, None, rounding_of(model.params, model.partition, low),
+            scale=scale, loss=loss.name, timed=timed, ledger=ledger, mean=False,
+        )  # fmt: skip
+
+    return scorer
+
+
+def logdet(
+    *,
+    damping: float = 1e-2,
+    method: Literal["exact", "slq"] = "exact",
+    form: Form = "score",
+    per_parameter: bool = False,
+    loss: Loss = losses.OUTPUT,
+    max_outputs: int = 1024,
+    num_probes: int = 8,
+    depth: int = 20,
+) -> Scorer:
+    """The post's score: the log-determinant of a layer's Hessian block, as Σ log(1 + λ/ε).
+
+    "exact": of the Gauss-Newton block JᵀHJ, mean over the examples; its non-zero eigenvalues are those of a small k × k
+    matrix (the Weinstein-Aronszajn identity), so blocks of any size are exact from k = examples × outputs vector-Jacobian
+    products. "slq": of the true Hessian's block, by stochastic Lanczos quadrature, `num_probes` × `depth` Hessian-vector
+    products per layer, with a standard error and a depth-doubling residual.
+
+    Subtracting d log ε from log det(H + εI) leaves Σ log(1 + λ/ε), which does not depend on the number of weights d; "raw"
+    adds it back. No form depends on the number format: the score says how much the output moves, not how large the
+    rounding is. Kind "ranking".
+
+    Args:
+        damping: ε, relative to the mean non-zero eigenvalue of all layers ("slq": to Σ trace / Σ min(d, k), the traces from
+            output probes).
+        per_parameter: divide by d.
+        max_outputs: k at most ("exact"); examples are taken from the front of the batches, as many as fit.
+    """
+    from_loss.check_logdet(damping, form)
+    from_loss.check_choice("method", method, ("exact", "slq"))
+    losses.check(loss)
+    if method == "slq":
+        _check_output_probes(num_probes, loss, "logdet[slq]")
+
+    def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
+        low = prepare(batches, formats, loss)
+        if method == "slq":
+            traces = trace(method="output", num_probes=num_probes, scale="none", loss=loss)
+            found = traces(model, batches, low, jax.random.fold_in(key, 1))
+            count = examples_in(batches) * output_size(model, batches, loss)
+            ranks = sum(min(layer.weights, count) for layer in model.layers)
+            epsilon = damping * float(found.value[:, 0].sum()) / ranks
+            objective = _objective(model, batches, loss)
+            scores = from_loss.slq_of(objective, low, key, epsilon or 1.0, form, per_parameter, num_probes, depth)
+            return from_loss.plus(scores, found)
+        timed = Timed()
+        spectra, ledger, epsilon = output_scores.spectra(
+            model, batches, loss, max_outputs, timed=timed, damping=damping
+        )
+        sizes = np.array([layer.weights for layer in model.layers])
+        if form == "raw":
+            value = np.array(
+                [
+                    grams.raw_logdet(spectra[n], damping=epsilon, size=int(d))
+                    for n, d in zip(model.names, sizes, strict=True)
+                ]
+            )
+        else:
+            value = np.array([grams.logdet_score(spectra[n], damping=epsilon) for n in model.names])
+        return make_scores(
+            from_loss.logdet_name("exact", form, per_parameter),
+            model.names, low, value / sizes if per_parameter else value,
+            loss=loss.name, ledger=ledger, timed=timed, kind="ranking",
+        )  # fmt: skip
+
+    return scorer
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _objective(model: Model, batches: Batches, loss: Loss) -> Objective:
+    def total(params: Params, *batch: Array) -> Array:
+        inputs, targets = loss.split(batch)
+        outputs = model.call(params, *inputs, override=matrix_gradients)
+        # The reference is the model itself, here: at the trained weights the two have the same value.
+        return jnp.sum(loss.value(outputs, jax.lax.stop_gradient(outputs), *targets))
+
+    return Objective(
+        total=total,
+        params=model.params,
+        blocks=model.partition,
+        batches=batches,
+        examples=examples_in(batches),
+        loss=loss.name,
     )
+
+
+def _probed(
+    model: Model,
+    batches: Batches,
+    formats: Sequence[str | Format],
+    key: Key,
+    name: str,
+    loss: Loss,
+    num_probes: int | None,
+    reduce: output_scores.Reduce,
+) -> Scores:
+    """½ E of a square with δ."""
+    low, timed = prepare(batches, formats, loss), Timed()
+    rounding = rounding_of(model.params, model.partition, low)
+    value, stderr, ledger = output_scores.probe(
+        model, batches, loss, rounding, key, num_probes=num_probes, reduce=reduce, timed=timed
+    )
+    return make_scores(
+        name, model.names, low, value / 2, stderr=stderr / 2,
+        loss=loss.name, ledger=ledger, timed=timed, kind="loss",
+        unchanged=rounding.unchanged, overflowed=rounding.overflowed,
+    )  # fmt: skip
+
+
+def _squares(
+    model: Model,
+    batches: Batches,
+    formats: Sequence[str | Format],
+    key: Key,
+    name: str,
+    loss: Loss,
+    num_probes: int | None,
+    scale: str,
+) -> Scores:
+    """E‖g‖², scaled as a trace."""
+    low, timed = prepare(batches, formats, loss), Timed()
+    rounding = rounding_of(model.params, model.partition, low)
+    value, stderr, ledger = output_scores.probe(
+        model, batches, loss, rounding, key, num_probes=num_probes, reduce="squares", timed=timed
+    )
+    return hessian_scores.in_scale(
+        model.names, low, name, value, stderr, None, rounding,
+        scale=scale, loss=loss.name, timed=timed, ledger=ledger, mean=True,
+    )  # fmt: skip
+
+
+def _check_output_probes(num_probes: int, loss: Loss, what: str) -> None:
+    if num_probes < 1:
+        raise ValueError(f"{what}: expected num_probes ≥ 1, found {num_probes}.")
+    if losses.check(loss).cotangents is None:
+        raise ValueError(
+            f"{what}: the loss {loss.name!r} has no `cotangents` to draw output probes from; give it some."
+        )
+
+
+def _check_not_stationary(loss: Loss, what: str) -> None:
+    if losses.check(loss).stationary:
+        raise ValueError(
+            f"{what}: under the loss {loss.name!r} the gradient at the trained weights is zero by construction, so every score "
+            "would be 0. Use a loss with labels (losses.CROSS_ENTROPY, losses.MSE), or a score of second order."
+        )

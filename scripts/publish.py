@@ -95,7 +95,7 @@ def block(summary: dict, confident: dict) -> str:
         f"`local_rounding` ranks the layers as measuring them one by one does (Spearman {local['spearman_float16_acc16']:.3f} "
         f"and {local['spearman_bfloat16']:.3f}) in {local['vs_measured']:.2f} of the time (both formats at once; compilation "
         f"{local['compile_seconds']:.0f} s against {summary['agreement'][0]['compile_seconds']:.0f} s). The exact "
-        f"log-determinant of a layer's Hessian block, from one crop, reaches {logdet['spearman_float16_acc16']:.2f} and "
+        f"log-determinant of a layer's Hessian block reaches {logdet['spearman_float16_acc16']:.2f} and "
         f"{logdet['spearman_bfloat16']:.2f}: it "
         "does not see how large the rounding is. `scripts/local_rounding_speed.py` compares all formats at once.",
         "",

@@ -43,3 +43,9 @@ def symmetric_with_eigenvalues(eigenvalues: Floats, seed: int) -> Floats:
     n = len(eigenvalues)
     basis, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))
     return basis @ np.diag(eigenvalues) @ basis.T
+
+
+def quadratic_forms(matrix: Floats, function: Callable[[Floats], Floats], vectors: Floats) -> Floats:
+    """(m,) vᵀ f(A) v of the rows of `vectors`, A symmetric, f applied to its eigenvalues."""
+    eigenvalues, basis = np.linalg.eigh(matrix)
+    return ((vectors @ basis) ** 2) @ function(eigenvalues)

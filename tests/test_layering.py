@@ -12,12 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "mpjax"
 
 LAYERS = {
     **dict.fromkeys(("ledger", "metrics", "files", "pages"), 0),
-    **dict.fromkeys(("formats", "partition", "search", "hlo", "report"), 1),
-    **dict.fromkeys(("models", "curvature"), 2),
-    **dict.fromkeys(("estimate", "lowering", "emulate"), 3),
-    **dict.fromkeys(("sensitivity", "cost", "apply"), 4),
-    **dict.fromkeys(("compiled",), 5),
-    "__init__": 6,
+    **dict.fromkeys(("formats", "partition", "search", "hlo", "report", "losses"), 1),
+    **dict.fromkeys(("models", "curvature", "lowering"), 2),
+    **dict.fromkeys(("estimate", "lowering", "emulate", "grams"), 3),
+    **dict.fromkeys(("scores", "gradients", "cost", "apply"), 4),
+    **dict.fromkeys(("hessian_scores", "rounding_scores", "compiled"), 5),
+    **dict.fromkeys(("from_loss", "output_scores", "cross_terms"), 6),
+    "sensitivity": 7,
+    "__init__": 8,
 }
 FLAX = {"models", "apply"}  # the only modules that import flax
 PLAIN = {

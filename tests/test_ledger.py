@@ -20,3 +20,8 @@ def test_a_ledger_is_immutable_and_adds_only_to_ledgers() -> None:
         Ledger().forward = 1
     with pytest.raises(TypeError):
         Ledger() + 1
+
+
+def test_a_ledger_times_a_number() -> None:
+    assert Ledger(forward=2, hvp=3) * 4 == Ledger(forward=8, hvp=12)
+    assert Ledger(vjp=1) * 0 == Ledger()

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mpjax import emulate, formats, models, sensitivity
+from mpjax import curvature, emulate, formats, losses, models, output_scores, partition, sensitivity
+from mpjax.scores import Timed, rounding_of
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -65,7 +66,8 @@ def test_measured_is_the_loss_of_one_layer_lowered(small, truth):
         ]
         found = truth.column(fmt)[model.names.index(layer)]
         assert found == pytest.approx(sum(losses) / 6, rel=2e-3)
-    assert truth.ledger.forward == 6 * (1 + 4 * 5) and truth.ledger.compilations == 1
+    # the reference, each layer in each format, and a look for overflows in the two float16 formats
+    assert truth.ledger.forward == 6 * (1 + 4 * 5 + 2) and truth.ledger.compilations == 4
 
 
 def test_exact_local_rounding_agrees_with_measured(small, truth):
@@ -141,14 +143,16 @@ def test_quadratic_is_half_delta_ggn_delta(seed):
 def test_quadratic_with_a_loss_of_ones_own_is_the_true_hessian():
     model, batches = build(Linear(), (6, 5))
     target = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)
-    loss = lambda outputs, x: jnp.mean(jnp.sum((outputs - target) ** 2, -1)) / 2  # noqa: E731
-    found = sensitivity.quadratic(loss=loss)(model, batches, ("bfloat16",), KEY)
+    half = losses.Loss(name="half", value=lambda o, reference, y: jnp.sum((o - y) ** 2, -1) / 2, num_targets=1)
+    labelled = [(x, target) for (x,) in batches]
     kernel = model.params["only"]["kernel"]
     delta = np.float64(formats.round_weights(kernel, formats.parse("bfloat16")) - kernel)
     # linear regression: H = XᵀX / n for each output, whatever the targets are
     expected = np.mean([0.5 * np.sum((np.float64(x) @ delta) ** 2) / 6 for (x,) in batches])
-    assert found.value[0, 0] == pytest.approx(expected, rel=1e-3)
-    assert found.kind == "ranking" and found.ledger.hvp == 12
+    for hessian, counts in (("true", ("hvp", 12)), ("gauss_newton", ("jvp", 12))):
+        found = sensitivity.quadratic(hessian=hessian, loss=half)(model, labelled, ("bfloat16",), KEY)
+        assert found.value[0, 0] == pytest.approx(expected, rel=1e-3)
+        assert found.ledger.as_dict()[counts[0]] == counts[1] and found.loss == "half"
 
 
 def test_weights_that_do_not_change_are_zero_by_construction(small):
@@ -221,6 +225,336 @@ def test_linen_and_nnx_agree():
     for scorer in (sensitivity.local_rounding(), sensitivity.quadratic(), sensitivity.measured()):
         a, b = scorer(one, batches, ("bfloat16",), KEY), scorer(two, batches, ("bfloat16",), KEY)
         np.testing.assert_allclose(a.value, b.value, rtol=1e-4)
+
+
+# --- curvature of the outputs, and of losses with labels --------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.tanh(nn.Conv(3, (3, 3), strides=2, name="stem")(x))
+        x = jnp.tanh(nn.Conv(3, (3, 3), feature_group_count=3, name="depthwise")(x))
+        return nn.Dense(4, name="head")(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    model, batches = build(Classifier(), (3, 6, 6, 2))
+    labels = jax.random.randint(KEY, (2, 3), 0, 4)
+    return model, [(x, y) for (x,), y in zip(batches, labels, strict=True)]
+
+
+def kernel_only(model, name):
+    """The model's outputs as a function of one kernel, and that kernel flat."""
+    path = model.layer(name).kernel
+    kernel = partition.select(model.params, model.layer(name).block)[path]
+
+    def outputs(flat, x):
+        params = partition.replace(model.params, {path: flat.reshape(kernel.shape)})
+        return model.call(params, x).reshape(x.shape[0], -1)
+
+    return outputs, kernel.ravel()
+
+
+def dense_gauss_newton(model, batches, loss, name):
+    """(d, d) JᵀHJ of the mean loss, in float64 from dense Jacobians."""
+    outputs, flat = kernel_only(model, name)
+    total, count = 0.0, 0
+    for batch in batches:
+        (x,), targets = loss.split(batch)
+        for n in range(x.shape[0]):
+            one, labels = x[n : n + 1], tuple(t[n : n + 1] for t in targets)
+            jacobian = np.float64(jax.jacobian(lambda k, one=one: outputs(k, one)[0])(flat))
+            reference = outputs(flat, one)
+            value = lambda o, r=reference, t=labels: jnp.sum(loss.value(o, r, *t))  # noqa: E731
+            hessian = np.float64(jax.hessian(value)(reference)).reshape(2 * (jacobian.shape[0],))
+            total, count = total + jacobian.T @ hessian @ jacobian, count + 1
+    return total / count
+
+
+def of(scorer, model, batches, fmts=("bfloat16",), key=KEY):
+    return scorer(model, batches, fmts, key)
+
+
+def strip(batches, loss):
+    return [batch[: 1 + loss.num_targets] for batch in batches]
+
+
+BOTH = pytest.mark.parametrize("loss", (losses.OUTPUT, losses.CROSS_ENTROPY), ids=lambda loss: loss.name)
+
+
+@BOTH
+def test_exact_scores_are_those_of_the_dense_gauss_newton_blocks(classifier, loss):
+    model, batches = classifier
+    batches = strip(batches, loss)
+    rounding = rounding_of(model.params, model.partition, formats.parse_all(("bfloat16",)))
+    dense = [dense_gauss_newton(model, batches, loss, name) for name in model.names]
+    spectra = [np.linalg.eigvalsh(matrix) for matrix in dense]
+    found, _, epsilon = output_scores.spectra(model, batches, loss, 24, timed=Timed(), damping=0.1)
+    for name, truth in zip(model.names, spectra, strict=True):
+        count = min(found[name].size, truth.size)
+        np.testing.assert_allclose(np.sort(found[name])[::-1][:count], truth[::-1][:count], atol=2e-6 * truth[-1])
+    scores = {
+        "trace": of(sensitivity.trace(method="exact", scale="none", loss=loss), model, batches),
+        "hawq2": of(sensitivity.trace(method="exact", loss=loss), model, batches),
+        "top": of(sensitivity.top_eigenvalue(scale="none", loss=loss), model, batches),
+        "score": of(sensitivity.logdet(damping=0.1, loss=loss), model, batches),
+        "raw": of(sensitivity.logdet(damping=0.1, form="raw", loss=loss), model, batches),
+        "each": of(sensitivity.logdet(damping=0.1, per_parameter=True, loss=loss), model, batches),
+    }
+    for row, (name, truth) in enumerate(zip(model.names, spectra, strict=True)):
+        size = model.layer(name).weights
+        values = {
+            "trace": truth.sum(),
+            "hawq2": 0.5 * truth.mean() * rounding.squares[row, 0],
+            "top": truth[-1],
+            "score": np.linalg.slogdet(np.eye(size) + dense[row] / epsilon)[1],
+            "raw": np.linalg.slogdet(epsilon * np.eye(size) + dense[row])[1],
+            "each": np.linalg.slogdet(np.eye(size) + dense[row] / epsilon)[1] / size,
+        }
+        for which, expected in values.items():
+            assert scores[which].value[row, 0] == pytest.approx(expected, rel=2e-3), which
+
+
+@BOTH
+def test_probed_scores_are_unbiased_and_their_errors_calibrated(classifier, loss):
+    model, batches = classifier
+    batches = strip(batches, loss)
+    low = formats.parse_all(("bfloat16", "float8_e4m3fn"))
+    deltas = rounding_of(model.params, model.partition, low).deltas
+    dense = [dense_gauss_newton(model, batches, loss, name) for name in model.names]
+    flat = [[np.float64(d[model.layer(name).kernel]).ravel() for d in deltas] for name in model.names]
+    truth = {
+        "gauss_newton": [[0.5 * d @ h @ d for d in ds] for ds, h in zip(flat, dense, strict=True)],
+        "fisher": [[0.5 * np.sum(np.diag(h) * d**2) for d in ds] for ds, h in zip(flat, dense, strict=True)],
+        "trace": [[np.trace(h)] * 2 for h in dense],
+    }
+    scorers = {
+        "gauss_newton": sensitivity.gauss_newton(num_probes=400, loss=loss),
+        "fisher": sensitivity.fisher(num_probes=400, loss=loss),
+        "trace": sensitivity.trace(method="output", num_probes=400, scale="none", loss=loss),
+    }
+    for which, scorer in scorers.items():
+        found = scorer(model, batches, low, KEY)
+        expected = np.array(truth[which])
+        # with sign probes the last layer's squares are not random: only float32 rounding is left there
+        z = (found.value - expected) / (found.stderr + 1e-4 * expected)
+        assert np.abs(z).max() < 4 and (found.stderr > 0).all(), which
+        assert found.ledger.vjp == 6 * 400
+
+
+@BOTH
+def test_quadratic_by_gauss_newton_is_exact(classifier, loss):
+    model, batches = classifier
+    batches = strip(batches, loss)
+    found = of(sensitivity.quadratic(loss=loss), model, batches)
+    for row, name in enumerate(model.names):
+        kernel = partition.select(model.params, model.layer(name).block)[model.layer(name).kernel]
+        delta = np.float64(formats.round_weights(kernel, formats.FORMATS["bfloat16"]) - kernel).ravel()
+        expected = 0.5 * delta @ dense_gauss_newton(model, batches, loss, name) @ delta
+        assert found.value[row, 0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_hessian_scores_of_a_labelled_loss_are_those_of_the_dense_hessian(classifier):
+    """Mean cross-entropy over two batches: ½ δᵀHδ, |gᵀδ|, the top eigenvalue, the empirical Fisher."""
+    model, batches = classifier
+    loss = losses.CROSS_ENTROPY
+    quadratic = of(sensitivity.quadratic(hessian="true", loss=loss), model, batches)
+    first = of(sensitivity.first_order(loss=loss), model, batches)
+    top = of(sensitivity.top_eigenvalue(method="lanczos", depth=40, scale="none", loss=loss), model, batches)
+    empirical = of(sensitivity.fisher(kind="empirical", loss=loss), model, batches)
+    layerwise = of(sensitivity.fisher(kind="empirical", elementwise=False, loss=loss), model, batches)
+    for row, name in enumerate(model.names):
+        outputs, flat = kernel_only(model, name)
+
+        def of_example(k, x, y, outputs=outputs):
+            return loss.value(outputs(k, x[None]), None, y[None])[0]
+
+        def mean(k, of_example=of_example):
+            return jnp.mean(jnp.stack([jnp.mean(jax.vmap(of_example, (None, 0, 0))(k, x, y)) for x, y in batches]))
+
+        hessian = np.float64(jax.hessian(mean)(flat))
+        delta = np.float64(formats.round_weights(flat, formats.FORMATS["bfloat16"]) - flat)
+        gradients = np.concatenate([jax.vmap(jax.grad(of_example), (None, 0, 0))(flat, x, y) for x, y in batches])
+        values = np.linalg.eigvalsh(hessian)
+        assert quadratic.value[row, 0] == pytest.approx(0.5 * delta @ hessian @ delta, rel=5e-3, abs=1e-10)
+        assert first.value[row, 0] == pytest.approx(abs(gradients.mean(0) @ delta), rel=5e-3, abs=1e-8)
+        assert top.value[row, 0] == pytest.approx(values[np.abs(values).argmax()], rel=1e-3)
+        squares = np.mean(np.float64(gradients) ** 2, axis=0)
+        assert empirical.value[row, 0] == pytest.approx(0.5 * np.sum(squares * delta**2), rel=1e-3)
+        assert layerwise.value[row, 0] == pytest.approx(0.5 * squares.mean() * np.sum(delta**2), rel=1e-3)
+    np.testing.assert_array_equal(empirical.stderr, 0)
+
+
+def test_under_the_output_loss_the_true_hessian_is_gauss_newton(small):
+    one = of(sensitivity.quadratic(), *small)
+    two = of(sensitivity.quadratic(hessian="true"), *small)
+    np.testing.assert_allclose(one.value, two.value, rtol=1e-3)
+
+
+def test_joint_traces_cost_one_product_per_probe(small):
+    model, batches = small
+    truth = of(sensitivity.trace(method="exact", scale="none"), *small).value[:, 0]
+    joint = of(sensitivity.trace(num_probes=200, scale="none"), *small)
+    assert joint.ledger.hvp == 200 * 6
+    assert (np.abs(joint.value[:, 0] - truth) < 4 * joint.stderr[:, 0]).all()
+    per_layer = of(sensitivity.trace(num_probes=50, probes="per_layer", scale="none"), *small)
+    assert per_layer.ledger.hvp == 50 * 6 * 4
+    assert (np.abs(per_layer.value[:, 0] - truth) < 4 * per_layer.stderr[:, 0]).all()
+
+
+def test_slq_agrees_with_the_exact_log_determinant(classifier):
+    model, batches = classifier
+    batches = strip(batches, losses.OUTPUT)
+    exact = of(sensitivity.logdet(damping=1.0, max_outputs=24), model, batches)
+    slq = of(sensitivity.logdet(method="slq", damping=1.0, num_probes=60, depth=25), model, batches)
+    # the two take ε from the mean non-zero eigenvalue and from probed traces: not quite the same ε
+    np.testing.assert_allclose(slq.value[:, 0], exact.value[:, 0], rtol=0.25)
+    assert (slq.stderr > 0).all() and slq.ledger.hvp > 0
+
+
+def test_large_gauss_newton_blocks_agree_with_slq_within_its_error_bars(small):
+    from mpjax import estimate
+
+    model, batches = small
+    found, _, epsilon = output_scores.spectra(model, batches, losses.OUTPUT, 18, timed=Timed())
+    data = jnp.concatenate([x for (x,) in batches])
+    for name in ("stem", "dense"):
+        outputs = lambda p: model.call(p, data) / 6**0.5  # noqa: E731
+        operator = curvature.block_ggn(outputs, model.params, model.layer(name).block)
+        got = estimate.logdet_score(num_probes=40, depth=18, damping=epsilon)(operator, KEY)
+        exact = np.sum(np.log1p(found[name] / epsilon))
+        assert abs(float(got.value) - exact) < 3 * float(got.stderr) + float(got.residual) + 1e-3 * exact
+
+
+def test_measured_under_a_labelled_loss_is_its_growth(classifier):
+    model, batches = classifier
+    found = of(sensitivity.measured(loss=losses.CROSS_ENTROPY), model, batches, ("float8_e4m3fn",))
+    ranges = emulate.calibrate(model, [(x,) for x, _ in batches])
+    for row, name in enumerate(model.names):
+        override = emulate.in_format({name: formats.FORMATS["float8_e4m3fn"]}, calibration=ranges)
+        growth = [
+            losses.CROSS_ENTROPY.value(model.call(model.params, x, override=override), None, y)
+            - losses.CROSS_ENTROPY.value(model.call(model.params, x), None, y)
+            for x, y in batches
+        ]
+        assert found.value[row, 0] == pytest.approx(float(np.mean(growth)), rel=1e-2, abs=1e-7)
+
+
+def test_local_rounding_under_kl_predicts_measured_kl(classifier):
+    model, batches = classifier
+    batches = strip(batches, losses.OUTPUT)
+    truth = of(sensitivity.measured(loss=losses.KL), model, batches, ("bfloat16",))
+    found = of(sensitivity.local_rounding(num_probes=None, loss=losses.KL), model, batches, ("bfloat16",))
+    np.testing.assert_allclose(found.value, truth.value, rtol=0.1)
+
+
+def test_an_overflow_that_a_clamp_hides_is_reported():
+    class Clamped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="last")(jnp.clip(nn.Dense(4, name="first")(x), -1, 1))
+
+    model, batches = build(Clamped(), (5, 7))
+    params = {**model.params, "first": {**model.params["first"], "kernel": model.params["first"]["kernel"] * 1e5}}
+    loud = models.Model(params=params, layers=model.layers, call=model.call)
+    found = of(sensitivity.measured(), loud, batches, ("float16", "bfloat16"))
+    assert found.status[0, 0] == sensitivity.OVERFLOW and np.isinf(found.value[0, 0])
+    assert (found.status[:, 1] == "ok").all() and found.status[1, 0] == "ok"
+
+
+def test_baselines(small):
+    model, batches = small
+    norm = of(sensitivity.rounding_norm(), model, batches, ("bfloat16", "float32"))
+    for row, layer in enumerate(model.layers):
+        kernel = partition.select(model.params, layer.block)[layer.kernel]
+        delta = np.float64(formats.round_weights(kernel, formats.FORMATS["bfloat16"]) - kernel)
+        assert norm.value[row, 0] == pytest.approx(np.sum(delta**2), rel=1e-6)
+    assert (norm.status[:, 1] == sensitivity.ZERO).all()
+    assert of(sensitivity.depth(), model, batches).ranking("bfloat16") == model.names[::-1]
+    one = of(sensitivity.random(), model, batches, ("bfloat16", "float16"))
+    two = sensitivity.random()(model, batches, ("bfloat16",), jax.random.key(1))
+    assert (one.value[:, 0] == one.value[:, 1]).all() and (one.value[:, 0] != two.value[:, 0]).all()
+
+
+def test_scores_survive_a_checkpoint(small):
+    scores = of(sensitivity.local_rounding(), *small)
+    again = sensitivity.unpack(*sensitivity.pack(scores))
+    np.testing.assert_array_equal(again.value, scores.value)
+    assert again.ledger == scores.ledger and again.estimator == "local_rounding[4]" and again.loss == "output"
+
+
+def test_every_scorer_takes_the_same_problem(classifier):
+    """One form for all: same arguments, same shapes, a name that says the knobs, memory and passes counted."""
+    model, batches = classifier
+    labelled = losses.CROSS_ENTROPY
+    scorers = [
+        sensitivity.measured(),
+        sensitivity.local_rounding(num_probes=2),
+        sensitivity.quadratic(),
+        sensitivity.gauss_newton(num_probes=2),
+        sensitivity.first_order(loss=labelled),
+        sensitivity.fisher(num_probes=2),
+        sensitivity.fisher(kind="empirical", elementwise=False, loss=labelled),
+        sensitivity.trace(num_probes=2),
+        sensitivity.trace(num_probes=2, method="xtrace", probes="per_layer"),
+        sensitivity.top_eigenvalue(method="lanczos", depth=3),
+        sensitivity.logdet(method="slq", num_probes=2, depth=3),
+        sensitivity.logdet(),
+        sensitivity.rounding_norm(),
+        sensitivity.depth(),
+        sensitivity.random(),
+    ]
+    names = set()
+    for scorer in scorers:
+        needs = "first_order" in repr(scorer) or scorer in (scorers[4], scorers[6])
+        data = batches if needs else strip(batches, losses.OUTPUT)
+        found = scorer(model, data, ("bfloat16", "float8_e4m3fn"), KEY)
+        assert found.value.shape == found.stderr.shape == found.residual.shape == found.status.shape == (3, 2)
+        assert np.isfinite(found.value).all(), found.estimator
+        baseline = found.loss == "none"
+        assert baseline or (found.peak_mb > 0 and found.ledger.forward + found.ledger.vjp + found.ledger.hvp > 0)
+        names.add(found.estimator)
+    assert len(names) == len(scorers) and "trace[hutchinson,joint]" in names
+
+
+def test_bad_batches_are_refused_by_every_kind_of_scorer(small):
+    model, batches = small
+    ragged = [batches[0], (batches[1][0][:2],)]
+    for scorer in (
+        sensitivity.local_rounding(),
+        sensitivity.measured(),
+        sensitivity.quadratic(),
+        sensitivity.trace(),
+        sensitivity.gauss_newton(),
+        sensitivity.logdet(),
+        sensitivity.depth(),
+    ):
+        with pytest.raises(ValueError, match="equal shape"):
+            scorer(model, ragged, ("bfloat16",), KEY)
+        with pytest.raises(ValueError, match="non-empty"):
+            scorer(model, [], ("bfloat16",), KEY)
+    with pytest.raises(ValueError, match="leaves the model no input"):
+        sensitivity.first_order(loss=losses.CROSS_ENTROPY)(model, batches, ("bfloat16",), KEY)
+
+
+def test_scores_that_would_be_zero_are_refused():
+    for loss in (losses.OUTPUT, losses.KL):
+        with pytest.raises(ValueError, match="zero by construction"):
+            sensitivity.first_order(loss=loss)
+        with pytest.raises(ValueError, match="zero by construction"):
+            sensitivity.fisher(kind="empirical", loss=loss)
+    with pytest.raises(TypeError, match=r"losses\.Loss"):
+        sensitivity.quadratic(loss=lambda o, x: 0.0)  # type: ignore[arg-type]
+    own = losses.Loss(name="own", value=losses.OUTPUT.value)
+    for factory in (sensitivity.gauss_newton, sensitivity.fisher, sensitivity.local_rounding):
+        with pytest.raises(ValueError, match="cotangents"):
+            factory(loss=own)
+    with pytest.raises(ValueError, match="num_probes"):
+        sensitivity.trace(num_probes=0)
+    with pytest.raises(ValueError, match="method"):
+        sensitivity.logdet(method="dense")  # type: ignore[arg-type]
 
 
 def test_clear_errors(small):

@@ -1,0 +1,353 @@
+"""Sensitivities from Hessian-vector products and gradients of a loss: the estimators behind `from_loss` and `sensitivity`.
+
+An `Objective` is a loss as a sum over examples, given as batches; a plain `loss(params)` is one with a single batch that
+holds nothing. Layers are blocks of its parameters. One Hessian-vector product is forward over reverse, linearised once per
+batch, and several of them share that linearisation. Where blocks need their own Krylov spaces they share one program:
+vectors are padded to the largest block, and which block it is, is a traced number.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mpjax import partition
+from mpjax.curvature import Operator
+from mpjax.estimate import Estimator
+from mpjax.formats import Format
+from mpjax.ledger import Ledger
+from mpjax.models import Array, Batches, Params
+from mpjax.partition import Block, Partition
+from mpjax.scores import Key, Rounding, Scores, Timed, make_scores, rounding_of, standard_error
+
+Values = dict[str, Array]  # slash path -> leaf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A loss of parameters, and the blocks whose sensitivity is asked for.
+
+    Attributes:
+        total: (params, *batch) -> scalar, the sum over the batch's examples.
+        params: where the derivatives are taken.
+        blocks: the layers.
+        batches: equal shapes; `((),)` for a loss that is closed over its data.
+        examples: what the sum over all batches is divided by.
+        loss: its name.
+    """
+
+    total: Callable[..., Array]
+    params: Params
+    blocks: Partition
+    batches: Batches
+    examples: int
+    loss: str
+
+    @property
+    def values(self) -> Values:
+        """The blocks' leaves."""
+        return _values(self.params, self.blocks)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the blocks."""
+        return tuple(block.name for block in self.blocks)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """(L,) parameters of each block."""
+        values = self.values
+        return np.array([sum(values[path].size for path in block.paths) for block in self.blocks], np.int64)
+
+    def gradient(self, params: Params, batch: Sequence[Array]) -> Callable[[Values], Values]:
+        """∇ of the batch's loss with respect to the blocks' leaves, everything else held fixed."""
+        return jax.grad(lambda values: self.total(partition.replace(params, values), *batch))
+
+
+def trace(
+    objective: Objective, key: Key, *, num_probes: int, joint: bool, batch_size: int, timed: Timed
+) -> tuple[np.ndarray, Ledger]:
+    """(K, L) Hutchinson samples of the trace of each block of the mean loss's Hessian; unbiased, one row per probe.
+
+    `joint`: one product per probe serves all blocks, vᵢᵀ(Hv)ᵢ; the other blocks' parts of v only add variance.
+    Otherwise each block has its own products, K L in all.
+    """
+    blocks = objective.blocks
+
+    def of_batch(params: Params, key: Key, *batch: Array) -> Array:
+        values = _values(params, blocks)
+        _, tangent = jax.linearize(objective.gradient(params, batch), values)
+
+        def probe(number: Array) -> Array:
+            v = _signs(key, number // len(blocks) if not joint else number, values)
+            if joint:
+                return _block_dots(blocks, v, tangent(v))
+            only = _only(blocks, number % len(blocks), v)
+            return jnp.sum(_block_dots(blocks, only, tangent(only)))
+
+        count = num_probes if joint else num_probes * len(blocks)
+        return lax.map(probe, jnp.arange(count), batch_size=batch_size).reshape(num_probes, len(blocks))
+
+    run = timed.jit(of_batch)
+    samples = sum(np.float64(run(objective.params, key, *batch)) for batch in objective.batches) / objective.examples
+    products = num_probes if joint else num_probes * len(blocks)
+    ledger = Ledger(vjp=objective.examples, hvp=products * objective.examples, compilations=timed.compilations)
+    return np.asarray(samples), ledger
+
+
+def per_block(
+    objective: Objective,
+    estimator: Estimator,
+    key: Key,
+    *,
+    timed: Timed,
+    each: Callable[[], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Ledger]:
+    """An estimator of one operator, on every block of the mean loss's Hessian: value, stderr, residual, each (L,).
+
+    One program serves all blocks. Memory: one Hessian-vector product of a batch, and the estimator's own vectors, as long
+    as the largest block.
+    """
+    blocks = objective.blocks
+    sizes = objective.sizes
+    stacked = tuple(jnp.stack(arrays) for arrays in zip(*objective.batches, strict=True))
+    dtype = jnp.result_type(*objective.values.values())
+    largest = int(sizes.max())
+    products: list[int] = []
+
+    def run(params: Params, index: Array, block_key: Key, *data: Array) -> tuple[Array, Array, Array]:
+        values = _values(params, blocks)
+        scale = jnp.asarray(1.0 / objective.examples, dtype)
+
+        def product(vector: Values) -> Values:
+            if not data:
+                return jax.jvp(objective.gradient(params, ()), (values,), (vector,))[1]
+
+            def add(total: Values, batch: Sequence[Array]) -> tuple[Values, None]:
+                part = jax.jvp(objective.gradient(params, batch), (values,), (vector,))[1]
+                return jax.tree.map(jnp.add, total, part), None
+
+            return lax.scan(add, jax.tree.map(jnp.zeros_like, values), data)[0]
+
+        def matvec(x: Array) -> Array:
+            vector = {
+                path: jnp.where(index == position, leaf, jnp.zeros_like(leaf))
+                for position, block in enumerate(blocks)
+                for path, leaf in _unravel(x, block, values).items()
+            }
+            return scale * lax.switch(index, [lambda hv, b=b: _ravel(hv, b, largest) for b in blocks], product(vector))
+
+        operator = Operator(matvec=matvec, size=largest, dtype=dtype, active=jnp.asarray(sizes)[index])
+        found = estimator(operator, block_key)
+        products.append(found.ledger.hvp)  # a count that is known while tracing
+        return found.value, found.stderr, found.residual
+
+    compiled = timed.jit(run)
+    rows = []
+    for index, block in enumerate(blocks):
+        block_key = jax.random.fold_in(key, zlib.crc32(block.name.encode()))
+        rows.append([float(x) for x in compiled(objective.params, jnp.asarray(index), block_key, *stacked)])
+        if each is not None:
+            each()
+    value, stderr, residual = np.array(rows).T
+    ledger = Ledger(hvp=products[0] * len(blocks) * objective.examples, compilations=timed.compilations)
+    return value, stderr, residual, ledger
+
+
+def quadratic(objective: Objective, formats: Sequence[Format], name: str) -> Scores:
+    """½ δᵀHδ of each block and format: one Hessian-vector product each."""
+    timed, rounding = Timed(), rounding_of(objective.params, objective.blocks, formats)
+
+    def of_batch(params: Params, delta: Values, *batch: Array) -> Array:  # -> (L,)
+        _, tangent = jax.linearize(objective.gradient(params, batch), _values(params, objective.blocks))
+
+        def score(number: Array) -> Array:
+            only = _only(objective.blocks, number, delta)
+            return 0.5 * jnp.sum(_block_dots(objective.blocks, only, tangent(only)))
+
+        return lax.map(score, jnp.arange(len(objective.blocks)))
+
+    value = _summed(objective, timed, of_batch, rounding)
+    products = objective.examples * value.size
+    ledger = Ledger(vjp=objective.examples * len(formats), hvp=products, compilations=timed.compilations)
+    return _finish(objective, formats, name, value, rounding, timed, ledger)
+
+
+def first_order(objective: Objective, formats: Sequence[Format], name: str) -> Scores:
+    """|gᵀδ| of each block and format, g the gradient of the mean loss: one gradient in all."""
+    timed, rounding = Timed(), rounding_of(objective.params, objective.blocks, formats)
+
+    def of_batch(params: Params, delta: Values, *batch: Array) -> Array:
+        return _block_dots(
+            objective.blocks, objective.gradient(params, batch)(_values(params, objective.blocks)), delta
+        )
+
+    value = np.abs(_summed(objective, timed, of_batch, rounding))
+    ledger = Ledger(vjp=objective.examples * len(formats), compilations=timed.compilations)
+    return _finish(objective, formats, name, value, rounding, timed, ledger)
+
+
+def squared_gradient(objective: Objective, formats: Sequence[Format], name: str) -> Scores:
+    """½ Σ g²δ² of each block and format, g the gradient of the mean loss (not of single examples)."""
+    timed, rounding = Timed(), rounding_of(objective.params, objective.blocks, formats)
+
+    def gradient(params: Params, *batch: Array) -> Values:
+        return objective.gradient(params, batch)(_values(params, objective.blocks))
+
+    run = timed.jit(gradient)
+    parts = [run(objective.params, *batch) for batch in objective.batches]
+    mean = {path: sum(np.float64(part[path]) for part in parts) / objective.examples for path in parts[0]}
+    value = np.array(
+        [
+            [0.5 * sum(np.sum((mean[p] * np.float64(delta[p])) ** 2) for p in block.paths) for delta in rounding.deltas]
+            for block in objective.blocks
+        ]
+    )
+    ledger = Ledger(vjp=objective.examples, compilations=timed.compilations)
+    return _finish(objective, formats, name, value, rounding, timed, ledger)
+
+
+def scaled(
+    objective: Objective,
+    formats: Sequence[Format],
+    name: str,
+    samples: np.ndarray,
+    *,
+    scale: str,
+    timed: Timed,
+    ledger: Ledger,
+) -> Scores:
+    """Trace samples (K, L) as scores: "none" the trace itself, "noise" ½ · mean eigenvalue · ‖δ‖² (HAWQ-V2)."""
+    rounding = rounding_of(objective.params, objective.blocks, formats)
+    value, stderr = samples.mean(axis=0), standard_error(samples)
+    return in_scale(
+        objective.names, formats, name, value, stderr, None, rounding,
+        scale=scale, loss=objective.loss, timed=timed, ledger=ledger, mean=True,
+    )  # fmt: skip
+
+
+def in_scale(
+    layers: Sequence[str],
+    formats: Sequence[Format],
+    name: str,
+    value: np.ndarray,
+    stderr: np.ndarray | None,
+    residual: np.ndarray | None,
+    rounding: Rounding,
+    *,
+    scale: str,
+    loss: str,
+    timed: Timed,
+    ledger: Ledger,
+    mean: bool,
+) -> Scores:
+    """A curvature (L,) as scores: as it is ("none"), per parameter, or times half the rounding's power ("noise").
+
+    With `mean` the curvature is a trace, and "noise" takes its mean over the block's parameters.
+    """
+    if scale == "none":
+        factors, unchanged, overflowed = np.ones(rounding.squares.shape), None, None
+    elif scale == "per_parameter":
+        factors, unchanged, overflowed = np.repeat(1.0 / rounding.sizes[:, None], len(formats), axis=1), None, None
+    else:
+        factors = 0.5 * rounding.squares / (rounding.sizes[:, None] if mean else 1.0)
+        unchanged, overflowed = rounding.unchanged, rounding.overflowed
+    none = np.zeros(len(layers))
+    return make_scores(
+        name,
+        layers,
+        formats,
+        value[:, None] * factors,
+        stderr=(none if stderr is None else stderr)[:, None] * factors,
+        residual=(none if residual is None else residual)[:, None] * factors,
+        loss=loss,
+        ledger=ledger,
+        timed=timed,
+        kind="loss" if scale == "noise" else "ranking",
+        unchanged=unchanged,
+        overflowed=overflowed,
+    )
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _summed(objective: Objective, timed: Timed, of_batch: Callable[..., Array], rounding: Rounding) -> np.ndarray:
+    """(L, F): `of_batch(params, delta, *batch) -> (L,)` summed over batches, per format, over the examples."""
+    run = timed.jit(of_batch)
+    columns = [
+        sum(np.float64(run(objective.params, delta, *batch)) for batch in objective.batches) / objective.examples
+        for delta in rounding.deltas
+    ]
+    return np.stack([np.asarray(column) for column in columns], axis=1)
+
+
+def _finish(
+    objective: Objective,
+    formats: Sequence[Format],
+    name: str,
+    value: np.ndarray,
+    rounding: Rounding,
+    timed: Timed,
+    ledger: Ledger,
+) -> Scores:
+    return make_scores(
+        name,
+        objective.names,
+        formats,
+        value,
+        loss=objective.loss,
+        ledger=ledger,
+        timed=timed,
+        kind="loss",
+        unchanged=rounding.unchanged,
+        overflowed=rounding.overflowed,
+    )
+
+
+def _values(params: Params, blocks: Partition) -> Values:
+    return {path: leaf for block in blocks for path, leaf in partition.select(params, block).items()}
+
+
+def _signs(key: Key, number: Array, values: Values) -> Values:
+    """Random signs; a leaf's depend on its path and not on its position."""
+    keys = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in values}
+    return {
+        path: jax.random.rademacher(jax.random.fold_in(keys[path], number), leaf.shape, leaf.dtype)
+        for path, leaf in values.items()
+    }
+
+
+def _only(blocks: Partition, number: Array, values: Values) -> Values:
+    """The values of one block, zero elsewhere; `number` is traced."""
+    return {
+        path: jnp.where(number == position, values[path], jnp.zeros_like(values[path]))
+        for position, block in enumerate(blocks)
+        for path in block.paths
+    }
+
+
+def _block_dots(blocks: Partition, a: Values, b: Values) -> Array:
+    """(L,) inner products of two sets of values, block by block."""
+    return jnp.stack([sum((jnp.vdot(a[p], b[p]) for p in block.paths[1:]), jnp.vdot(a[block.paths[0]], b[block.paths[0]]))
+                      for block in blocks])  # fmt: skip
+
+
+def _unravel(x: Array, block: Block, values: Values) -> Values:
+    parts, start = {}, 0
+    for path in block.paths:
+        leaf = values[path]
+        parts[path] = x[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype)
+        start += leaf.size
+    return parts
+
+
+def _ravel(values: Values, block: Block, size: int) -> Array:
+    flat = jnp.concatenate([values[path].ravel() for path in block.paths])
+    return jnp.pad(flat, (0, size - flat.size))

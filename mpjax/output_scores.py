@@ -1,0 +1,190 @@
+"""Sensitivities from output probes and from exact Gram matrices: the curvature JᵀHJ, reached from the output side.
+
+H is the Hessian of the loss with respect to the outputs of one example and J the Jacobian of those outputs with respect to
+a layer's weights; JᵀHJ is the generalised Gauss-Newton matrix, and the true Fisher matrix where the loss is a negative
+log-likelihood (Martens, arXiv 1412.1193). With random u, E[u uᵀ] = H, one vector-Jacobian product g = Jᵀu says something
+about every layer and every format at once: E[(gᵀδ)²] = δᵀJᵀHJδ, and E[‖g‖²] is the trace. With all rows of H^½ J instead of
+random ones the same is exact, and so is the spectrum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from mpjax import grams, losses, partition
+from mpjax.gradients import matrix_gradients
+from mpjax.ledger import Ledger
+from mpjax.losses import Loss, flat
+from mpjax.models import Array, Batches, Model, Params
+from mpjax.rounding_scores import half_hessian, output_size
+from mpjax.scores import Key, Rounding, Timed, examples_in
+
+Reduce = Literal["directional", "elementwise", "squares"]
+
+
+def probe(
+    model: Model,
+    batches: Batches,
+    loss: Loss,
+    rounding: Rounding,
+    key: Key,
+    *,
+    num_probes: int | None,
+    reduce: Reduce,
+    timed: Timed,
+) -> tuple[np.ndarray, np.ndarray, Ledger]:
+    """Mean over examples and probes of a square of g = Jᵀu, and its standard error; all layers from the same products.
+
+    Args:
+        num_probes: random u per example with E[u uᵀ] = H; None takes the one gradient of the loss itself, u = ∂loss/∂f
+            (the empirical Fisher), which is not random: its standard error is 0.
+        reduce: "directional" (gᵀδ)², "elementwise" Σ g²δ² -> (L, F); "squares" ‖g‖² -> (L,).
+
+    Memory: one example's activations, and `num_probes` gradients of all layers' weights.
+    """
+    blocks, deltas = model.partition, rounding.deltas
+    count = num_probes or 1
+
+    def reduced(g: dict[str, Array], deltas: Sequence[dict[str, Array]]) -> Array:
+        if reduce == "squares":
+            return jnp.stack([sum(jnp.sum(jnp.square(g[p])) for p in block.paths) for block in blocks])
+        rows = []
+        for block in blocks:
+            if reduce == "directional":
+                rows.append(jnp.stack([jnp.square(sum(jnp.vdot(g[p], d[p]) for p in block.paths)) for d in deltas]))
+            else:
+                rows.append(jnp.stack([sum(jnp.sum(jnp.square(g[p] * d[p])) for p in block.paths) for d in deltas]))
+        return jnp.stack(rows)
+
+    def of_example(params: Params, deltas: Sequence[dict[str, Array]], key: Key, example: Sequence[Array]) -> Array:
+        inputs, targets = loss.split(tuple(each[None] for each in example))
+        values = {p: leaf for block in blocks for p, leaf in partition.select(params, block).items()}
+        outputs, pull = jax.vjp(
+            lambda v: model.call(partition.replace(params, v), *inputs, override=matrix_gradients), values
+        )
+
+        def one(number: Array) -> Array:
+            if num_probes is None:
+                reference = lax.stop_gradient(outputs)
+                u = jax.grad(lambda o: jnp.sum(loss.value(o, reference, *targets)))(outputs)
+            else:
+                assert loss.cotangents is not None
+                u = loss.cotangents(jax.random.fold_in(key, number), outputs, *targets)
+            return reduced(pull(u)[0], deltas)
+
+        return jax.vmap(one)(jnp.arange(count))
+
+    def of_batch(params: Params, deltas: Sequence[dict[str, Array]], key: Key, *batch: Array) -> tuple[Array, Array]:
+        keys = jax.random.split(key, batch[0].shape[0])
+        squares = lax.map(lambda each: of_example(params, deltas, each[0], each[1]), (keys, batch))  # (N, P, L, …)
+        spread = jnp.var(squares, axis=1, ddof=1) if count > 1 else jnp.full_like(squares[:, 0], jnp.nan)
+        return jnp.sum(jnp.mean(squares, axis=1), axis=0), jnp.sum(spread, axis=0) / count
+
+    run = timed.jit(of_batch)
+    parts = [run(model.params, deltas, jax.random.fold_in(key, number), *batch) for number, batch in enumerate(batches)]
+    examples = examples_in(batches)
+    mean = sum(np.float64(total) for total, _ in parts) / examples
+    stderr = np.sqrt(sum(np.float64(variance) for _, variance in parts)) / examples
+    if num_probes is None:
+        stderr = np.zeros_like(mean)
+    ledger = Ledger(forward=examples, vjp=examples * count, compilations=timed.compilations)
+    return np.asarray(mean), np.asarray(stderr), ledger
+
+
+def gauss_newton_products(
+    model: Model, batches: Batches, loss: Loss, rounding: Rounding, *, timed: Timed
+) -> tuple[np.ndarray, Ledger]:
+    """(L, F) exact ½ (Jδ)ᵀH(Jδ), mean over examples: one Jacobian-vector product per layer, format and example.
+
+    No backward pass. Memory: the linearised forward pass of one batch.
+    """
+    names = [(block.name, block.paths) for block in model.partition]
+
+    def of_batch(params: Params, delta: dict[str, Array], *batch: Array) -> Array:  # -> (L,)
+        inputs, targets = loss.split(batch)
+        values = {p: leaf for block in model.partition for p, leaf in partition.select(params, block).items()}
+        outputs, tangent_of = jax.linearize(lambda v: model.call(partition.replace(params, v), *inputs), values)
+        reference = lax.stop_gradient(outputs)
+        slope = jax.grad(lambda o: jnp.sum(loss.value(o, reference, *targets)))
+
+        def score(number: Array) -> Array:
+            only = {
+                path: jnp.where(number == position, delta[path], jnp.zeros_like(delta[path]))
+                for position, (_, paths) in enumerate(names)
+                for path in paths
+            }
+            change = tangent_of(only)
+            curved = jax.jvp(slope, (outputs,), (change,))[1]
+            return 0.5 * jnp.sum(flat(change) * flat(curved))
+
+        return lax.map(score, jnp.arange(len(names)))
+
+    run = timed.jit(of_batch)
+    columns = [sum(np.float64(run(model.params, delta, *batch)) for batch in batches) for delta in rounding.deltas]
+    examples = examples_in(batches)
+    value = np.stack([np.asarray(column) for column in columns], axis=1) / examples
+    ledger = Ledger(forward=examples * value.shape[1], jvp=examples * value.size, compilations=timed.compilations)
+    return value, ledger
+
+
+def spectra(
+    model: Model,
+    batches: Batches,
+    loss: Loss,
+    max_outputs: int,
+    *,
+    timed: Timed,
+    damping: float = 1e-2,
+    batch_size: int = 8,
+    max_bytes: int = 2**30,
+) -> tuple[dict[str, np.ndarray], Ledger, float]:
+    """Every layer's eigenvalues of JᵀHJ that can differ from 0, mean over the examples: exact, whatever the layer's size.
+
+    Args:
+        max_outputs: at most so many rows k = examples × outputs, examples taken from the front of the batches.
+        damping: ε relative to the mean non-zero eigenvalue (above 1e-7 of the largest) of all layers.
+        batch_size: backward passes of one example at a time.
+        max_bytes: of rows of J held together (`grams.output_grams`).
+
+    Returns:
+        (layer name -> (k,) float64, NaN where not finite), what it used, and ε in the unit of the eigenvalues.
+
+    Raises:
+        ValueError: one example has more than max_outputs outputs.
+    """
+    size = output_size(model, batches, loss)
+    examples = min(max_outputs // size, examples_in(batches))
+    if examples < 1:
+        raise ValueError(f"One example has {size} outputs, more than max_outputs = {max_outputs}: raise max_outputs.")
+    data = [jnp.concatenate(parts)[:examples] for parts in zip(*batches, strict=True)]
+
+    def rows(params: Params, *example: Array) -> Array:
+        inputs, targets = loss.split(tuple(each[None] for each in example))
+        outputs = model.call(params, *inputs, override=matrix_gradients)
+        joined = flat(outputs)[0]
+        if loss is losses.OUTPUT:
+            return joined
+        return jnp.matmul(flat(lax.stop_gradient(half_hessian(loss, outputs, targets))), joined)
+
+    matrices = grams.output_grams(
+        rows,
+        model.params,
+        model.partition,
+        *data,
+        batch_size=batch_size,
+        max_bytes=max_bytes,
+        jit=timed.jit,
+    )
+    found = {name: each / examples for name, each in grams.spectra(matrices).items()}
+    everything = np.concatenate(list(found.values()))
+    everything = everything[np.isfinite(everything)]
+    nonzero = everything[everything > 1e-7 * everything.max(initial=0.0)]
+    epsilon = damping * float(nonzero.mean()) if nonzero.size else 1.0
+    ledger = Ledger(forward=examples, vjp=examples * size, compilations=timed.compilations)
+    return found, ledger, epsilon

@@ -1,0 +1,281 @@
+"""What every estimator returns, and what all of them need: one score per (layer, format), its error and its cost.
+
+A score of kind "loss" predicts (or, for `measured`, is) how much the loss grows per example when that layer alone takes
+that format. A score of kind "ranking" only orders layers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax.formats import FLOAT32, Format, parse_all, round_weights
+from mpjax.ledger import Ledger
+from mpjax.losses import Loss
+from mpjax.models import Array, Batches, Model, Params, check_batches
+from mpjax.partition import Partition, select
+
+Key = Array
+Scorer = Callable[[Model, Batches, Sequence[str | Format], Key], "Scores"]
+Kind = Literal["loss", "ranking"]
+
+OK = "ok"
+ZERO = "zero_by_construction"
+NOT_FINITE = "not_finite"
+OVERFLOW = "overflow"
+INDEFINITE = "indefinite"
+UNCONVERGED = "unconverged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Scores of L layers in F formats.
+
+    Attributes:
+        estimator: the factory's name with its knobs in brackets, `trace[hutchinson,joint]`.
+        loss: name of the loss that the score is about; "none" for baselines that need none.
+        value: (L, F) float64; a score that is not finite is +inf, so it ranks as most sensitive.
+        stderr: (L, F) standard error from the random probes (0 where there are none, NaN where it cannot be told).
+        residual: (L, F) error that more probes do not shrink, in the unit of `value`: Lanczos residual, depth
+            doubling; 0 where there is none.
+        layers, formats: names.
+        kind: "loss" (may be summed) or "ranking" (only the order means something).
+        status: (L, F) strings: "ok"; "zero_by_construction" (nothing that the score sees changes); "not_finite";
+            "overflow" (beyond float16's range); "indefinite" (a predicted loss below 0: no optimum, or too few
+            probes); "unconverged" (a Lanczos residual above a tenth of the value). The last two keep their value.
+        ledger: passes used.
+        seconds, compile_seconds: running time without, and of, compilation.
+        peak_mb: largest program by XLA's memory analysis (temporaries, arguments and outputs), 10⁶ bytes.
+    """
+
+    estimator: str
+    loss: str
+    value: np.ndarray
+    stderr: np.ndarray
+    residual: np.ndarray
+    layers: tuple[str, ...]
+    formats: tuple[str, ...]
+    kind: Kind
+    status: np.ndarray
+    ledger: Ledger
+    seconds: float
+    compile_seconds: float
+    peak_mb: float
+
+    def column(self, fmt: str) -> np.ndarray:
+        """(L,) scores of one format."""
+        return self.value[:, self._position(fmt)]
+
+    def statuses(self, fmt: str) -> np.ndarray:
+        """(L,) status of one format."""
+        return self.status[:, self._position(fmt)]
+
+    def ranking(self, fmt: str) -> tuple[str, ...]:
+        """Layers from least to most sensitive; ties in execution order."""
+        return tuple(self.layers[i] for i in np.argsort(self.column(fmt), kind="stable"))
+
+    def _position(self, fmt: str) -> int:
+        if fmt not in self.formats:
+            raise ValueError(f"No scores for format {fmt!r}; these are for {', '.join(self.formats)}.")
+        return self.formats.index(fmt)
+
+
+def pack(scores: Scores) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Scores as (arrays, plain-JSON notes), for a checkpoint."""
+    arrays = {name: getattr(scores, name) for name in ("value", "stderr", "residual", "status")}
+    names = ("estimator", "loss", "kind", "seconds", "compile_seconds", "peak_mb")
+    notes = {name: getattr(scores, name) for name in names}
+    return arrays, notes | {
+        "layers": list(scores.layers),
+        "formats": list(scores.formats),
+        "ledger": scores.ledger.as_dict(),
+    }
+
+
+def unpack(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> Scores:
+    """The inverse of `pack`; further notes are ignored."""
+    names = ("estimator", "loss", "kind", "seconds", "compile_seconds", "peak_mb")
+    return Scores(
+        **{name: arrays[name] for name in ("value", "stderr", "residual", "status")},
+        **{name: notes[name] for name in names},
+        layers=tuple(notes["layers"]),
+        formats=tuple(notes["formats"]),
+        ledger=Ledger(**notes["ledger"]),
+    )
+
+
+class Timed:
+    """Jitted functions that keep the seconds of compiling and of running apart, and know the memory they take."""
+
+    def __init__(self) -> None:
+        self.compile_seconds = 0.0
+        self.seconds = 0.0
+        self.peak_mb = 0.0
+        self.compilations = 0
+
+    def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        """The function, compiled ahead of time once per shapes of its arguments."""
+        jitted = jax.jit(function, **options)
+        programs: dict[Any, Any] = {}
+
+        def run(*args: Any) -> Any:
+            shapes = jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), args)
+            key = (jax.tree.structure(args), tuple(map(str, jax.tree.leaves(shapes, is_leaf=_is_shape))))
+            start = time.perf_counter()
+            if key not in programs:
+                programs[key] = jitted.lower(*args).compile()
+                self.compilations += 1
+                self.compile_seconds += time.perf_counter() - start
+                self.peak_mb = max(self.peak_mb, _peak_mb(programs[key]))
+                start = time.perf_counter()
+            out = jax.block_until_ready(programs[key](*args))
+            self.seconds += time.perf_counter() - start
+            return out
+
+        return run
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, tuple) and len(node) == 2 and isinstance(node[0], tuple)
+
+
+def _peak_mb(program: Any) -> float:
+    memory = program.memory_analysis()
+    if memory is None:  # a backend without one
+        return 0.0
+    return (memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes) / 1e6
+
+
+def examples_in(batches: Batches) -> int:
+    """Number of examples in all batches."""
+    return sum(batch[0].shape[0] for batch in batches)
+
+
+def prepare(batches: Batches, formats: Sequence[str | Format], loss: Loss) -> tuple[Format, ...]:
+    """The parsed formats, after the batches were checked.
+
+    Raises:
+        ValueError: ragged or empty batches, batches without the loss's targets, unknown or repeated formats.
+    """
+    low = parse_all(formats)
+    for batch in check_batches(batches):
+        loss.split(batch)
+    return low
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """What rounding does to the weights.
+
+    `deltas`: for each format path -> rounded weights − weights, in the weights' dtype. `squares`: (L, F) ‖δ‖² of each block.
+    `sizes`: (L,) its number of weights. `unchanged`: (L, F) True where no weight changes. `overflowed`: (L, F) True where a
+    finite weight lies beyond the format's range and becomes infinite.
+    """
+
+    deltas: tuple[dict[str, Array], ...]
+    squares: np.ndarray
+    sizes: np.ndarray
+    unchanged: np.ndarray
+    overflowed: np.ndarray
+
+
+def rounding_of(params: Params, blocks: Partition, formats: Sequence[Format]) -> Rounding:
+    """The rounding errors of every block's weights in every format (per-tensor scales where a format has them)."""
+    leaves = {path: leaf for block in blocks for path, leaf in select(params, block).items()}
+
+    def errors(values: dict[str, Array], fmt: Format) -> dict[str, Array]:
+        return {path: round_weights(w, fmt).astype(w.dtype) - w for path, w in values.items()}
+
+    deltas = tuple(jax.jit(errors, static_argnums=1)(leaves, fmt) for fmt in formats)
+    host = [{path: np.float64(value) for path, value in delta.items()} for delta in deltas]
+    squares = np.array([[sum(float(np.sum(d[p] ** 2)) for p in block.paths) for d in host] for block in blocks])
+    unchanged = np.array([[not any(np.any(d[p]) for p in block.paths) for d in host] for block in blocks])
+    overflowed = np.array([[any(np.isinf(d[p]).any() for p in block.paths) for d in host] for block in blocks])
+    sizes = np.array([sum(leaves[p].size for p in block.paths) for block in blocks], np.int64)
+    return Rounding(deltas=deltas, squares=squares, sizes=sizes, unchanged=unchanged, overflowed=overflowed)
+
+
+def make_scores(
+    name: str,
+    layers: Sequence[str],
+    formats: Sequence[Format],
+    value: np.ndarray,
+    *,
+    loss: str,
+    ledger: Ledger,
+    timed: Timed,
+    kind: Kind,
+    stderr: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
+    unchanged: np.ndarray | None = None,
+    overflowed: np.ndarray | None = None,
+) -> Scores:
+    """Scores with their status.
+
+    Args:
+        value: (L, F), or (L,) for a score that does not depend on the format.
+        unchanged: (L, F) True where the score is zero because nothing that it sees changes.
+        overflowed: (L, F) True where the layer's own product left float16's range.
+    """
+    count = len(formats)
+    wide = [_per_format(each, len(layers), count) for each in (value, stderr, residual)]
+    value, stderr, residual = wide
+    finite = np.isfinite(value)
+    status = np.where(finite, OK, NOT_FINITE).astype("U32")
+    if kind == "loss":
+        status[finite & (value < 0)] = INDEFINITE
+    with np.errstate(invalid="ignore"):
+        status[finite & (residual > 0.1 * np.abs(value))] = UNCONVERGED
+    if overflowed is not None:
+        status[overflowed] = OVERFLOW
+        finite = finite & ~overflowed
+    if unchanged is not None:
+        status[unchanged & finite] = ZERO
+    if kind == "loss":
+        status[:, [fmt == FLOAT32 for fmt in formats]] = ZERO  # float32 itself, asked for beside the others
+    return Scores(
+        estimator=name,
+        loss=loss,
+        value=np.where(finite, value, np.inf),
+        stderr=stderr,
+        residual=residual,
+        layers=tuple(layers),
+        formats=tuple(fmt.name for fmt in formats),
+        kind=kind,
+        status=status,
+        ledger=ledger,
+        seconds=timed.seconds,
+        compile_seconds=timed.compile_seconds,
+        peak_mb=timed.peak_mb,
+    )
+
+
+def _per_format(array: np.ndarray | None, layers: int, formats: int) -> np.ndarray:
+    if array is None:
+        return np.zeros((layers, formats))
+    array = np.asarray(array, np.float64)
+    return np.repeat(array[:, None], formats, axis=1) if array.ndim == 1 else array
+
+
+def overflows(value: np.ndarray, formats: Sequence[Format], *, finite: bool) -> np.ndarray:
+    """(L, F): where a score is not finite because of the format's range: float16 alone overflows, from finite data only."""
+    half = np.array([fmt.operand == "float16" for fmt in formats])
+    return ~np.isfinite(value) & half[None, :] & finite
+
+
+def all_finite(params: Params, batches: Batches) -> bool:
+    """Whether every weight and every input is finite."""
+    leaves = [leaf for leaf in jax.tree.leaves((params, list(batches))) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+
+
+def standard_error(samples: np.ndarray) -> np.ndarray:
+    """Of the mean over the first axis; NaN with one sample."""
+    count = samples.shape[0]
+    return np.std(samples, axis=0, ddof=1) / count**0.5 if count > 1 else np.full(samples.shape[1:], np.nan)
