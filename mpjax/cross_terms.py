@@ -104,9 +104,8 @@ def interactions(
         ValueError: ragged or empty batches, unknown formats, a loss without `cotangents` (with num_probes).
     """
     check_probes(num_probes, loss)
-    low = prepare(batches, formats, loss)
-    ranges = ranges_for(model, batches, low, loss, calibration)
-    timed = Timed()
+    low, timed = prepare(batches, formats, loss), Timed()
+    ranges = ranges_for(model, batches, low, loss, calibration, timed)
     samples = tap_samples(model, batches, low, loss, key, num_probes, ranges, timed)
     total, variance, bad = accumulate(samples, exact=num_probes is None)
     examples = examples_in(batches)

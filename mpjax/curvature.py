@@ -167,7 +167,7 @@ def dense(operator: Operator, *, batch_size: int | None = None, max_bytes: int =
     if n * n * item > max_bytes:
         raise ValueError(
             f"a dense {n} x {n} matrix of {jnp.dtype(operator.dtype)} takes {n * n * item:,} bytes, over "
-            f"max_bytes={max_bytes:,}; take a smaller block, output_grams, or a stochastic estimate"
+            f"max_bytes={max_bytes:,}; take a smaller block, grams.output_grams, or a stochastic estimate"
         )
 
     def column(i: Array) -> Array:

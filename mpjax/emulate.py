@@ -26,34 +26,15 @@ Calibration = Mapping[str, float]  # layer name -> largest |activation| at its i
 _UNROLLED_CHANNELS = 2
 
 
-def calibrate(model: Model, batches: Batches) -> dict[str, float]:
+def calibrate(
+    model: Model, batches: Batches, *, jit: Callable[[Callable[..., Any]], Callable[..., Any]] = jax.jit
+) -> dict[str, float]:
     """The largest magnitude at each layer's input over the batches: the static activation scales of float8.
 
     Shape of the result: layer name -> amax. Works through scan, remat and shared layers (the numbers leave the
-    program through a host callback). A non-finite activation is kept as it is: `amax_scale` then uses 1.
+    program through a host callback). A non-finite activation is kept as it is: `amax_scale` then uses 1. `jit` compiles
+    the program, and may time it.
     """
-    return _largest(model, batches, lambda product, lhs, rhs: jnp.max(jnp.abs(lhs)))
-
-
-def overflowing(model: Model, batches: Batches, formats: Sequence[Format]) -> dict[str, tuple[str, ...]]:
-    """The formats in which a layer's own product leaves the format's range, on its float32 input: layer name -> names.
-
-    One forward pass per format. A layer whose float32 product is not finite either is not listed.
-    """
-    found: dict[str, tuple[str, ...]] = dict.fromkeys(model.names, ())
-    for fmt in formats:
-
-        def overflows(product: Product, lhs: Array, rhs: Array, fmt: Format = fmt) -> Array:
-            low, exact = product_in(fmt, product, lhs, rhs), product(lhs, rhs)
-            return jnp.any(~jnp.isfinite(low) & jnp.isfinite(exact.astype(jnp.float32)))
-
-        counts = _largest(model, batches, overflows)
-        found = {name: (*names, fmt.name) if counts[name] else names for name, names in found.items()}
-    return found
-
-
-def _largest(model: Model, batches: Batches, quantity: Callable[[Product, Array, Array], Array]) -> dict[str, float]:
-    """Per layer the largest value of a non-negative quantity of its product and operands, over calls and batches."""
     largest: dict[str, float] = dict.fromkeys(model.names, 0.0)
 
     def receive(name: str, value: np.ndarray) -> np.ndarray:
@@ -61,14 +42,14 @@ def _largest(model: Model, batches: Batches, quantity: Callable[[Product, Array,
         return np.asarray(value, np.float32)
 
     def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
-        value = quantity(product, lhs, rhs).astype(jnp.float32)
+        amax = jnp.max(jnp.abs(lhs)).astype(jnp.float32)
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        seen = jax.pure_callback(functools.partial(receive, layer.name), scalar, value, vmap_method="sequential")
+        seen = jax.pure_callback(functools.partial(receive, layer.name), scalar, amax, vmap_method="sequential")
         # Multiplying by one makes the result depend on the callback: a side effect alone breaks linen's scan.
         one = jnp.where(jnp.isnan(seen), jnp.nan, 1.0).astype(lhs.dtype)
         return product(lhs * one, rhs)
 
-    run = jax.jit(lambda params, *inputs: model.call(params, *inputs, override=override))
+    run = jit(lambda params, *inputs: model.call(params, *inputs, override=override))
     for batch in check_batches(batches):
         jax.block_until_ready(run(model.params, *batch))
     return largest

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Float
 from matfree import stochtrace
 
@@ -83,13 +84,15 @@ def trace(
     """Trace, unbiased, from `num_probes` products.
 
     "hutchinson": mean of zᵀAz over sign probes z, one product each (Hutchinson 1989, doi 10.1080/03610919008812866).
-    Without variance on a diagonal matrix. Memory: 2b vectors.
+    Without variance on a diagonal matrix. Where few eigenvalues make up A, the terms are skewed, and a Student-t 95 %
+    interval of 16 probes holds the trace in 92 % of the runs (tests). Memory: 2b vectors.
 
     "xtrace": num_probes / 2 normal probes, two products each, so num_probes is even. The range of A on all probes but
     one is traced exactly and the rest by the one left out, for each in turn (Epperly, Tropp, Webber 2024, doi
     10.1137/23M1548323, with their normalisation). Exact where the rank is below num_probes / 2, much better than
-    Hutchinson where eigenvalues decay fast. Its terms are not independent: `stderr` is an indication. Where
-    n <= num_probes the trace is taken exactly, with n products. Memory: 3 · num_probes vectors.
+    Hutchinson where eigenvalues decay fast. Its terms are not independent: `stderr` is an indication, seen
+    as low as two thirds of the true spread. Where n <= num_probes the trace is taken exactly, with n products.
+    Memory: 3 · num_probes vectors.
     """
     if method not in ("hutchinson", "xtrace"):
         raise ValueError(f"method must be 'hutchinson' or 'xtrace'; got {method!r}")
@@ -141,9 +144,9 @@ def abs_logdet(*, num_probes: int, depth: int, damping: float | Array, batch_siz
 
 
 def logdet_score(*, num_probes: int, depth: int, damping: float | Array, batch_size: int | None = None) -> Estimator:
-    """Σ log(1 + max(λ, 0) / damping): for a positive semi-definite A log det(A + damping · I) - n log damping, which
-    does not grow with the number of zero eigenvalues. All else as in `abs_logdet`."""
-    return _slq(lambda x, d: jnp.log1p(jnp.maximum(x, 0) / d), num_probes, depth, damping, batch_size)
+    """Σ log(1 + |λ| / damping): for a positive semi-definite A log det(A + damping · I) - n log damping, which does
+    not grow with the number of zero eigenvalues. All else as in `abs_logdet`."""
+    return _slq(lambda x, d: jnp.log1p(jnp.abs(x) / d), num_probes, depth, damping, batch_size)
 
 
 def top_eigenvalue(*, depth: int, num_starts: int = 1) -> Estimator:
@@ -298,8 +301,13 @@ def _lanczos(operator: Operator, start: Array, steps: int) -> tuple[Array, Array
     return alphas, betas, ~alive
 
 
+@sequential_vmap
 def _ritz(alphas: Array, betas: Array) -> tuple[Array, Array]:
-    """Eigenvalues and eigenvectors (columns) of the tridiagonal matrix; NaN where it is not finite."""
+    """Eigenvalues and eigenvectors (columns) of the tridiagonal matrix; NaN where it is not finite.
+
+    One matrix at a time: two independent batches of eigh in one program can wait for each other for ever on the CPU
+    (jaxlib 0.10.2: each blocks a worker of the thread pool that its batch is handed to; seen on 2 cores).
+    """
     matrix = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
     finite = jnp.isfinite(matrix).all()
     values, vectors = jnp.linalg.eigh(jnp.where(finite, matrix, 0))

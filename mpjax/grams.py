@@ -78,8 +78,8 @@ def output_grams(
     grams: dict[str, Array] = {}
     for group in _groups(partition, leaves, k, max_bytes):
         program = jit(partial(_group_grams, function, group, m, _chunk(m, batch_size)))
-        grams |= program(params, *batch)
-    return grams
+        grams |= jax.block_until_ready(program(params, *batch))  # else two programs could hold their rows at once
+    return {name: grams[name] for name in names}
 
 
 def spectra(grams: Mapping[str, Array]) -> dict[str, Floats]:

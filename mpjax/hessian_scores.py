@@ -92,7 +92,9 @@ def trace(
             return jnp.sum(_block_dots(blocks, only, tangent(only)))
 
         count = num_probes if joint else num_probes * len(blocks)
-        return lax.map(probe, jnp.arange(count), batch_size=batch_size).reshape(num_probes, len(blocks))
+        # One at a time is a plain loop: a batch of one would still turn convolutions into grouped ones.
+        together = None if batch_size == 1 else batch_size
+        return lax.map(probe, jnp.arange(count), batch_size=together).reshape(num_probes, len(blocks))
 
     run = timed.jit(of_batch)
     samples = sum(np.float64(run(objective.params, key, *batch)) for batch in objective.batches) / objective.examples
@@ -259,13 +261,18 @@ def in_scale(
         factors = 0.5 * rounding.squares / (rounding.sizes[:, None] if mean else 1.0)
         unchanged, overflowed = rounding.unchanged, rounding.overflowed
     none = np.zeros(len(layers))
+    with np.errstate(invalid="ignore"):  # where a weight overflows: 0 · inf
+        parts = [
+            each[:, None] * factors
+            for each in (value, none if stderr is None else stderr, none if residual is None else residual)
+        ]
     return make_scores(
         name,
         layers,
         formats,
-        value[:, None] * factors,
-        stderr=(none if stderr is None else stderr)[:, None] * factors,
-        residual=(none if residual is None else residual)[:, None] * factors,
+        parts[0],
+        stderr=parts[1],
+        residual=parts[2],
         loss=loss,
         ledger=ledger,
         timed=timed,

@@ -9,7 +9,8 @@ random ones the same is exact, and so is the spectrum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -133,32 +134,48 @@ def gauss_newton_products(
     return value, ledger
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spectra:
+    """Every layer's eigenvalues of JᵀHJ that can differ from 0, mean over the examples; exact.
+
+    Attributes:
+        values: layer name -> (k,) float64, k = examples × outputs; NaN where not finite.
+        loss, examples: what of, and over how many.
+        mean: mean of the non-zero eigenvalues (above 1e-7 of the largest) of all layers: the unit of a relative damping.
+        ledger: passes used.
+        timed: seconds and memory used.
+    """
+
+    values: Mapping[str, np.ndarray]
+    loss: str
+    examples: int
+    mean: float
+    ledger: Ledger
+    timed: Timed
+
+
 def spectra(
     model: Model,
     batches: Batches,
-    loss: Loss,
-    max_outputs: int,
     *,
-    timed: Timed,
-    damping: float = 1e-2,
+    loss: Loss = losses.OUTPUT,
+    max_outputs: int = 1024,
     batch_size: int = 8,
     max_bytes: int = 2**30,
-) -> tuple[dict[str, np.ndarray], Ledger, float]:
-    """Every layer's eigenvalues of JᵀHJ that can differ from 0, mean over the examples: exact, whatever the layer's size.
+) -> Spectra:
+    """The spectrum of every layer's Gauss-Newton block, whatever the layer's size: k vector-Jacobian products for all.
+
+    One call serves `trace`, `top_eigenvalue` and `logdet`, which take it as `spectra=`.
 
     Args:
         max_outputs: at most so many rows k = examples × outputs, examples taken from the front of the batches.
-        damping: ε relative to the mean non-zero eigenvalue (above 1e-7 of the largest) of all layers.
         batch_size: backward passes of one example at a time.
         max_bytes: of rows of J held together (`grams.output_grams`).
-
-    Returns:
-        (layer name -> (k,) float64, NaN where not finite), what it used, and ε in the unit of the eigenvalues.
 
     Raises:
         ValueError: one example has more than max_outputs outputs.
     """
-    size = output_size(model, batches, loss)
+    timed, size = Timed(), output_size(model, batches, loss)
     examples = min(max_outputs // size, examples_in(batches))
     if examples < 1:
         raise ValueError(f"One example has {size} outputs, more than max_outputs = {max_outputs}: raise max_outputs.")
@@ -181,10 +198,16 @@ def spectra(
         max_bytes=max_bytes,
         jit=timed.jit,
     )
-    found = {name: each / examples for name, each in grams.spectra(matrices).items()}
+    eigenvalues = grams.spectra(matrices)
+    found = {name: eigenvalues[name] / examples for name in model.names}
     everything = np.concatenate(list(found.values()))
     everything = everything[np.isfinite(everything)]
     nonzero = everything[everything > 1e-7 * everything.max(initial=0.0)]
-    epsilon = damping * float(nonzero.mean()) if nonzero.size else 1.0
-    ledger = Ledger(forward=examples, vjp=examples * size, compilations=timed.compilations)
-    return found, ledger, epsilon
+    return Spectra(
+        values=found,
+        loss=loss.name,
+        examples=examples,
+        mean=float(nonzero.mean()) if nonzero.size else 1.0,
+        ledger=Ledger(forward=examples, vjp=examples * size, compilations=timed.compilations),
+        timed=timed,
+    )

@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from mpjax import losses
-from mpjax.emulate import Calibration, calibrate, choose, overflowing, product_in
+from mpjax.emulate import Calibration, calibrate, choose, product_in
 from mpjax.formats import Format
 from mpjax.ledger import Ledger
 from mpjax.losses import Loss, flat
@@ -58,9 +58,8 @@ def local_rounding(
     check_probes(num_probes, loss)
 
     def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
-        low = prepare(batches, formats, loss)
-        ranges = ranges_for(model, batches, low, loss, calibration)
-        timed = Timed()
+        low, timed = prepare(batches, formats, loss), Timed()
+        ranges = ranges_for(model, batches, low, loss, calibration, timed)
         total, variance = np.zeros((len(model.layers), len(low))), np.zeros((len(model.layers), len(low)))
         for samples in tap_samples(model, batches, low, loss, key, num_probes, ranges, timed):
             squares = samples**2 / 2.0  # (N, P, L, F)
@@ -90,7 +89,7 @@ def local_rounding(
 def measured(*, loss: Loss = losses.OUTPUT, calibration: Calibration | None = None) -> Scorer:
     """Each layer lowered alone, by emulation: the growth of the loss, which the other scores predict.
 
-    One compilation (the format of each layer is a traced number), then one forward pass per layer, format and example. A
+    Two compilations (the format of each layer is a traced number), then one forward pass per layer, format and example. A
     layer whose own product overflows float16 is reported, also where a later clamp hides it from the outputs.
 
     Args:
@@ -101,12 +100,18 @@ def measured(*, loss: Loss = losses.OUTPUT, calibration: Calibration | None = No
 
     def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
         del key  # nothing here is random
-        low = prepare(batches, formats, loss)
-        ranges = ranges_for(model, batches, low, loss, calibration)
-        count, timed = len(model.layers), Timed()
+        low, count, timed = prepare(batches, formats, loss), len(model.layers), Timed()
+        ranges = ranges_for(model, batches, low, loss, calibration, timed)
 
         def outputs_of(params: Params, index: Array, *batch: Array) -> losses.Outputs:
-            override = choose(index, model.names, low, calibration=ranges)
+            chosen = choose(index, model.names, low, calibration=ranges)
+
+            def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+                out = chosen(layer, product, lhs, rhs)
+                lowered = index[model.names.index(layer.name)] > 0
+                # NaN everywhere, so that no clamp or pooling after it hides an overflow
+                return jnp.where(lowered & ~jnp.isfinite(out).all(), jnp.asarray(jnp.nan, out.dtype), out)
+
             return model.call(params, *loss.split(batch)[0], override=override)
 
         def growth(outputs: losses.Outputs, reference: losses.Outputs, *batch: Array) -> Array:
@@ -121,20 +126,18 @@ def measured(*, loss: Loss = losses.OUTPUT, calibration: Calibration | None = No
                 index = np.zeros(count, np.int32)
                 index[layer] = 1 + fmt
                 total[layer, fmt] += float(compare(run(model.params, jnp.asarray(index), *batch), truth, *batch))
-        half = tuple(fmt for fmt in low if fmt.operand == "float16")
-        local = overflowing(model, [loss.split(batch)[0] for batch in batches], half) if half else {}
-        overflowed = np.array([[fmt.name in local.get(name, ()) for fmt in low] for name in model.names])
         examples = examples_in(batches)
+        value = total / examples
         return make_scores(
             "measured",
             model.names,
             low,
-            total / examples,
+            value,
             loss=loss.name,
-            ledger=Ledger(forward=examples * (1 + total.size + len(half)), compilations=timed.compilations + len(half)),
+            ledger=Ledger(forward=examples * (1 + total.size), compilations=timed.compilations),
             timed=timed,
             kind="loss",
-            overflowed=overflowed,
+            overflowed=overflows(value, low, finite=all_finite(model.params, batches)),
         )
 
     return scorer
@@ -188,11 +191,16 @@ def check_probes(num_probes: int | None, loss: Loss) -> None:
 
 
 def ranges_for(
-    model: Model, batches: Batches, formats: Sequence[Format], loss: Loss, calibration: Calibration | None
+    model: Model,
+    batches: Batches,
+    formats: Sequence[Format],
+    loss: Loss,
+    calibration: Calibration | None,
+    timed: Timed,
 ) -> Calibration | None:
     """The calibration, measured on the batches where a scaled format needs it and none is given."""
     if calibration is None and any(fmt.scaled for fmt in formats):
-        return calibrate(model, [loss.split(batch)[0] for batch in batches])
+        return calibrate(model, [loss.split(batch)[0] for batch in batches], jit=timed.jit)
     return calibration
 
 

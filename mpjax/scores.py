@@ -100,13 +100,20 @@ def pack(scores: Scores) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 def unpack(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> Scores:
     """The inverse of `pack`; further notes are ignored."""
-    names = ("estimator", "loss", "kind", "seconds", "compile_seconds", "peak_mb")
     return Scores(
-        **{name: arrays[name] for name in ("value", "stderr", "residual", "status")},
-        **{name: notes[name] for name in names},
+        estimator=notes["estimator"],
+        loss=notes["loss"],
+        value=arrays["value"],
+        stderr=arrays["stderr"],
+        residual=arrays["residual"],
         layers=tuple(notes["layers"]),
         formats=tuple(notes["formats"]),
+        kind=notes["kind"],
+        status=arrays["status"],
         ledger=Ledger(**notes["ledger"]),
+        seconds=notes["seconds"],
+        compile_seconds=notes["compile_seconds"],
+        peak_mb=notes["peak_mb"],
     )
 
 

@@ -31,6 +31,7 @@ from mpjax.gradients import matrix_gradients
 from mpjax.hessian_scores import Objective
 from mpjax.losses import Loss
 from mpjax.models import Array, Batches, Model, Params
+from mpjax.output_scores import Spectra, spectra
 from mpjax.rounding_scores import depth, local_rounding, measured, output_size, random, rounding_norm
 from mpjax.scores import (
     INDEFINITE,
@@ -61,6 +62,7 @@ __all__ = [
     "Interactions",
     "Scorer",
     "Scores",
+    "Spectra",
     "depth",
     "first_order",
     "fisher",
@@ -74,6 +76,7 @@ __all__ = [
     "quadratic",
     "random",
     "rounding_norm",
+    "spectra",
     "top_eigenvalue",
     "trace",
     "unpack",
@@ -183,6 +186,7 @@ def trace(
     loss: Loss = losses.OUTPUT,
     batch_size: int = 1,
     max_outputs: int = 1024,
+    spectra: Spectra | None = None,
 ) -> Scorer:
     """Trace of each layer's Hessian block; by default HAWQ-V2's score ½ · (trace / d) · ‖δ‖², d the layer's weights.
 
@@ -199,6 +203,7 @@ def trace(
         probes: "joint" or "per_layer"; for "hutchinson" and "xtrace".
         scale: "noise" for the score, "none" for the trace itself (kind "ranking").
         batch_size: products at a time; memory grows with it.
+        spectra: for "exact", those of `spectra(model, batches)`, if they are there already.
     """
     from_loss.check_trace(num_probes, method, probes, scale, ("hutchinson", "xtrace", "output", "exact"))
     losses.check(loss)
@@ -213,12 +218,11 @@ def trace(
         name = f"trace[{method}{'' if scale == 'noise' else ',none'}]"
         if method == "output":
             return _squares(model, batches, formats, key, name, loss, num_probes, scale)
-        timed = Timed()
-        spectra, ledger, _ = output_scores.spectra(model, batches, loss, max_outputs, timed=timed)
-        value = np.array([np.sum(spectra[each]) for each in model.names])
+        exact = _spectra(model, batches, loss, max_outputs, spectra)
+        value = np.array([np.sum(exact.values[each]) for each in model.names])
         return hessian_scores.in_scale(
             model.names, low, name, value, None, None, rounding_of(model.params, model.partition, low),
-            scale=scale, loss=loss.name, timed=timed, ledger=ledger, mean=True,
+            scale=scale, loss=exact.loss, timed=exact.timed, ledger=exact.ledger, mean=True,
         )  # fmt: skip
 
     return scorer
@@ -231,6 +235,7 @@ def top_eigenvalue(
     scale: EigenvalueScale = "per_parameter",
     loss: Loss = losses.OUTPUT,
     max_outputs: int = 1024,
+    spectra: Spectra | None = None,
 ) -> Scorer:
     """Largest eigenvalue (in magnitude, with its sign) of each layer's Hessian block.
 
@@ -242,6 +247,7 @@ def top_eigenvalue(
 
     Args:
         scale: "per_parameter" λ / d; "noise" ½ λ ‖δ‖², an upper bound of ½ δᵀHδ; "none" λ.
+        spectra: for "exact", those of `spectra(model, batches)`, if they are there already.
     """
     from_loss.check_choice("method", method, ("exact", "lanczos"))
     from_loss.check_scale(scale, ("per_parameter", "noise", "none"))
@@ -253,13 +259,12 @@ def top_eigenvalue(
         if method == "lanczos":
             objective = _objective(model, batches, loss)
             return from_loss.top_eigenvalue_of(objective, low, key, estimator, depth, scale)
-        timed = Timed()
-        spectra, ledger, _ = output_scores.spectra(model, batches, loss, max_outputs, timed=timed)
-        value = np.array([np.max(spectra[each]) for each in model.names])
+        exact = _spectra(model, batches, loss, max_outputs, spectra)
+        value = np.array([np.max(exact.values[each]) for each in model.names])
         name = f"top_eigenvalue[exact{'' if scale == 'per_parameter' else ',' + scale}]"
         return hessian_scores.in_scale(
             model.names, low, name, value, None, None, rounding_of(model.params, model.partition, low),
-            scale=scale, loss=loss.name, timed=timed, ledger=ledger, mean=False,
+            scale=scale, loss=exact.loss, timed=exact.timed, ledger=exact.ledger, mean=False,
         )  # fmt: skip
 
     return scorer
@@ -275,6 +280,7 @@ def logdet(
     max_outputs: int = 1024,
     num_probes: int = 8,
     depth: int = 20,
+    spectra: Spectra | None = None,
 ) -> Scorer:
     """The post's score: the log-determinant of a layer's Hessian block, as Σ log(1 + λ/ε).
 
@@ -292,6 +298,7 @@ def logdet(
             output probes).
         per_parameter: divide by d.
         max_outputs: k at most ("exact"); examples are taken from the front of the batches, as many as fit.
+        spectra: for "exact", those of `spectra(model, batches)`, if they are there already.
     """
     from_loss.check_logdet(damping, form)
     from_loss.check_choice("method", method, ("exact", "slq"))
@@ -310,24 +317,19 @@ def logdet(
             objective = _objective(model, batches, loss)
             scores = from_loss.slq_of(objective, low, key, epsilon or 1.0, form, per_parameter, num_probes, depth)
             return from_loss.plus(scores, found)
-        timed = Timed()
-        spectra, ledger, epsilon = output_scores.spectra(
-            model, batches, loss, max_outputs, timed=timed, damping=damping
-        )
+        exact = _spectra(model, batches, loss, max_outputs, spectra)
+        epsilon = damping * exact.mean
         sizes = np.array([layer.weights for layer in model.layers])
+        each = [exact.values[name] for name in model.names]
         if form == "raw":
-            value = np.array(
-                [
-                    grams.raw_logdet(spectra[n], damping=epsilon, size=int(d))
-                    for n, d in zip(model.names, sizes, strict=True)
-                ]
-            )
+            pairs = zip(each, sizes, strict=True)
+            value = np.array([grams.raw_logdet(values, damping=epsilon, size=int(size)) for values, size in pairs])
         else:
-            value = np.array([grams.logdet_score(spectra[n], damping=epsilon) for n in model.names])
+            value = np.array([grams.logdet_score(values, damping=epsilon) for values in each])
         return make_scores(
             from_loss.logdet_name("exact", form, per_parameter),
             model.names, low, value / sizes if per_parameter else value,
-            loss=loss.name, ledger=ledger, timed=timed, kind="ranking",
+            loss=exact.loss, ledger=exact.ledger, timed=exact.timed, kind="ranking",
         )  # fmt: skip
 
     return scorer
@@ -351,6 +353,18 @@ def _objective(model: Model, batches: Batches, loss: Loss) -> Objective:
         examples=examples_in(batches),
         loss=loss.name,
     )
+
+
+def _spectra(model: Model, batches: Batches, loss: Loss, max_outputs: int, given: Spectra | None) -> Spectra:
+    """Those given, if they are of this problem; else computed."""
+    if given is None:
+        return spectra(model, batches, loss=loss, max_outputs=max_outputs)
+    if tuple(given.values) != model.names or given.loss != loss.name:
+        raise ValueError(
+            f"spectra= holds the loss {given.loss!r} of {len(given.values)} layers; expected the loss {loss.name!r} of this "
+            f"model's {len(model.names)} layers: compute them with sensitivity.spectra(model, batches, loss=…)."
+        )
+    return given
 
 
 def _probed(

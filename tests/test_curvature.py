@@ -181,9 +181,6 @@ def test_a_block_of_mixed_dtypes_takes_vectors_of_the_widest() -> None:
     operator = curvature.block_hessian(loss, params, block)
     assert operator.dtype == jnp.float32
     np.testing.assert_allclose(curvature.dense(operator), np.diag([2, 2, 4, 4, 4]))
-    grams = curvature.output_grams(lambda p: (p["a"] * 2, p["b"]), params, (block,))
-    np.testing.assert_allclose(grams["ab"], np.diag([4, 4, 1, 1, 1]))
-    assert grams["ab"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -228,104 +225,6 @@ def test_an_asymmetric_matrix_is_refused_or_nan_where_it_is_traced() -> None:
     curvature.logdet(jnp.eye(2).at[0, 1].set(1e-9), damping=1.0)  # rounding is not asymmetry
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_logdet_score_is_the_damped_log_determinant_less_its_offset(seed: int) -> None:
-    jacobian = np.random.default_rng(seed).normal(size=(4, 9))
-    for damping in (1e-3, 1.0, 1e3):
-        _, logabsdet = np.linalg.slogdet(damping * np.eye(9) + jacobian.T @ jacobian)
-        for matrix in (jacobian @ jacobian.T, jacobian.T @ jacobian):
-            score = curvature.logdet_score(curvature.eigenvalues(jnp.asarray(matrix)), damping=damping)
-            np.testing.assert_allclose(score, logabsdet - 9 * np.log(damping), rtol=1e-9)
-
-
-def test_logdet_score_forgives_rounding_and_not_indefiniteness() -> None:
-    assert float(curvature.logdet_score(jnp.array([-1e-15, 1.0]), damping=1e-15)) == pytest.approx(np.log1p(1e15))
-    assert np.isnan(curvature.logdet_score(jnp.array([-1e-3, 1.0]), damping=1.0))
-    assert float(curvature.logdet_score(jnp.zeros(3), damping=1.0)) == 0
-
-
-def dense_grams(function, params):
-    """Block -> J Jᵀ, from jax.jacobian."""
-    jacobian = jax.jacobian(lambda p: ravel_pytree(function(p))[0])(params)
-    rows = {
-        path: leaf.reshape(leaf.shape[0], -1)
-        for path, leaf in zip(partition.paths(params), jax.tree.leaves(jacobian), strict=True)
-    }
-    return {b.name: sum(rows[path] @ rows[path].T for path in b.paths) for b in partition.by_module(params)}
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_output_grams_are_exact_whatever_the_batches_and_groups(seed: int) -> None:
-    params, function, _ = network(seed)
-    blocks = partition.by_module(params)
-    largest = 10 * 16 * 8  # k = 10 outputs, 16 parameters in the first layer, 8 bytes
-    expected = dense_grams(function, params)
-    for batch_size, max_bytes in ((None, 2**31), (3, 2**31), (1, largest), (99, largest)):
-
-        def run(p, batch_size=batch_size, max_bytes=max_bytes):
-            return curvature.output_grams(function, p, blocks, batch_size=batch_size, max_bytes=max_bytes)
-
-        grams = jax.jit(run)(params)
-        assert set(grams) == {"first", "last"}
-        for name in expected:
-            np.testing.assert_allclose(grams[name], expected[name], **TIGHT)
-    with pytest.raises(ValueError, match=f"'first' needs {largest:,} bytes for its 10 rows"):
-        curvature.output_grams(function, params, blocks, max_bytes=largest - 1)
-
-
-def test_output_grams_keep_their_memory_bound_under_jit() -> None:
-    n, layers = 64, 6
-    params = {f"layer{i}": jnp.eye(n, dtype=jnp.float32) for i in range(layers)}
-    rows = n * n * n * 4  # of one layer
-
-    def function(p):
-        hidden = jnp.ones((1, n), jnp.float32)
-        for kernel in p.values():
-            hidden = jnp.tanh(hidden @ kernel)
-        return hidden
-
-    def temporary_bytes(max_bytes: int) -> int:
-        def run(p):
-            blocks = partition.by_leaf(params)
-            return curvature.output_grams(function, p, blocks, batch_size=4, max_bytes=max_bytes)
-
-        return jax.jit(run).lower(params).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporary_bytes(2**31) > layers * rows
-    assert temporary_bytes(2 * rows) < 3 * rows
-
-
-def test_output_grams_of_a_tree_of_outputs_without_jit() -> None:
-    params, function, _ = network(0)
-
-    def tree(p):
-        outputs = function(p)
-        return {"b": (outputs[:2], outputs[2, 0]), "a": 3 * outputs[3:]}
-
-    grams = curvature.output_grams(tree, params, partition.by_module(params), batch_size=4)
-    for name, expected in dense_grams(tree, params).items():
-        np.testing.assert_allclose(grams[name], expected, **TIGHT)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_weinstein_aronszajn_identity(seed: int) -> None:
-    """log det(εI_d + JᵀJ) = (d - k) log ε + log det(εI_k + JJᵀ), for d > k and for d < k."""
-    params, function, _ = network(seed)
-    blocks = partition.by_module(params)
-    grams = curvature.output_grams(function, params, blocks)
-    k = 10
-    for block in blocks:
-        large = curvature.dense(curvature.block_ggn(function, params, block))
-        d = large.shape[0]
-        assert (d > k) == (block.name == "first")
-        for damping in (1e-2, 1.0, 30.0):
-            left = curvature.logdet(large, damping=damping)
-            right = curvature.logdet(grams[block.name], damping=damping)
-            identity = (d - k) * np.log(damping) + float(right.logabsdet)
-            np.testing.assert_allclose(float(left.logabsdet), identity, rtol=1e-10, atol=1e-10)
-            assert float(left.sign) == float(right.sign) == 1
-
-
 def test_losses_and_outputs_of_a_wrong_kind_are_refused() -> None:
     params, function, loss = network(0)
     block = partition.by_module(params)[0]
@@ -335,9 +234,8 @@ def test_losses_and_outputs_of_a_wrong_kind_are_refused() -> None:
         curvature.block_hessian(lambda p: (loss(p), 0.0), params, block)
     with pytest.raises(ValueError, match="the loss: .*int64"):
         curvature.block_hessian(lambda p: jnp.sum(p["first"]["bias"]).astype(int), params, block)
-    for call in (curvature.block_ggn, lambda f, p, b: curvature.output_grams(f, p, (b,))):
-        with pytest.raises(ValueError, match="the outputs: .*'label' is int64"):
-            call(lambda p: {"label": jnp.argmax(function(p), axis=-1)}, params, block)
+    with pytest.raises(ValueError, match="the outputs: .*'label' is int64"):
+        curvature.block_ggn(lambda p: {"label": jnp.argmax(function(p), axis=-1)}, params, block)
 
 
 def test_parameters_of_a_wrong_kind_are_refused_before_tracing() -> None:
@@ -350,8 +248,7 @@ def test_parameters_of_a_wrong_kind_are_refused_before_tracing() -> None:
             call(never, integers, integers)
         with pytest.raises(ValueError, match="without leaves"):
             call(never, {}, {})
-    grams = lambda f, p, b: curvature.output_grams(f, p, (b,))  # noqa: E731
-    for make in (curvature.block_hessian, curvature.block_ggn, grams):
+    for make in (curvature.block_hessian, curvature.block_ggn):
         with pytest.raises(ValueError, match="unknown path 'v'; the nearest"):
             make(never, integers, Block(name="b", paths=("v",)))
         with pytest.raises(ValueError, match="block 'b': .*'steps' is int64"):
@@ -376,14 +273,7 @@ def test_a_vector_that_does_not_match_is_refused(vector, message: str) -> None:
             call(lambda p: jnp.sum(p["w"]), params, vector)
 
 
-def test_partitions_batch_sizes_and_sizes_without_a_meaning_are_refused() -> None:
-    params, function, _ = network(0)
-    block = partition.by_module(params)[0]
-    for blocks in ((), (block, block)):
-        with pytest.raises(ValueError, match="distinct names"):
-            curvature.output_grams(function, params, blocks)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        curvature.output_grams(function, params, (block,), batch_size=0)
+def test_batch_sizes_and_sizes_without_a_meaning_are_refused() -> None:
     operator = Operator(matvec=lambda v: v, size=1000, dtype=jnp.float64)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         curvature.dense(operator, batch_size=-1)
@@ -400,8 +290,3 @@ def test_matrices_and_dampings_without_a_meaning_are_refused() -> None:
     for damping in (-1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="damping must be a finite scalar >= 0"):
             curvature.logdet(jnp.eye(2), damping=damping)
-    for damping in (0.0, -1.0, np.nan):
-        with pytest.raises(ValueError, match="damping must be a finite scalar > 0"):
-            curvature.logdet_score(jnp.ones(2), damping=damping)
-    with pytest.raises(ValueError, match=r"eigenvalues \(n,\)"):
-        curvature.logdet_score(jnp.eye(2), damping=1.0)

@@ -1,0 +1,163 @@
+"""What the numbers of experiments/estimators.py say, in sentences; nothing here is written beforehand."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.estimators_checks import EPSILONS
+from experiments.estimators_figures import label
+from experiments.estimators_judge import FORMATS
+from mpjax.sensitivity import ZERO
+
+Row = Mapping[str, Any]
+NO_DATA = ("rounding_norm", "depth", "random")
+WEIGHTS_ONLY = ("quadratic", "gauss_newton", "first_order", "fisher", "trace", "top_eigenvalue", "logdet")
+NEAR = 0.02  # Spearman: what counts as nearly as good
+
+
+def findings(summary: Mapping[str, Any]) -> list[str]:
+    """What the numbers say, in sentences."""
+    rows, models = summary["rows"], list(dict.fromkeys(row["model"] for row in summary["rows"]))
+    return [
+        *advice(rows, models),
+        *blind(rows),
+        *curvature_alone(summary, models),
+        *lowering(rows, models),
+        *crossing(summary),
+    ]
+
+
+def advice(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
+    """Which estimator to use when."""
+    score = means(rows)
+    seconds = {name: {row["model"]: row["seconds"] for row in rows if label(row) == name} for name in score}
+    costly = max(models, key=lambda model: seconds["measured"][model])
+    candidates = sorted((name for name in score if name != "measured"), key=lambda name: -score[name])
+    if not candidates:
+        return []
+
+    def told(name: str) -> str:
+        values = [row["spearman"] for row in rows if label(row) == name and row["spearman"] is not None]
+        span = f", {min(values):.2f} to {max(values):.2f}" if values else ""
+        cost = (seconds[name][costly] or 0.0) / seconds["measured"][costly]
+        return f"{name} (mean Spearman {score[name]:.3f}{span}; {cost:.2f} of the time of measuring)"
+
+    found = [
+        f"Means are over {len(models)} models × {len(FORMATS)} formats, zero by construction counting 0; times are of {costly}."
+    ]
+    best = candidates[:1]
+    found += [f"Best agreement with the measured error: {told(name)}." for name in best]
+    near = [name for name in candidates if score[name] >= score[candidates[0]] - NEAR]
+    cheap = min(near, key=lambda name: seconds[name][costly] or 0.0)
+    if cheap not in best:
+        found.append(f"The cheapest within {NEAR} of it: {told(cheap)}.")
+    for what, kinds in (("Best of those that see the weights only", WEIGHTS_ONLY), ("Best without any data", NO_DATA)):
+        found += [f"{what}: {told(name)}." for name in candidates if name.startswith(kinds)][:1]
+    return found
+
+
+def blind(rows: Sequence[Row]) -> list[str]:
+    """Cells that are zero by construction."""
+    zero: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row["status"] == ZERO:
+            zero.setdefault((row["model"], row["format"]), []).append(label(row))
+    always = (
+        set.intersection(*map(set, zero.values()))
+        if len(zero) == len({(r["model"], r["format"]) for r in rows})
+        else set()
+    )
+    found = []
+    if always:
+        found.append(
+            f"Zero by construction in every cell, because the output loss has no gradient at the trained weights: "
+            f"{', '.join(sorted(always))}."
+        )
+    for (model, fmt), names in zero.items():
+        if own := [name for name in names if name not in always]:
+            found.append(f"{model} in {fmt}: no weight changes, so zero by construction: {', '.join(own)}.")
+    return found
+
+
+def curvature_alone(summary: Mapping[str, Any], models: Sequence[str]) -> list[str]:
+    """Determinants, traces and eigenvalues, and the choice of damping."""
+    rows = summary["rows"]
+
+    def span(name: str) -> str | None:
+        values = [row["spearman"] for row in rows if label(row) == name and row["spearman"] is not None]
+        return f"{name} {min(values):.2f} to {max(values):.2f}" if values else None
+
+    names = (
+        "logdet[exact]",
+        "logdet[exact,raw]",
+        "logdet[exact,per_parameter]",
+        "trace[exact]",
+        "top_eigenvalue[exact]",
+    )
+    found = [
+        "Exact curvature (Spearman over all cells): "
+        + "; ".join(filter(None, map(span, names)))
+        + ". A determinant or an "
+        "eigenvalue alone does not see how large a layer's rounding is, nor the rounding of activations."
+    ]
+    for model in models:
+        own = [row for row in summary["damping"] if row["model"] == model]
+        values = [row[f"spearman_{fmt}"] for row in own for fmt in FORMATS if row[f"spearman_{fmt}"] is not None]
+        steps = [row["spearman_previous"] for row in own if row["spearman_previous"] is not None]
+        if values and steps:
+            found.append(
+                f"{model}: over ε from {EPSILONS[0]:g} to {EPSILONS[-1]:g} of the mean non-zero eigenvalue, logdet's Spearman "
+                f"with the measured error runs from {min(values):.2f} to {max(values):.2f}; a factor of 10 in ε keeps the "
+                f"ranking to {min(steps):.2f} or better."
+            )
+    deviations = [row["deviation"] for row in summary["slq_check"] if row["deviation"] is not None]
+    if deviations:
+        share = float(np.mean(np.abs(deviations) <= 2))
+        found.append(
+            f"Stochastic Lanczos quadrature lies within two of its own errors (sampling and residual together) of the exact "
+            f"log-determinant for {share:.0%} of {len(deviations)} blocks; largest deviation {max(map(abs, deviations)):.1f}."
+        )
+    return found
+
+
+def lowering(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
+    """What the rankings are worth in a search."""
+    found = []
+    for model in models:
+        for fmt in FORMATS:
+            own = {label(row): row for row in rows if (row["model"], row["format"]) == (model, fmt)}
+            counts = {
+                name: own[name]["layers_low_10"]
+                for name in ("measured", "local_rounding[4]", "logdet[exact]", "depth", "random")
+                if name in own and own[name]["layers_low_10"] is not None
+            }
+            if counts:
+                listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+                total = next(iter(own.values()))["layers"]
+                found.append(f"{model}, {fmt}: of {total} layers, lowered at 10 % of the all-low error: {listed}.")
+    return found
+
+
+def crossing(summary: Mapping[str, Any]) -> list[str]:
+    """Whether cross terms predict better."""
+    verdicts: dict[str, list[str]] = {}
+    for row in summary["interactions"]:
+        verdicts.setdefault(row["better"], []).append(f"{row['model']} {row['format']}")
+    text = "; ".join(f"{verdict}: {', '.join(cells)}" for verdict, cells in verdicts.items())
+    return [
+        "Loss of random subsets of layers, predicted by ½ xᵀGx with cross terms or by its diagonal alone; the smaller squared "
+        f"log error, where its 95 % interval decides: {text}."
+    ]
+
+
+def means(rows: Sequence[Row]) -> dict[str, float]:
+    """Label -> mean Spearman over the cells of all models and formats, scores without a ranking counted as 0.
+
+    Only what was judged on every model: the losses that need labels are left out.
+    """
+    cells = {(row["model"], row["format"]) for row in rows}
+    found: dict[str, dict[tuple[str, str], float]] = {}
+    for row in rows:
+        found.setdefault(label(row), {})[row["model"], row["format"]] = row["spearman"] or 0.0
+    return {name: float(np.mean(list(each.values()))) for name, each in found.items() if set(each) == cells}

@@ -1,0 +1,111 @@
+"""Put a run of experiments/estimators.py into README.md and docs/estimators/: figures, tables, the numbers with machine and date.
+
+.venv/bin/python -m experiments.estimators --fresh
+.venv/bin/python scripts/publish_estimators.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = ROOT / "results/estimators"
+DOCS = ROOT / "docs/estimators"
+START, END = "<!-- estimators -->", "<!-- end of estimators -->"
+TABLES = ("estimators", "compact", "examples", "interactions", "damping", "logdet_cost", "slq_check", "facts")
+FIGURES = ("agreement_cost", "layers_lowered", "interactions", "damping")
+MODELS = {"pose_landmark_full": "pose", "iris_landmark": "iris", "digits_cnn": "digits"}
+COSTLY = "pose_landmark_full"
+FORMATS = ("float16_acc16", "bfloat16", "float8_e4m3fn")
+
+
+def main() -> None:
+    """Copy and rewrite."""
+    summary = json.loads((RUN / "summary.json").read_text())
+    check(summary)
+    readme = ROOT / "README.md"
+    text = insert(readme.read_text(), block(summary))
+    DOCS.mkdir(parents=True, exist_ok=True)
+    for name in TABLES:
+        shutil.copy(RUN / f"{name}.csv", DOCS / f"{name}.csv")
+    for name in FIGURES:
+        shutil.copy(RUN / f"{name}.png", DOCS / f"{name}.png")
+    readme.write_text(text)
+
+
+def check(summary: dict[str, Any]) -> None:
+    """Refuse a run whose numbers would not be what the README says they are."""
+    wrong = []
+    if summary["config"]["quick"]:
+        wrong.append("it ran with --quick")
+    if missing := set(MODELS) - {row["model"] for row in summary["rows"]}:
+        wrong.append(f"it lacks {', '.join(sorted(missing))}")
+    if summary["commit"].endswith("+") or summary["commit"] == "unknown":
+        wrong.append(f"it ran on uncommitted changes ({summary['commit']})")
+    if summary["reused_pieces"]:
+        wrong.append(f"it reused {len(summary['reused_pieces'])} pieces, so its seconds are partial; add --fresh")
+    if wrong:
+        raise SystemExit("Not published:\n  " + "\n  ".join(wrong))
+
+
+def insert(text: str, block: str) -> str:
+    """The text with the block between the markers.
+
+    Raises:
+        SystemExit: a marker is missing.
+    """
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise SystemExit(f"README.md lacks {START} or {END}; nothing was written.")
+    return before + START + "\n" + block + END + after
+
+
+def block(summary: dict[str, Any]) -> str:
+    """The README's table, in Markdown."""
+    names = list(MODELS.values())
+    head = [
+        "estimator",
+        *(f"Spearman {each}" for each in names),
+        *(f"low at 10 % {each}" for each in names),
+        "s (pose)",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in summary["compact"]:
+        name = f"`{line['estimator']}`" + ("" if line["loss"] in ("output", "none") else f" on {line['loss']}")
+        spearman = [joined(line, "spearman", model, ".2f") for model in MODELS]
+        low = [joined(line, "low_10", model, "d") for model in MODELS]
+        seconds = line[f"seconds_{COSTLY}"]
+        lines.append("| " + " | ".join([name, *spearman, *low, "–" if seconds is None else f"{seconds:.1f}"]) + " |")
+    layers = {row["model"]: row["layers"] for row in summary["rows"]}
+    where = summary["environment"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Each cell: {' / '.join(f'`{fmt}`' for fmt in FORMATS)}; – : zero by construction, or not for this model. "
+            "Spearman is with the measured output loss of each layer lowered alone, on the examples that the estimator saw; "
+            "low: layers of "
+            + ", ".join(f"{layers[model]} ({name})" for model, name in MODELS.items())
+            + " that a bisected ranking lowers at 10 % of the all-low error; s: all layers and formats at once, without "
+            "compilation.",
+            "",
+            f"`{summary['command']}` on {where['device']}, {where['cores']} cores, Python {where['python']}, jax {where['jax']}, "
+            f"flax {where['flax']}, {where['date'][:10]}, commit {summary['commit']}, in "
+            f"{summary['seconds'] / 60:.0f} minutes with {summary['peak_rss_mb'] / 1e3:.1f} GB at most. Tables: "
+            + ", ".join(f"[{name}](docs/estimators/{name}.csv)" for name in TABLES)
+            + ". A new version or machine gives other numbers.",
+            "",
+        ]
+    )
+
+
+def joined(line: dict[str, Any], what: str, model: str, form: str) -> str:
+    """The formats' numbers in one cell."""
+    values = [line.get(f"{what}_{model}_{fmt}") for fmt in FORMATS]
+    return "–" if all(v is None for v in values) else " / ".join("–" if v is None else f"{v:{form}}" for v in values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Gram matrices against jax.jacrev, log-determinants against the dense d × d computation."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from mpjax import curvature, grams, models, partition
+from mpjax.gradients import matrix_gradients
+from mpjax.lowering import depthwise_conv
+from mpjax.partition import Block
+
+SEEDS = (0, 1, 2)
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def network(seed: int):
+    """A two-layer network: its parameters, an example-wise function (params, x (3,)) -> (2,), and inputs (5, 3)."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "first": {"kernel": jnp.asarray(rng.normal(size=(3, 4))), "bias": jnp.asarray(rng.normal(size=4))},
+        "last": {"kernel": jnp.asarray(rng.normal(size=(4, 2)))},
+    }
+
+    def function(params, x):
+        return jnp.sin(jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"]) @ params["last"]["kernel"])
+
+    return params, function, jnp.asarray(rng.normal(size=(5, 3)))
+
+
+def whole(function, x):
+    """All examples as one function of the parameters: (5, 2)."""
+    return lambda params: jnp.stack([function(params, each) for each in x])
+
+
+def dense_grams(function, params, blocks):
+    """Block -> J Jᵀ, from jax.jacrev of (params -> outputs)."""
+    jacobian = jax.jit(jax.jacrev(lambda p: ravel_pytree(function(p))[0]))(params)
+    leaves = zip(partition.paths(params), jax.tree.leaves(jacobian), strict=True)
+    rows = {path: np.asarray(leaf).reshape(leaf.shape[0], -1) for path, leaf in leaves}
+    return {block.name: sum(rows[path] @ rows[path].T for path in block.paths) for block in blocks}
+
+
+def assert_equal(found, expected):
+    assert list(found) == list(expected)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], **TIGHT, err_msg=name)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("batch_size", "rows"), [(8, 10**6), (None, 10**6), (1, 10), (3, 16), (99, 10)])
+def test_grams_are_exact_whatever_the_batches_and_groups(seed: int, batch_size: int | None, rows: int) -> None:
+    params, function, x = network(seed)
+    blocks = partition.by_module(params)
+    knobs = {"batch_size": batch_size, "max_bytes": 16 * 10 * 8 * rows // 10}  # 16 weights, k = 10 outputs, 8 bytes
+    expected = dense_grams(whole(function, x), params, blocks)
+    assert_equal(grams.output_grams(whole(function, x), params, blocks, **knobs), expected)
+    assert_equal(grams.output_grams(function, params, blocks, x, **knobs), expected)
+
+
+def test_several_arrays_of_one_example_and_a_tree_of_outputs() -> None:
+    params, function, x = network(0)
+    blocks = partition.by_module(params)
+    scale = jnp.arange(1.0, 6.0)
+
+    def tree(p, x, scale):
+        outputs = function(p, x)
+        return {"b": (outputs[:1], outputs[0] * outputs[1]), "a": scale * outputs}
+
+    expected = dense_grams(lambda p: [tree(p, a, b) for a, b in zip(x, scale, strict=True)], params, blocks)
+    assert_equal(grams.output_grams(tree, params, blocks, x, scale, batch_size=3), expected)
+
+
+def test_one_example_at_a_time_and_one_program_per_group() -> None:
+    """What is compiled sees one example, and the blocks of its group only."""
+    params, function, x = network(0)
+    shapes, programs = [], []
+
+    def watched(p, each):
+        shapes.append(each.shape)
+        return function(p, each)
+
+    def jit(program):
+        def run(*args):
+            compiled = jax.jit(program).lower(*args).compile()
+            programs.append(list(compiled.out_info))
+            return compiled(*args)
+
+        return run
+
+    largest = 16 * 10 * 8
+    found = grams.output_grams(watched, params, partition.by_module(params), x, max_bytes=largest, jit=jit)
+    assert set(shapes) == {(3,)} and programs == [["first"], ["last"]]
+    assert_equal(found, dense_grams(whole(function, x), params, partition.by_module(params)))
+
+
+def test_memory_is_bounded() -> None:
+    n, layers = 64, 6
+    params = {f"layer{i}": jnp.eye(n, dtype=jnp.float32) for i in range(layers)}
+    rows = 2 * n * n * n * 4  # of one layer, two examples
+
+    def function(p, x):
+        for kernel in p.values():
+            x = jnp.tanh(x @ kernel)
+        return x
+
+    def temporary_bytes(max_bytes: int) -> list[int]:
+        found = []
+
+        def jit(program):
+            def run(*args):
+                compiled = jax.jit(program).lower(*args).compile()
+                found.append(compiled.memory_analysis().temp_size_in_bytes)
+                return compiled(*args)
+
+            return run
+
+        x = jnp.ones((2, n), jnp.float32)
+        grams.output_grams(function, params, partition.by_leaf(params), x, batch_size=4, max_bytes=max_bytes, jit=jit)
+        return found
+
+    (all_at_once,) = temporary_bytes(2**31)
+    assert all_at_once > layers * rows
+    groups = temporary_bytes(2 * rows)
+    assert len(groups) == 3 and max(groups) < 2.5 * rows
+
+
+class Cnn(nn.Module):
+    """Conv, depthwise Conv, 1x1 Conv, Dense."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Conv(4, (3, 3), strides=2, name="stem")(x))
+        x = nn.tanh(nn.Conv(4, (3, 3), feature_group_count=4, conv_general_dilated=depthwise_conv, name="depthwise")(x))
+        x = nn.tanh(nn.Conv(6, (1, 1), name="pointwise")(x))
+        return nn.Dense(3, name="head")(x.mean((1, 2)))
+
+
+@pytest.mark.usefixtures("relaxed_promotion")
+def test_a_convolutional_network() -> None:
+    x = jax.random.normal(jax.random.key(1), (3, 6, 6, 2), jnp.float32)
+    model = models.from_linen(Cnn(), jax.jit(Cnn().init)(jax.random.key(0), x), x)
+    params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (model.params, x))
+    expected = dense_grams(lambda p: model.call(p, x), params, model.partition)
+
+    def function(p, each):
+        return model.call(p, each[None], override=matrix_gradients)[0]
+
+    found = grams.output_grams(function, params, model.partition, x, batch_size=2, max_bytes=9 * 8 * 80)
+    assert all(gram.dtype == jnp.float64 and gram.shape == (9, 9) for gram in found.values())
+    assert_equal(found, expected)
+
+
+def test_a_block_of_mixed_dtypes() -> None:
+    params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(3, jnp.float32), "unused": jnp.arange(3)}
+    found = grams.output_grams(lambda p: (p["a"] * 2, p["b"]), params, (Block(name="ab", paths=("a", "b")),))
+    np.testing.assert_allclose(found["ab"], np.diag([4, 4, 1, 1, 1]))
+    assert found["ab"].dtype == jnp.float32
+
+
+def jacobians(seed: int):
+    """Name -> J (6, d): d below, at and above k, of full rank, of rank two, and zero."""
+    rng = np.random.default_rng(seed)
+    found = {f"d={d}": rng.normal(size=(6, d)) for d in (1, 4, 6, 15)}
+    low = rng.normal(size=(6, 2)) @ rng.normal(size=(2, 9))
+    return found | {"rank 2": low, "zero, d < k": np.zeros((6, 3)), "zero, d > k": np.zeros((6, 9))}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("damping", [1e-3, 1.0, 1e3])
+def test_log_determinants_are_those_of_the_dense_matrix(seed: int, damping: float) -> None:
+    matrices = jacobians(seed)
+    found = grams.spectra({name: jnp.asarray(j @ j.T) for name, j in matrices.items()})
+    for name, jacobian in matrices.items():
+        d = jacobian.shape[1]
+        sign, logabsdet = np.linalg.slogdet(jacobian.T @ jacobian + damping * np.eye(d))
+        assert sign == 1
+        raw = grams.raw_logdet(found[name], damping=damping, size=d)
+        np.testing.assert_allclose(raw, logabsdet, rtol=1e-8, atol=1e-8, err_msg=name)
+        score = grams.logdet_score(found[name], damping=damping)
+        np.testing.assert_allclose(score, logabsdet - d * np.log(damping), rtol=1e-8, atol=1e-8, err_msg=name)
+        other = np.linalg.eigvalsh(jacobian.T @ jacobian)  # the same from the d × d side
+        np.testing.assert_allclose(grams.logdet_score(other, damping=damping), score, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_layers_log_determinants_are_those_of_its_dense_gauss_newton_block(seed: int) -> None:
+    params, function, x = network(seed)
+    blocks = partition.by_module(params)
+    found = grams.spectra(grams.output_grams(function, params, blocks, x))
+    for block in blocks:
+        large = curvature.dense(curvature.block_ggn(whole(function, x), params, block))
+        assert (len(large) > 10) == (block.name == "first")
+        for damping in (1e-2, 1.0, 30.0):
+            expected = curvature.logdet(large, damping=damping)
+            raw = grams.raw_logdet(found[block.name], damping=damping, size=len(large))
+            np.testing.assert_allclose(raw, float(expected.logabsdet), rtol=1e-8, atol=1e-8)
+
+
+def test_spectra_are_float64_clipped_and_nan_where_not_finite() -> None:
+    gram = np.array([[2.0, 2.0], [2.0, 2.0]])
+    found = grams.spectra(
+        {
+            "good": jnp.asarray(gram, jnp.float32),
+            "rounding": jnp.asarray(gram - 1e-12 * np.eye(2)),
+            "bad": jnp.asarray(gram).at[0, 1].set(jnp.nan),
+        }
+    )
+    assert all(values.dtype == np.float64 and values.shape == (2,) for values in found.values())
+    np.testing.assert_allclose(found["good"], [0, 4], atol=1e-6)
+    assert found["rounding"][0] == 0
+    assert np.isnan(found["bad"]).all()
+    assert np.isnan(grams.logdet_score(found["bad"], damping=1.0))
+    assert np.isnan(grams.raw_logdet(found["bad"], damping=1.0, size=5))
+
+
+def test_scores_forgive_rounding_and_not_indefiniteness() -> None:
+    assert grams.logdet_score(np.array([-1e-15, 1.0]), damping=1e-15) == pytest.approx(np.log1p(1e15))
+    assert grams.logdet_score(jnp.array([-1e-7, 1.0], jnp.float32), damping=1.0) == pytest.approx(np.log(2))
+    for score in (grams.logdet_score, lambda *a, **k: grams.raw_logdet(*a, **k, size=2)):
+        assert np.isnan(score(np.array([-1e-3, 1.0]), damping=1.0))
+    assert grams.logdet_score(np.zeros(3), damping=1.0) == 0
+
+
+def test_what_has_no_meaning_is_refused() -> None:
+    params, function, x = network(0)
+    blocks = partition.by_module(params)
+    largest = 16 * 10 * 8
+    with pytest.raises(ValueError, match=f"'first' needs {largest:,} bytes for its 10 rows"):
+        grams.output_grams(function, params, blocks, x, max_bytes=largest - 1)
+    for wrong in ((), (blocks[0], blocks[0])):
+        with pytest.raises(ValueError, match="distinct names"):
+            grams.output_grams(function, params, wrong, x)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        grams.output_grams(function, params, blocks, x, batch_size=0)
+    for batch in ((x, x[:2]), (x[:0],), (jnp.ones(()),)):
+        with pytest.raises(ValueError, match=r"arrays \(N, ...\) of one N >= 1"):
+            grams.output_grams(function, params, blocks, *batch)
+    with pytest.raises(ValueError, match="the outputs: .*'label' is int64"):
+        grams.output_grams(lambda p, x: {"label": jnp.argmax(function(p, x))}, params, blocks, x)
+
+
+def test_parameters_of_a_wrong_kind_are_refused_before_tracing() -> None:
+    def never(params):
+        raise AssertionError("was traced")
+
+    integers = {"w": jnp.ones(2), "steps": jnp.arange(2)}
+    with pytest.raises(ValueError, match="unknown path 'v'; the nearest"):
+        grams.output_grams(never, integers, (Block(name="b", paths=("v",)),))
+    with pytest.raises(ValueError, match="block 'b': .*'steps' is int64"):
+        grams.output_grams(never, integers, (Block(name="b", paths=("w", "steps")),))
+    with pytest.raises(ValueError, match="no elements"):
+        grams.output_grams(never, {"w": jnp.ones((0, 2))}, (Block(name="b", paths=("w",)),))
+
+
+def test_numbers_without_a_meaning_are_refused() -> None:
+    for damping in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="damping must be a finite scalar > 0"):
+            grams.logdet_score(np.ones(2), damping=damping)
+        with pytest.raises(ValueError, match="damping must be a finite scalar > 0"):
+            grams.raw_logdet(np.ones(2), damping=damping, size=3)
+    for values in (np.eye(2), np.ones(0)):
+        with pytest.raises(ValueError, match=r"eigenvalues \(n,\)"):
+            grams.logdet_score(values, damping=1.0)
+    with pytest.raises(ValueError, match="eigenvalues: .*int64"):
+        grams.logdet_score(np.ones(2, int), damping=1.0)
+    with pytest.raises(ValueError, match="size must be the number of parameters"):
+        grams.raw_logdet(np.ones(2), damping=1.0, size=0)
