@@ -121,10 +121,12 @@ def newton(
             step = jnp.asarray(vectors @ ((vectors.T @ np.asarray(gradient(vector))) / scales))
             while float(value(vector - step)) > float(value(vector)) + 1e-14 and float(jnp.linalg.norm(step)) > 1e-12:
                 step = step / 2
-            norm, before = float(jnp.linalg.norm(gradient(vector - step))), norm
+            ahead, before = vector - step, norm
+            norm = float(jnp.linalg.norm(gradient(ahead)))
+            if norm < before or float(value(ahead)) < float(value(vector)) - 1e-14:
+                vector = ahead
             if norm > before / 2:
                 break
-            vector = vector - step
         if float(jnp.linalg.norm(gradient(vector))) < tolerance:
             break
     distance = float(jnp.linalg.norm(vector - centre))

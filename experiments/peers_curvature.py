@@ -1,11 +1,10 @@
 """mpjax's curvature estimators beside PyHessian's and curvlinops': the same numbers, and what they cost.
 
-    pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu
     pip install -e '.[experiments,peers]'
     python -m experiments.peers_curvature            (--quick for a first look)
 
-torch first, from its CPU index and together with torchvision (curvlinops wants it installed and never imports it): plain
-`pip install '.[peers]'` draws gigabytes of CUDA libraries. All tools run on the CPU in float32, with as many threads as the
+Install the CPU builds of torch and torchvision first, as PyTorch's own page says (curvlinops wants torchvision installed and
+never imports it): what the package index has by default draws gigabytes of CUDA libraries. All tools run on the CPU in float32, with as many threads as the
 process has cores.
 
 Two networks, each in Flax and in torch, with the same weights, batch and mean cross-entropy: a 22-layer CNN (3x3, 1x1 and
@@ -149,7 +148,7 @@ def peers() -> Any:
     except ImportError as error:
         raise SystemExit(
             f"{error}. This comparison needs torch, pyhessian and curvlinops-for-pytorch:\n"
-            "  pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu\n"
+            "  the CPU builds of torch and torchvision, as PyTorch's own page says, then\n"
             "  pip install -e '.[experiments,peers]'"
         ) from error
 

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from experiments import assets, benchmarks, digits, eyes
+from experiments import assets, benchmarks, digits, eyes, optimum
 from experiments.benchmarks import Benchmark
 from experiments.models.tflite_import import load_tflite
 from mpjax.models import check_batches
@@ -167,6 +167,50 @@ def test_convolution_as_products(strides, groups, window):
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
+def test_convolution_as_products_refuses_dilation():
+    with pytest.raises(ValueError, match="no dilation"):
+        digits.as_products(jnp.zeros((1, 8, 8, 1)), jnp.zeros((3, 3, 1, 2)), (1, 1), "SAME", rhs_dilation=(2, 2))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_optimum_of_least_squares_in_closed_form(seed):
+    rng = np.random.default_rng(seed)
+    inputs, targets = rng.normal(size=(36, 20)), rng.normal(size=36)
+
+    def loss(w, x, y):
+        return jnp.mean((x @ w - y) ** 2) + 0.1 * jnp.vdot(w, w)
+
+    matrix = inputs.T @ inputs / 36 + 0.1 * np.eye(20)
+    expected = np.linalg.solve(matrix, inputs.T @ targets / 36)
+    steps = []
+    data = (jnp.asarray(inputs), jnp.asarray(targets))
+    found = optimum.newton(
+        loss, jnp.asarray(rng.normal(size=20)), data, rounds=2, tolerance=1e-12, advance=lambda n=1: steps.append(n)
+    )
+    np.testing.assert_allclose(found.vector, expected, atol=1e-12)
+    np.testing.assert_allclose(found.eigenvalues, 2 * np.linalg.eigvalsh(matrix), rtol=1e-12)
+    assert found.rounds == 1 and sum(steps) == optimum.progress_steps(0, 20)[2] == 2
+    steps.clear()
+    start = jnp.asarray(rng.normal(size=20))
+    vector, taken = optimum.lbfgs(
+        lambda w: loss(w, *data), start, steps=300, tolerance=1e-9, advance=lambda n=1: steps.append(n)
+    )
+    np.testing.assert_allclose(vector, expected, atol=1e-8)
+    assert taken == 100 and sum(steps) == 3
+
+
+def test_newton_leaves_a_saddle():
+    """½y² + ¼x⁴ − ½x² has a saddle at 0, where plain Newton steps end, and minima at x = ±1 with eigenvalues 1 and 2."""
+
+    def loss(w, _):
+        return 0.5 * w[1] ** 2 + 0.25 * w[0] ** 4 - 0.5 * w[0] ** 2
+
+    data = (jnp.zeros(1),)
+    found = optimum.newton(loss, jnp.asarray([0.1, 0.5]), data, rounds=20, tolerance=1e-12, advance=lambda n=1: None)
+    np.testing.assert_allclose(np.abs(found.vector), [1, 0], atol=1e-12)
+    np.testing.assert_allclose(found.eigenvalues, [1, 2], atol=1e-6)
+
+
 def test_weights_come_from_the_cache_and_damage_is_set_aside(tmp_path, monkeypatch):
     monkeypatch.setenv("MPJAX_CACHE", str(tmp_path))
     settings = digits.Settings(l2=0.5)
@@ -221,7 +265,7 @@ def _forward(params, x):
 
 
 @pytest.fixture(scope="module")
-def optimum():
+def network():
     """The trained network, and its objective again as a function of one float64 vector."""
     trained = digits.trained()
     train, test = digits.split(trained.facts["seed"])
@@ -245,8 +289,8 @@ def optimum():
 
 
 @pytest.mark.slow
-def test_digits_gradient_is_zero_and_facts_are_true(optimum):
-    trained, train, test, vector, unflat, objective = optimum
+def test_digits_gradient_is_zero_and_facts_are_true(network):
+    trained, train, test, vector, unflat, objective = network
     facts = trained.facts
     x, y = jnp.asarray(train.images, jnp.float64), jnp.asarray(train.labels)
     gradient = jax.jit(jax.grad(objective))
@@ -269,8 +313,8 @@ def test_digits_gradient_is_zero_and_facts_are_true(optimum):
 
 
 @pytest.mark.slow
-def test_digits_hessian_is_positive_definite(optimum):
-    trained, train, _, vector, _, objective = optimum
+def test_digits_hessian_is_positive_definite(network):
+    trained, train, _, vector, _, objective = network
     chunks = (
         jnp.asarray(train.images, jnp.float64).reshape(-1, 48, 8, 8, 1),
         jnp.asarray(train.labels).reshape(-1, 48),
