@@ -191,7 +191,7 @@ def interactions(folder: Path, found: Mapping[str, Mapping[str, np.ndarray]], ve
                     axis.plot([low, high], [low, high], color=GREY, linewidth=1, zorder=0)
                     ticks = np.geomspace(low, high, 3)
                     for one in (axis.xaxis, axis.yaxis):
-                        one.set_major_locator(FixedLocator(ticks))
+                        one.set_major_locator(FixedLocator(ticks.tolist()))
                         one.set_major_formatter("{x:.0e}")
                         one.set_minor_formatter(NullFormatter())
                 axis.set_title(f"{fmt}\nbetter: {better[model, fmt]}", fontsize=10)

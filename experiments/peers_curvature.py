@@ -4,8 +4,8 @@
     python -m experiments.peers_curvature            (--quick for a first look)
 
 Install the CPU builds of torch and torchvision first, as PyTorch's own page says (curvlinops wants torchvision installed and
-never imports it): what the package index has by default draws gigabytes of CUDA libraries. All tools run on the CPU in float32, with as many threads as the
-process has cores.
+never imports it): what the package index has by default draws gigabytes of CUDA libraries. All tools run on the CPU in
+float32, with as many threads as the process has cores.
 
 Two networks, each in Flax and in torch, with the same weights, batch and mean cross-entropy: a 22-layer CNN (3x3, 1x1 and
 depthwise convolutions, GELU, a dense head) on 16 photos of people, and six transformer-like blocks (LayerNorm, d -> 4d -> d,
