@@ -1,4 +1,4 @@
-"""What the numbers of experiments/estimators.py say, in sentences; nothing here is written beforehand."""
+"""What the numbers of experiments/estimators.py say, in sentences."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -98,8 +98,8 @@ def curvature_alone(summary: Mapping[str, Any], models: Sequence[str]) -> list[s
     found = [
         "Exact curvature (Spearman over all cells): "
         + "; ".join(filter(None, map(span, names)))
-        + ". A determinant or an "
-        "eigenvalue alone does not see how large a layer's rounding is, nor the rounding of activations."
+        + ". Determinant and eigenvalue do not depend on the format: they do not see how large a layer's rounding is; "
+        "none of them sees the rounding of activations."
     ]
     for model in models:
         own = [row for row in summary["damping"] if row["model"] == model]

@@ -29,6 +29,7 @@ from experiments.peers_stats import (
     from_estimates,
     from_samples,
     interleaved,
+    pooled,
     probes_at,
     relative_deviation,
     row,
@@ -161,22 +162,20 @@ def whole_traces(network: Network, twin: Any, *, products: int, rounds: int, see
     times = interleaved({" ".join(name): _keeping(found, name, each) for name, each in functions.items()}, rounds)
 
     every: dict[tuple[str, str], Sampled] = {}
-    samples = from_samples(np.concatenate(found[PYHESSIAN, "hutchinson"])[:, None])
     for key, results in found.items():
         if key[0] == own:
             ledger += sum((each.ledger for each in results), Ledger(compilations=1))
             results = [each.value for each in results]
         values = np.array(results, np.float64).reshape(rounds, -1).mean(1, keepdims=True)
-        if key == (PYHESSIAN, "hutchinson"):
-            every[key] = samples
-        elif key == (own, "hutchinson"):
-            stderrs = np.array([float(each.stderr) for each in found[key]])[:, None]
-            every[key] = from_estimates(values, stderrs, products)
-        elif key[1] == "hutchinson":  # curvlinops gives no samples; its estimator is PyHessian's
-            every[key] = replace(samples, value=values.mean(0))
-        else:  # the spread of whole calls
-            deviation = values.std(0, ddof=1) * math.sqrt(products)
-            every[key] = Sampled(value=values.mean(0), deviation=deviation, probes=products * rounds)
+        spread = values.std(0, ddof=1) * math.sqrt(products)  # of whole calls
+        every[key] = Sampled(value=values.mean(0), deviation=spread, probes=products * rounds)
+    both = np.array([(float(each.value), float(each.stderr)) for each in found[own, "hutchinson"]])
+    same = pooled(
+        from_estimates(both[:, :1], both[:, 1:], products),
+        from_samples(np.concatenate(found[PYHESSIAN, "hutchinson"])[:, None]),
+    )
+    for tool in (own, PYHESSIAN, CURVLINOPS):  # one estimator, whose samples curvlinops does not give
+        every[tool, "hutchinson"] = replace(every[tool, "hutchinson"], deviation=same.deviation)
     reference = every[own, "hutchinson"]
     rows = []
     for key, each in every.items():
@@ -285,9 +284,12 @@ def layer_traces(network: Network, twin: Any, *, probes: int, rounds: int, seed:
     }
     every[PYHESSIAN, PER_LAYER] = from_samples(np.concatenate([values for values, _ in found[PYHESSIAN, PER_LAYER]]))
     setup = float(np.median([seconds for _, seconds in found[PYHESSIAN, PER_LAYER]]))
-    # curvlinops gives no samples; its two estimators are PyHessian's and mpjax's.
-    for method, same in ((PER_LAYER, PYHESSIAN), (JOINT, own)):
-        every[CURVLINOPS, method] = replace(every[same, method], value=np.mean(found[CURVLINOPS, method], 0))
+    # Per-layer probes are one estimator in all tools, joint probes another; curvlinops does not give their samples.
+    same = pooled(every[own, PER_LAYER], every[PYHESSIAN, PER_LAYER])
+    for name in ((own, PER_LAYER), (PYHESSIAN, PER_LAYER)):
+        every[name] = replace(every[name], deviation=same.deviation)
+    for method in (PER_LAYER, JOINT):
+        every[CURVLINOPS, method] = replace(every[own, method], value=np.mean(found[CURVLINOPS, method], 0))
 
     reference = every[own, PER_LAYER]
     names = [block.name for block in network.layers]
@@ -296,7 +298,7 @@ def layer_traces(network: Network, twin: Any, *, probes: int, rounds: int, seed:
     for key, sampled in every.items():
         measured = times.fields(" ".join(key))
         fixed = setup if key[0] == PYHESSIAN else 0.0  # what more probes do not repeat
-        deviation = relative_deviation(sampled, reference.value)
+        deviation = relative_deviation(sampled, same.value)
         needed = probes_at(deviation, TARGET)
         values = {
             "probes": probes,

@@ -57,6 +57,17 @@ def from_estimates(values: np.ndarray, stderrs: np.ndarray, probes: int) -> Samp
     return Sampled(value=values.mean(0), deviation=deviation, probes=probes * len(values))
 
 
+def pooled(*estimates: Sampled) -> Sampled:
+    """Independent estimates by one estimator, together: means weighted by probes, variances by degrees of freedom."""
+    weights = np.array([each.probes for each in estimates], float)
+    variance = sum((n - 1) * each.deviation**2 for n, each in zip(weights, estimates, strict=True))
+    return Sampled(
+        value=np.asarray(sum(n * each.value for n, each in zip(weights, estimates, strict=True)) / weights.sum()),
+        deviation=np.sqrt(variance / (weights - 1).sum()),
+        probes=int(weights.sum()),
+    )
+
+
 def z_scores(a: Sampled, b: Sampled) -> np.ndarray:
     """(L,) difference of two independent estimates over its standard error."""
     return (a.value - b.value) / np.sqrt(a.stderr**2 + b.stderr**2)

@@ -96,7 +96,7 @@ def trace(
 
     Args:
         num_probes: random vectors.
-        method: "xtrace" needs per-layer probes and blocks of at least as many parameters as it draws.
+        method: "xtrace" needs per-layer probes, and an even number of them.
         scale: "noise" for the score, "none" for the trace itself (kind "ranking").
         batch_size: products at a time (Hutchinson); memory grows with it.
     """
@@ -127,7 +127,7 @@ def top_eigenvalue(*, depth: int = 20, scale: EigenvalueScale = "per_parameter")
         loss: LossFunction, params: Params, blocks: Partition, formats: Sequence[str | Format], key: Key
     ) -> Scores:
         objective = _objective(loss, params, blocks)
-        return top_eigenvalue_of(objective, parse_all(formats), key, estimator, depth, scale)
+        return top_eigenvalue_of(objective, parse_all(formats), key, estimator, scale)
 
     return scorer
 
@@ -155,6 +155,7 @@ def logdet(
         per_parameter: divide by d.
     """
     check_logdet(damping, form)
+    check_choice("method", method, ("exact", "slq"))
 
     def scorer(
         loss: LossFunction, params: Params, blocks: Partition, formats: Sequence[str | Format], key: Key
@@ -222,7 +223,6 @@ def top_eigenvalue_of(
     formats: Sequence[Format],
     key: Key,
     estimator: estimate.Estimator,
-    depth: int,
     scale: str,
 ) -> Scores:
     """`top_eigenvalue` of an objective."""
@@ -294,6 +294,10 @@ def check_trace(
     check_scale(scale, ("noise", "none"))
     if method == "xtrace" and probes == "joint":
         raise ValueError("XTrace orthogonalises its probes within a block: method='xtrace' needs probes='per_layer'.")
+    if method == "xtrace" and num_probes % 2:
+        raise ValueError(
+            f"XTrace takes two products per probe vector: expected an even num_probes, found {num_probes}."
+        )
 
 
 def check_scale(scale: str, known: Sequence[str]) -> None:

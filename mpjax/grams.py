@@ -59,7 +59,7 @@ def output_grams(
 
     Raises:
         ValueError: one block alone exceeds `max_bytes`, an empty partition or equal names, an unknown path,
-            integer parameters or outputs, a batch_size that is not positive, arrays without one leading axis N ≥ 1.
+            integer parameters or outputs, no outputs, a batch_size that is not positive, arrays without one leading axis N ≥ 1.
     """
     check_batch_size(batch_size)
     names = [block.name for block in partition]
@@ -73,7 +73,9 @@ def output_grams(
     outputs = jax.eval_shape(function, params, *example)
     check_floating(outputs, "the outputs")
     m = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(outputs))
-    k = m * (sizes.pop()[0] if batch else 1)
+    if m == 0:
+        raise ValueError(f"the outputs have no elements: {outputs}")
+    k = m * (jnp.shape(batch[0])[0] if batch else 1)
 
     grams: dict[str, Array] = {}
     for group in _groups(partition, leaves, k, max_bytes):

@@ -109,7 +109,6 @@ def per_block(
     key: Key,
     *,
     timed: Timed,
-    each: Callable[[], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Ledger]:
     """An estimator of one operator, on every block of the mean loss's Hessian: value, stderr, residual, each (L,).
 
@@ -155,8 +154,6 @@ def per_block(
     for index, block in enumerate(blocks):
         block_key = jax.random.fold_in(key, zlib.crc32(block.name.encode()))
         rows.append([float(x) for x in compiled(objective.params, jnp.asarray(index), block_key, *stacked)])
-        if each is not None:
-            each()
     value, stderr, residual = np.array(rows).T
     ledger = Ledger(hvp=products[0] * len(blocks) * objective.examples, compilations=timed.compilations)
     return value, stderr, residual, ledger
@@ -164,7 +161,8 @@ def per_block(
 
 def quadratic(objective: Objective, formats: Sequence[Format], name: str) -> Scores:
     """½ δᵀHδ of each block and format: one Hessian-vector product each."""
-    timed, rounding = Timed(), rounding_of(objective.params, objective.blocks, formats)
+    timed = Timed()
+    rounding = rounding_of(objective.params, objective.blocks, formats, timed)
 
     def of_batch(params: Params, delta: Values, *batch: Array) -> Array:  # -> (L,)
         _, tangent = jax.linearize(objective.gradient(params, batch), _values(params, objective.blocks))
@@ -183,21 +181,24 @@ def quadratic(objective: Objective, formats: Sequence[Format], name: str) -> Sco
 
 def first_order(objective: Objective, formats: Sequence[Format], name: str) -> Scores:
     """|gᵀδ| of each block and format, g the gradient of the mean loss: one gradient in all."""
-    timed, rounding = Timed(), rounding_of(objective.params, objective.blocks, formats)
+    timed = Timed()
+    rounding = rounding_of(objective.params, objective.blocks, formats, timed)
 
-    def of_batch(params: Params, delta: Values, *batch: Array) -> Array:
-        return _block_dots(
-            objective.blocks, objective.gradient(params, batch)(_values(params, objective.blocks)), delta
-        )
+    def of_batch(params: Params, deltas: Sequence[Values], *batch: Array) -> Array:  # -> (L, F)
+        gradient = objective.gradient(params, batch)(_values(params, objective.blocks))
+        return jnp.stack([_block_dots(objective.blocks, gradient, delta) for delta in deltas], axis=1)
 
-    value = np.abs(_summed(objective, timed, of_batch, rounding))
-    ledger = Ledger(vjp=objective.examples * len(formats), compilations=timed.compilations)
+    run = timed.jit(of_batch)
+    total = sum(np.float64(run(objective.params, rounding.deltas, *batch)) for batch in objective.batches)
+    value = np.abs(total / objective.examples)
+    ledger = Ledger(vjp=objective.examples, compilations=timed.compilations)
     return _finish(objective, formats, name, value, rounding, timed, ledger)
 
 
 def squared_gradient(objective: Objective, formats: Sequence[Format], name: str) -> Scores:
     """½ Σ g²δ² of each block and format, g the gradient of the mean loss (not of single examples)."""
-    timed, rounding = Timed(), rounding_of(objective.params, objective.blocks, formats)
+    timed = Timed()
+    rounding = rounding_of(objective.params, objective.blocks, formats, timed)
 
     def gradient(params: Params, *batch: Array) -> Values:
         return objective.gradient(params, batch)(_values(params, objective.blocks))

@@ -139,9 +139,10 @@ class Spectra:
     """Every layer's eigenvalues of JᵀHJ that can differ from 0, mean over the examples; exact.
 
     Attributes:
-        values: layer name -> (k,) float64, k = examples × outputs; NaN where not finite.
+        values: layer name -> (min(d, k),) float64, descending; d the layer's weights, k = examples × outputs. NaN where not
+            finite; 0 where below 10 roundings of the layer's largest (the Gram matrices are float32).
         loss, examples: what of, and over how many.
-        mean: mean of the non-zero eigenvalues (above 1e-7 of the largest) of all layers: the unit of a relative damping.
+        mean: Σ λ / Σ min(d, k) over all finite layers, the unit of a relative damping.
         ledger: passes used.
         timed: seconds and memory used.
     """
@@ -163,7 +164,8 @@ def spectra(
     batch_size: int = 8,
     max_bytes: int = 2**30,
 ) -> Spectra:
-    """The spectrum of every layer's Gauss-Newton block, whatever the layer's size: k vector-Jacobian products for all.
+    """The spectrum of every layer's Gauss-Newton block, whatever the layer's size: k vector-Jacobian products for as many
+    layers as have their rows of J within `max_bytes` together; each such group repeats them down to its own first layer.
 
     One call serves `trace`, `top_eigenvalue` and `logdet`, which take it as `spectra=`.
 
@@ -198,16 +200,21 @@ def spectra(
         max_bytes=max_bytes,
         jit=timed.jit,
     )
-    eigenvalues = grams.spectra(matrices)
-    found = {name: eigenvalues[name] / examples for name in model.names}
-    everything = np.concatenate(list(found.values()))
-    everything = everything[np.isfinite(everything)]
-    nonzero = everything[everything > 1e-7 * everything.max(initial=0.0)]
+    with timed.clock():
+        eigenvalues = grams.spectra(matrices)
+    found = {}
+    for layer in model.layers:
+        values = np.sort(eigenvalues[layer.name])[::-1][: layer.weights] / examples
+        rounding = 10 * float(jnp.finfo(matrices[layer.name].dtype).eps) * values[0]
+        found[layer.name] = np.where(values < rounding, 0.0, values)  # NaN stays
+    finite = [values for values in found.values() if np.isfinite(values).all()]
+    total = sum(float(values.sum()) for values in finite)
+    groups = timed.compilations  # each repeats the backward passes, down to its own first layer
     return Spectra(
         values=found,
         loss=loss.name,
         examples=examples,
-        mean=float(nonzero.mean()) if nonzero.size else 1.0,
-        ledger=Ledger(forward=examples, vjp=examples * size, compilations=timed.compilations),
+        mean=total / sum(values.size for values in finite) if total > 0 else 1.0,
+        ledger=Ledger(forward=examples * groups, vjp=examples * size * groups, compilations=groups),
         timed=timed,
     )

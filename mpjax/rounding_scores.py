@@ -134,7 +134,7 @@ def measured(*, loss: Loss = losses.OUTPUT, calibration: Calibration | None = No
             low,
             value,
             loss=loss.name,
-            ledger=Ledger(forward=examples * (1 + total.size), compilations=timed.compilations),
+            ledger=Ledger(forward=examples * (1 + total.size) + timed.forward, compilations=timed.compilations),
             timed=timed,
             kind="loss",
             overflowed=overflows(value, low, finite=all_finite(model.params, batches)),
@@ -200,6 +200,7 @@ def ranges_for(
 ) -> Calibration | None:
     """The calibration, measured on the batches where a scaled format needs it and none is given."""
     if calibration is None and any(fmt.scaled for fmt in formats):
+        timed.forward += examples_in(batches)
         return calibrate(model, [loss.split(batch)[0] for batch in batches], jit=timed.jit)
     return calibration
 
@@ -216,6 +217,7 @@ def tap_samples(
 ) -> Iterator[np.ndarray]:
     """Per batch (N, P, L, F) float64: s = uᵀ (∂f/∂a) δa of each example, probe, layer and format."""
     shape = (len(model.layers), len(formats))
+    dtype = jnp.result_type(*jax.tree.leaves(model.params))
 
     def of_example(params: Params, probe_key: Key, *example: Array) -> Array:  # -> (P, L, F)
         inputs, targets = loss.split(tuple(each[None] for each in example))
@@ -223,7 +225,7 @@ def tap_samples(
         def tapped(taps: Array) -> losses.Outputs:
             return model.call(params, *inputs, override=_taps(taps, model.names, formats, calibration))
 
-        outputs, pull = jax.vjp(tapped, jnp.zeros(shape, jnp.float32))
+        outputs, pull = jax.vjp(tapped, jnp.zeros(shape, dtype))
         if num_probes is None:
             cotangents = half_hessian(loss, outputs, targets)
         else:
@@ -246,10 +248,12 @@ def tap_samples(
 def tap_ledger(
     model: Model, batches: Batches, formats: Sequence[Format], loss: Loss, num_probes: int | None, timed: Timed
 ) -> Ledger:
-    """What `tap_samples` used."""
+    """What `tap_samples` used: the model itself, each layer's product again in the backward pass, and in each format."""
     examples = examples_in(batches)
     probes = num_probes or output_size(model, batches, loss)
-    return Ledger(forward=examples * (1 + len(formats)), vjp=examples * probes, compilations=timed.compilations)
+    return Ledger(
+        forward=examples * (2 + len(formats)) + timed.forward, vjp=examples * probes, compilations=timed.compilations
+    )
 
 
 def half_hessian(loss: Loss, outputs: losses.Outputs, targets: Sequence[Array]) -> losses.Outputs:

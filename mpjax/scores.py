@@ -7,8 +7,10 @@ that format. A score of kind "ranking" only orders layers.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -125,6 +127,14 @@ class Timed:
         self.seconds = 0.0
         self.peak_mb = 0.0
         self.compilations = 0
+        self.forward = 0  # forward passes of examples on the side: calibration
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Adds the seconds of what is done on the host."""
+        start = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - start
 
     def jit(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
         """The function, compiled ahead of time once per shapes of its arguments."""
@@ -192,14 +202,15 @@ class Rounding:
     overflowed: np.ndarray
 
 
-def rounding_of(params: Params, blocks: Partition, formats: Sequence[Format]) -> Rounding:
+def rounding_of(params: Params, blocks: Partition, formats: Sequence[Format], timed: Timed | None = None) -> Rounding:
     """The rounding errors of every block's weights in every format (per-tensor scales where a format has them)."""
+    timed = timed or Timed()
     leaves = {path: leaf for block in blocks for path, leaf in select(params, block).items()}
 
-    def errors(values: dict[str, Array], fmt: Format) -> dict[str, Array]:
+    def errors(fmt: Format, values: dict[str, Array]) -> dict[str, Array]:
         return {path: round_weights(w, fmt).astype(w.dtype) - w for path, w in values.items()}
 
-    deltas = tuple(jax.jit(errors, static_argnums=1)(leaves, fmt) for fmt in formats)
+    deltas = tuple(timed.jit(partial(errors, fmt))(leaves) for fmt in formats)
     host = [{path: np.float64(value) for path, value in delta.items()} for delta in deltas]
     squares = np.array([[sum(float(np.sum(d[p] ** 2)) for p in block.paths) for d in host] for block in blocks])
     unchanged = np.array([[not any(np.any(d[p]) for p in block.paths) for d in host] for block in blocks])

@@ -101,7 +101,8 @@ def quadratic(*, hessian: Literal["gauss_newton", "true"] = "gauss_newton", loss
         low = prepare(batches, formats, loss)
         if hessian == "true":
             return hessian_scores.quadratic(_objective(model, batches, loss), low, "quadratic[true]")
-        timed, rounding = Timed(), rounding_of(model.params, model.partition, low)
+        timed = Timed()
+        rounding = rounding_of(model.params, model.partition, low, timed)
         value, ledger = output_scores.gauss_newton_products(model, batches, loss, rounding, timed=timed)
         return make_scores(
             "quadratic[gauss_newton]", model.names, low, value,
@@ -207,6 +208,7 @@ def trace(
     """
     from_loss.check_trace(num_probes, method, probes, scale, ("hutchinson", "xtrace", "output", "exact"))
     losses.check(loss)
+    _check_given(spectra, method)
     if method == "output":
         _check_output_probes(num_probes, loss, "trace[output]")
 
@@ -252,13 +254,14 @@ def top_eigenvalue(
     from_loss.check_choice("method", method, ("exact", "lanczos"))
     from_loss.check_scale(scale, ("per_parameter", "noise", "none"))
     losses.check(loss)
+    _check_given(spectra, method)
     estimator = estimate.top_eigenvalue(depth=depth)
 
     def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
         low = prepare(batches, formats, loss)
         if method == "lanczos":
             objective = _objective(model, batches, loss)
-            return from_loss.top_eigenvalue_of(objective, low, key, estimator, depth, scale)
+            return from_loss.top_eigenvalue_of(objective, low, key, estimator, scale)
         exact = _spectra(model, batches, loss, max_outputs, spectra)
         value = np.array([np.max(exact.values[each]) for each in model.names])
         name = f"top_eigenvalue[exact{'' if scale == 'per_parameter' else ',' + scale}]"
@@ -294,8 +297,8 @@ def logdet(
     rounding is. Kind "ranking".
 
     Args:
-        damping: ε, relative to the mean non-zero eigenvalue of all layers ("slq": to Σ trace / Σ min(d, k), the traces from
-            output probes).
+        damping: ε, relative to the mean eigenvalue that can differ from 0, Σ trace / Σ min(d, k) over all layers ("slq": the
+            traces from output probes).
         per_parameter: divide by d.
         max_outputs: k at most ("exact"); examples are taken from the front of the batches, as many as fit.
         spectra: for "exact", those of `spectra(model, batches)`, if they are there already.
@@ -303,6 +306,7 @@ def logdet(
     from_loss.check_logdet(damping, form)
     from_loss.check_choice("method", method, ("exact", "slq"))
     losses.check(loss)
+    _check_given(spectra, method)
     if method == "slq":
         _check_output_probes(num_probes, loss, "logdet[slq]")
 
@@ -312,8 +316,9 @@ def logdet(
             traces = trace(method="output", num_probes=num_probes, scale="none", loss=loss)
             found = traces(model, batches, low, jax.random.fold_in(key, 1))
             count = examples_in(batches) * output_size(model, batches, loss)
-            ranks = sum(min(layer.weights, count) for layer in model.layers)
-            epsilon = damping * float(found.value[:, 0].sum()) / ranks
+            ranks = np.array([min(layer.weights, count) for layer in model.layers])
+            finite = np.isfinite(found.value[:, 0])
+            epsilon = damping * float(found.value[finite, 0].sum()) / max(1, int(ranks[finite].sum()))
             objective = _objective(model, batches, loss)
             scores = from_loss.slq_of(objective, low, key, epsilon or 1.0, form, per_parameter, num_probes, depth)
             return from_loss.plus(scores, found)
@@ -379,7 +384,7 @@ def _probed(
 ) -> Scores:
     """½ E of a square with δ."""
     low, timed = prepare(batches, formats, loss), Timed()
-    rounding = rounding_of(model.params, model.partition, low)
+    rounding = rounding_of(model.params, model.partition, low, timed)
     value, stderr, ledger = output_scores.probe(
         model, batches, loss, rounding, key, num_probes=num_probes, reduce=reduce, timed=timed
     )
@@ -402,7 +407,7 @@ def _squares(
 ) -> Scores:
     """E‖g‖², scaled as a trace."""
     low, timed = prepare(batches, formats, loss), Timed()
-    rounding = rounding_of(model.params, model.partition, low)
+    rounding = rounding_of(model.params, model.partition, low, timed)
     value, stderr, ledger = output_scores.probe(
         model, batches, loss, rounding, key, num_probes=num_probes, reduce="squares", timed=timed
     )
@@ -410,6 +415,11 @@ def _squares(
         model.names, low, name, value, stderr, None, rounding,
         scale=scale, loss=loss.name, timed=timed, ledger=ledger, mean=True,
     )  # fmt: skip
+
+
+def _check_given(spectra: Spectra | None, method: str) -> None:
+    if spectra is not None and method != "exact":
+        raise ValueError(f"spectra= is for method='exact'; found method={method!r}, which would not look at them.")
 
 
 def _check_output_probes(num_probes: int, loss: Loss, what: str) -> None:

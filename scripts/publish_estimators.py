@@ -6,10 +6,15 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from experiments.estimators_findings import advice, findings  # noqa: E402
+
 RUN = ROOT / "results/estimators"
 DOCS = ROOT / "docs/estimators"
 START, END = "<!-- estimators -->", "<!-- end of estimators -->"
@@ -31,6 +36,12 @@ def main() -> None:
         shutil.copy(RUN / f"{name}.csv", DOCS / f"{name}.csv")
     for name in FIGURES:
         shutil.copy(RUN / f"{name}.png", DOCS / f"{name}.png")
+    page = ROOT / "docs/estimators.md"
+    measured = "\n".join(
+        ["**Measured** (the same run as README's table):", "", *(f"- {each}" for each in findings(summary)), ""]
+    )
+    written = insert(page.read_text(), measured, "<!-- measured -->", "<!-- end of measured -->")
+    page.write_text(written)
     readme.write_text(text)
 
 
@@ -49,17 +60,17 @@ def check(summary: dict[str, Any]) -> None:
         raise SystemExit("Not published:\n  " + "\n  ".join(wrong))
 
 
-def insert(text: str, block: str) -> str:
+def insert(text: str, block: str, start: str = START, end: str = END) -> str:
     """The text with the block between the markers.
 
     Raises:
         SystemExit: a marker is missing.
     """
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise SystemExit(f"README.md lacks {START} or {END}; nothing was written.")
-    return before + START + "\n" + block + END + after
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"README.md or docs/estimators.md lacks {start} or {end}; nothing was written.")
+    return before + start + "\n" + block + end + after
 
 
 def block(summary: dict[str, Any]) -> str:
@@ -80,8 +91,11 @@ def block(summary: dict[str, Any]) -> str:
         lines.append("| " + " | ".join([name, *spearman, *low, "–" if seconds is None else f"{seconds:.1f}"]) + " |")
     layers = {row["model"]: row["layers"] for row in summary["rows"]}
     where = summary["environment"]
+    models = list(dict.fromkeys(row["model"] for row in summary["rows"]))
     return "\n".join(
         [
+            " ".join(advice(summary["rows"], models)),
+            "",
             *lines,
             "",
             f"Each cell: {' / '.join(f'`{fmt}`' for fmt in FORMATS)}; – : zero by construction, or not for this model. "

@@ -240,6 +240,8 @@ def test_what_has_no_meaning_is_refused() -> None:
             grams.output_grams(function, params, blocks, *batch)
     with pytest.raises(ValueError, match="the outputs: .*'label' is int64"):
         grams.output_grams(lambda p, x: {"label": jnp.argmax(function(p, x))}, params, blocks, x)
+    with pytest.raises(ValueError, match="outputs have no elements"):
+        grams.output_grams(lambda p, x: function(p, x)[:0], params, blocks, x)
 
 
 def test_parameters_of_a_wrong_kind_are_refused_before_tracing() -> None:

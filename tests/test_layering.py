@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "mpjax"
 LAYERS = {
     **dict.fromkeys(("ledger", "metrics", "files", "pages"), 0),
     **dict.fromkeys(("formats", "partition", "search", "hlo", "report", "losses"), 1),
-    **dict.fromkeys(("models", "curvature", "lowering"), 2),
+    **dict.fromkeys(("models", "curvature"), 2),
     **dict.fromkeys(("estimate", "lowering", "emulate", "grams"), 3),
     **dict.fromkeys(("scores", "gradients", "cost", "apply"), 4),
     **dict.fromkeys(("hessian_scores", "rounding_scores", "compiled"), 5),

@@ -121,6 +121,18 @@ def test_pooled_estimates_are_those_of_all_samples() -> None:
     np.testing.assert_allclose(pooled.deviation, whole.deviation, rtol=0.01)
 
 
+def test_pooling_estimates_by_one_estimator_is_taking_all_of_their_samples() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.normal(2.0, 3.0, (4000, 3)), rng.normal(2.0, 3.0, (1000, 3))
+    pooled, whole = (
+        peers_stats.pooled(from_samples(first), from_samples(second)),
+        from_samples(np.concatenate([first, second])),
+    )
+    assert pooled.probes == 5000
+    np.testing.assert_allclose(pooled.value, whole.value, rtol=1e-12)
+    np.testing.assert_allclose(pooled.deviation, whole.deviation, rtol=0.01)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_z_scores_of_equal_truths_are_standard_normal(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -179,7 +191,13 @@ def rows_of_a_run() -> list[peers_stats.Row]:
         (PYHESSIAN, PER_LAYER, 20.0, 10.0),
     ):
         values = {"seconds": seconds, "seconds_q1": seconds, "seconds_q3": seconds, "seconds_at_target": late}
-        more = {"vs_pyhessian": seconds / 20, "probes": 8, "probes_at_target": 3, "relative_deviation": 0.2}
+        more: dict[str, Any] = {
+            "vs_pyhessian": seconds / 20,
+            "probes": 8,
+            "probes_at_target": 3,
+            "relative_deviation": 0.2,
+        }
+        more["compile_seconds"] = 12.0 if tool == MATRIX else None
         rows.append(row("cnn", "layer_traces", tool, method, {**values, **more}))
         for layer, value in (("conv", 3.0), ("head", 5.5)):
             z = {} if (tool, method) == (MATRIX, PER_LAYER) else {"z": 1.0 if layer == "conv" else -3.0}
@@ -245,7 +263,7 @@ def test_the_summary_and_the_page_of_a_run(tmp_path: Any, capsys: pytest.Capture
     report.write_summary(tmp_path, summary, row_fields=ROW_FIELDS)
     peers_report.write_report(tmp_path, summary, peers_report.draw(tmp_path, rows))
     page = (tmp_path / "report.html").read_text()
-    assert "20x faster" in page and "1 of 2 within 2, largest 3.0" in page
+    assert "20x faster" in page and "12 s for joint" in page and "1 of 2 within 2, largest 3.0" in page
     assert (tmp_path / "all_layers.csv").read_text().count("\n") == 4
     assert "all layers" in capsys.readouterr().out
 

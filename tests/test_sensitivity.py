@@ -1,5 +1,7 @@
 """Every scorer against what it estimates: closed forms, dense oracles in float64, and the measured truth."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -66,7 +68,7 @@ def test_measured_is_the_loss_of_one_layer_lowered(small, truth):
         ]
         found = truth.column(fmt)[model.names.index(layer)]
         assert found == pytest.approx(sum(losses) / 6, rel=2e-3)
-    assert truth.ledger.forward == 6 * (1 + 4 * 5) and truth.ledger.compilations == 3  # with the float8 ranges
+    assert truth.ledger.forward == 6 * (2 + 4 * 5) and truth.ledger.compilations == 3  # with the float8 ranges
 
 
 def test_exact_local_rounding_agrees_with_measured(small, truth):
@@ -79,7 +81,7 @@ def test_exact_local_rounding_agrees_with_measured(small, truth):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_local_rounding_of_a_linear_layer_is_exact_for_any_probe_count(seed):
+def test_exact_local_rounding_of_a_linear_layer_is_exact(seed):
     model, batches = build(Linear(), (5, 7), seed)
     exact = sensitivity.local_rounding(num_probes=None)(model, batches, ALL, jax.random.key(seed)).value
     truth = sensitivity.measured()(model, batches, ALL, KEY).value
@@ -115,7 +117,7 @@ def test_local_rounding_does_not_depend_on_how_data_is_batched(small):
 def test_its_vjps_do_not_grow_with_formats(small):
     one = sensitivity.local_rounding(num_probes=4)(*small, ALL[:1], KEY).ledger
     five = sensitivity.local_rounding(num_probes=4)(*small, ALL, KEY).ledger
-    assert one.vjp == five.vjp == 6 * 4 and five.forward - one.forward == 6 * 4
+    assert one.vjp == five.vjp == 6 * 4 and five.forward - one.forward == 6 * (4 + 1)  # with the float8 ranges
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -178,8 +180,8 @@ def test_logdet_is_that_of_the_dense_blocks(small):
         kernel = model.params[layer.name]["kernel"]
         jacobian = np.float64(jax.jacobian(outputs)(kernel)).reshape(18, -1)
         spectra.append(np.linalg.eigvalsh(jacobian.T @ jacobian).clip(0))
-    values = np.concatenate(spectra)
-    epsilon = 0.1 * values[values > 1e-7 * values.max()].mean()
+    ranks = sum(min(layer.weights, 18) for layer in model.layers)
+    epsilon = 0.1 * np.sum(np.concatenate(spectra)) / ranks
     expected = [np.linalg.slogdet(np.diag(s) / epsilon + np.eye(s.size))[1] for s in spectra]
     np.testing.assert_allclose(found.column("bfloat16"), expected, rtol=1e-3)
     np.testing.assert_array_equal(found.value[:, 0], found.value[:, 1])
@@ -293,8 +295,8 @@ def test_exact_scores_are_those_of_the_dense_gauss_newton_blocks(classifier, los
     exact = sensitivity.spectra(model, batches, loss=loss)
     found, epsilon = exact.values, 0.1 * exact.mean
     for name, truth in zip(model.names, spectra, strict=True):
-        count = min(found[name].size, truth.size)
-        np.testing.assert_allclose(np.sort(found[name])[::-1][:count], truth[::-1][:count], atol=2e-6 * truth[-1])
+        assert found[name].size == min(model.layer(name).weights, 24)  # d < k and d > k both occur
+        np.testing.assert_allclose(found[name], truth[::-1][: found[name].size], atol=3e-6 * truth[-1])
     scores = {
         "trace": of(sensitivity.trace(method="exact", scale="none", loss=loss), model, batches),
         "hawq2": of(sensitivity.trace(method="exact", loss=loss, spectra=exact), model, batches),
@@ -409,8 +411,9 @@ def test_slq_agrees_with_the_exact_log_determinant(classifier):
     batches = strip(batches, losses.OUTPUT)
     exact = of(sensitivity.logdet(damping=1.0, max_outputs=24), model, batches)
     slq = of(sensitivity.logdet(method="slq", damping=1.0, num_probes=60, depth=25), model, batches)
-    # the two take ε from the mean non-zero eigenvalue and from probed traces: not quite the same ε
-    np.testing.assert_allclose(slq.value[:, 0], exact.value[:, 0], rtol=0.25)
+    # ε from exact and from probed traces: 5 % for that
+    error = slq.stderr[:, 0] + slq.residual[:, 0] + 0.05 * exact.value[:, 0]
+    assert (np.abs(slq.value[:, 0] - exact.value[:, 0]) < 3 * error).all()
     assert (slq.stderr > 0).all() and slq.ledger.hvp > 0
 
 
@@ -461,6 +464,23 @@ def test_an_overflow_that_a_clamp_hides_is_reported():
     found = of(sensitivity.measured(), loud, batches, ("float16", "bfloat16"))
     assert found.status[0, 0] == sensitivity.OVERFLOW and np.isinf(found.value[0, 0])
     assert (found.status[:, 1] == "ok").all() and found.status[1, 0] == "ok"
+
+
+def test_a_spectrum_that_is_not_finite_spoils_no_other_layer(classifier):
+    model, batches = classifier
+    data = strip(batches, losses.OUTPUT)
+    exact = sensitivity.spectra(model, data)
+    broken = {**exact.values, "depthwise": np.full_like(exact.values["depthwise"], np.nan)}
+    spectra = dataclasses.replace(exact, values=broken)
+    for scorer in (
+        sensitivity.logdet(spectra=spectra),
+        sensitivity.top_eigenvalue(spectra=spectra),
+        sensitivity.trace(method="exact", spectra=spectra),
+    ):
+        found = of(scorer, model, data)
+        assert found.status[1, 0] == sensitivity.NOT_FINITE and np.isinf(found.value[1, 0])
+        assert np.isfinite(np.delete(found.value, 1, 0)).all()
+        assert found.ranking("bfloat16")[-1] == "depthwise"
 
 
 def test_baselines(small):
@@ -545,6 +565,8 @@ def test_spectra_of_another_problem_are_refused(small, classifier):
         sensitivity.logdet(spectra=exact)(model, strip(batches, losses.OUTPUT), ("bfloat16",), KEY)
     with pytest.raises(ValueError, match="holds the loss 'output'"):
         sensitivity.trace(method="exact", loss=losses.CROSS_ENTROPY, spectra=exact)(model, batches, ("bfloat16",), KEY)
+    with pytest.raises(ValueError, match="is for method='exact'"):
+        sensitivity.trace(spectra=exact)
 
 
 def test_scores_that_would_be_zero_are_refused():
@@ -561,6 +583,8 @@ def test_scores_that_would_be_zero_are_refused():
             factory(loss=own)
     with pytest.raises(ValueError, match="num_probes"):
         sensitivity.trace(num_probes=0)
+    with pytest.raises(ValueError, match="even num_probes"):
+        sensitivity.trace(num_probes=3, method="xtrace", probes="per_layer")
     with pytest.raises(ValueError, match="method"):
         sensitivity.logdet(method="dense")  # type: ignore[arg-type]
 
