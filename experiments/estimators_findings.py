@@ -44,7 +44,8 @@ def advice(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
         return f"{name} (mean Spearman {score[name]:.3f}{span}; {cost:.2f} of the time of measuring)"
 
     found = [
-        f"Means are over {len(models)} models × {len(FORMATS)} formats, zero by construction counting 0; times are of {costly}."
+        f"Means are over {len(models)} model{'s' * (len(models) > 1)} × {len(FORMATS)} formats, zero by construction counting 0; "
+        f"times are of {costly}."
     ]
     best = candidates[:1]
     found += [f"Best agreement with the measured error: {told(name)}." for name in best]
@@ -88,18 +89,15 @@ def curvature_alone(summary: Mapping[str, Any], models: Sequence[str]) -> list[s
         values = [row["spearman"] for row in rows if label(row) == name and row["spearman"] is not None]
         return f"{name} {min(values):.2f} to {max(values):.2f}" if values else None
 
-    names = (
-        "logdet[exact]",
-        "logdet[exact,raw]",
-        "logdet[exact,per_parameter]",
-        "trace[exact]",
-        "top_eigenvalue[exact]",
-    )
+    unscaled = ("logdet[exact]", "logdet[exact,raw]", "logdet[exact,per_parameter]", "top_eigenvalue[exact]")
+    scaled = ("trace[exact]", "top_eigenvalue[exact,noise]")
     found = [
-        "Exact curvature (Spearman over all cells): "
-        + "; ".join(filter(None, map(span, names)))
-        + ". Determinant and eigenvalue do not depend on the format: they do not see how large a layer's rounding is; "
-        "none of them sees the rounding of activations."
+        f"Exact curvature, {what} (Spearman over all cells): {'; '.join(spans)}."
+        for what, names in (
+            ("which does not see how large a layer's rounding is", unscaled),
+            ("times ½ ‖δ‖² of the weights", scaled),
+        )
+        if (spans := [each for each in map(span, names) if each])
     ]
     for model in models:
         own = [row for row in summary["damping"] if row["model"] == model]
@@ -111,12 +109,14 @@ def curvature_alone(summary: Mapping[str, Any], models: Sequence[str]) -> list[s
                 f"with the measured error runs from {min(values):.2f} to {max(values):.2f}; a factor of 10 in ε keeps the "
                 f"ranking to {min(steps):.2f} or better."
             )
-    deviations = [row["deviation"] for row in summary["slq_check"] if row["deviation"] is not None]
-    if deviations:
-        share = float(np.mean(np.abs(deviations) <= 2))
+    checked = [row for row in summary["slq_check"] if row["deviation"] is not None]
+    if checked:
+        share = float(np.mean([abs(row["deviation"]) <= 2 for row in checked]))
+        widths = [np.hypot(row["stderr"], row["residual"]) / row["exact"] for row in checked]
         found.append(
-            f"Stochastic Lanczos quadrature lies within two of its own errors (sampling and residual together) of the exact "
-            f"log-determinant for {share:.0%} of {len(deviations)} blocks; largest deviation {max(map(abs, deviations)):.1f}."
+            "Stochastic Lanczos quadrature lies within two of its own errors (sampling and residual together) of the exact "
+            f"log-determinant for {share:.0%} of {len(checked)} blocks; that error is {np.median(widths):.0%} of the value in "
+            f"the median, {max(widths):.0%} at most."
         )
     return found
 

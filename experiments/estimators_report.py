@@ -139,7 +139,7 @@ def write(folder: Path, summary: Mapping[str, Any], drawn: Mapping[str, Drawn]) 
         Section(heading="Where and how", paragraphs=[machine], html=[report.code(summary["command"])]),
     ]
     lead = (
-        f"{len(models)} models, {len(FORMATS)} formats, {len(summary['compact'])} estimators and losses. Truth: the output loss "
+        f"{', '.join(models)}; {len(FORMATS)} formats, {len(summary['compact'])} estimators and losses. Truth: the output loss "
         "½ ‖f_low − f‖² of each layer lowered alone, by emulation, on the examples that the estimator saw."
     )
     page = report.html_page("Estimators of layer sensitivity against measured truth", sections, lead=lead)

@@ -11,7 +11,7 @@ from mpjax import formats, partition, sensitivity
 from mpjax.partition import Block
 from mpjax.sensitivity import from_loss
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2)))
 KEY = jax.random.key(0)
 LOW = ("bfloat16", "float16")  # unscaled: their rounding is the same bit for bit inside and outside of jit
 TIGHT = {"rtol": 1e-10, "atol": 1e-14}
@@ -154,6 +154,7 @@ def test_logdet_exact_and_slq(seed: int) -> None:
     np.testing.assert_allclose(each.value[:, 0] * list(SIZES.values()), whole.value[:, 0])
 
 
+@pytest.mark.slow
 def test_a_network_agrees_with_its_dense_hessian() -> None:
     """Two matrices and a bias in one block: leaves of several shapes, a Hessian that is not constant."""
     rng = np.random.default_rng(0)

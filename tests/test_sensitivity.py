@@ -88,6 +88,7 @@ def test_exact_local_rounding_of_a_linear_layer_is_exact(seed):
     np.testing.assert_allclose(exact, truth, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_local_rounding_probes_are_unbiased_and_their_errors_calibrated(small):
     model, batches = small
     low = ("bfloat16", "float8_e4m3fn")
@@ -282,7 +283,11 @@ def strip(batches, loss):
     return [batch[: 1 + loss.num_targets] for batch in batches]
 
 
-BOTH = pytest.mark.parametrize("loss", (losses.OUTPUT, losses.CROSS_ENTROPY), ids=lambda loss: loss.name)
+BOTH = pytest.mark.parametrize(
+    "loss",
+    (losses.OUTPUT, pytest.param(losses.CROSS_ENTROPY, marks=pytest.mark.slow)),
+    ids=lambda loss: loss.name,
+)
 
 
 @BOTH
@@ -358,6 +363,7 @@ def test_quadratic_by_gauss_newton_is_exact(classifier, loss):
         assert found.value[row, 0] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_hessian_scores_of_a_labelled_loss_are_those_of_the_dense_hessian(classifier):
     """Mean cross-entropy over two batches: ½ δᵀHδ, |gᵀδ|, the top eigenvalue, the empirical Fisher."""
     model, batches = classifier
@@ -395,6 +401,7 @@ def test_under_the_output_loss_the_true_hessian_is_gauss_newton(small):
     np.testing.assert_allclose(one.value, two.value, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_joint_traces_cost_one_product_per_probe(small):
     model, batches = small
     truth = of(sensitivity.trace(method="exact", scale="none"), *small).value[:, 0]
@@ -504,6 +511,7 @@ def test_scores_survive_a_checkpoint(small):
     assert again.ledger == scores.ledger and again.estimator == "local_rounding[4]" and again.loss == "output"
 
 
+@pytest.mark.slow
 def test_every_scorer_takes_the_same_problem(classifier):
     """One form for all: same arguments, same shapes, a name that says the knobs, memory and passes counted."""
     model, batches = classifier
