@@ -173,7 +173,7 @@ def spectra(bench: Bench, loss: Loss) -> sensitivity.Spectra:
         found = sensitivity.spectra(benchmark.model, first(source, count), loss=loss, max_outputs=rows)
         notes = {name: getattr(found.timed, name) for name in TIMED} | {"examples": found.examples, "mean": found.mean}
         return (
-            {"values": np.stack(list(found.values.values()))},
+            dict(found.values),
             {**notes, "ledger": found.ledger.as_dict()},
             found.ledger,
         )
@@ -183,7 +183,7 @@ def spectra(bench: Bench, loss: Loss) -> sensitivity.Spectra:
     for name in TIMED:
         setattr(timed, name, piece.meta[name])
     return sensitivity.Spectra(
-        values=dict(zip(benchmark.model.names, piece.arrays["values"], strict=True)),
+        values={name: piece.arrays[name] for name in benchmark.model.names},
         loss=loss.name,
         examples=piece.meta["examples"],
         mean=piece.meta["mean"],
