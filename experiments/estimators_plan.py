@@ -27,8 +27,7 @@ class Sizes:
         gram_probes: output probes per example for the interactions; None is exact.
         subsets: random subsets of the layers that the interactions are tested on.
         costed: numbers of examples for the cost of exact log-determinants; empty: not measured.
-        checked, check_probes, check_depth: how many of the largest blocks stochastic quadrature is compared with the exact
-            value on, with so many probes of so many steps.
+        checked: how many of the largest blocks stochastic quadrature is compared with the exact value on.
         random_searches: draws of the random ranking that are searched.
     """
 
@@ -44,9 +43,9 @@ class Sizes:
     gram_probes: int | None = None
     subsets: int = 40
     costed: tuple[int, ...] = ()
-    checked: int = 4
-    check_probes: int = 8
-    check_depth: int = 40
+    checked: int = 6
+    check_probes: int = 16
+    check_depth: int = 20
     random_searches: int = 5
 
 
@@ -54,17 +53,7 @@ RANDOM_DRAWS = 32
 FULL = {
     "pose_landmark_full": Sizes(examples=8, batch=1, costed=(1, 2, 4, 8)),
     "iris_landmark": Sizes(examples=8, batch=1, per_layer=2),
-    "digits_cnn": Sizes(
-        spectra=64,
-        per_layer=64,
-        layer_probes=8,
-        xtrace=16,
-        depth=16,
-        slq_probes=8,
-        checked=10,
-        check_probes=16,
-        check_depth=80,
-    ),
+    "digits_cnn": Sizes(spectra=64, per_layer=64, layer_probes=8, xtrace=16, depth=16, slq_probes=8),
 }
 QUICK = {
     "pose_landmark_full": Sizes(
