@@ -176,7 +176,7 @@ SOME = (
     "random",
 )
 SIZES = Sizes(
-    spectra=2, per_layer=2, joint_probes=2, layer_probes=1, xtrace=2, depth=2, slq_probes=1, subsets=4, costed=(1,),
+    spectra=6, per_layer=2, joint_probes=2, layer_probes=1, xtrace=2, depth=2, slq_probes=1, subsets=4, costed=(1,),
     checked=1, check_probes=2, check_depth=2, random_searches=1,
 )  # fmt: skip
 
@@ -276,8 +276,19 @@ def test_measured_agrees_with_the_losses_example_by_example(tiny, ran):
 def test_examples_say_what_fewer_examples_cost(ran):
     rows = {(row["estimator"], row["loss"]): row for row in ran[1]["examples"]}
     assert rows["measured", "output"]["examples"] == 6 and rows["measured", "output"]["ceiling_bfloat16"] == 1
-    assert rows["logdet[exact]", "output"]["examples"] == 2 and rows["depth", "output"]["examples"] == 0
+    assert rows["logdet[exact]", "output"]["examples"] == 6 and rows["depth", "output"]["examples"] == 0
     assert "32 draws" in rows["random", "output"]["settings"]
+
+
+def test_spectra_are_kept_also_where_a_layer_has_fewer_weights_than_there_are_outputs(tiny, ran):
+    folder, _, drawn, _ = ran
+    saved = next(path for path in folder.iterdir() if "spectra%2C%20output" in path.name)
+    with np.load(saved) as file:
+        sizes = {name.removeprefix("array/"): file[name].size for name in file.files if name != "note"}
+    assert sizes == {"first": 18, "second": 18, "third": 15}  # 6 examples × 3 outputs; 24, 30 and 15 weights
+    exact = sensitivity.logdet(max_outputs=18, damping=1e-2)(tiny.model, tiny.batches, FORMATS[:1], jax.random.key(0))
+    third = estimators_checks.EPSILONS.index(1e-2)
+    np.testing.assert_allclose(drawn["digits_cnn"].damping[third], exact.value[:, 0], rtol=1e-6)
 
 
 def test_a_deleted_piece_alone_is_computed_again(tiny, ran):
