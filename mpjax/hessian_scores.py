@@ -1,8 +1,7 @@
 """Sensitivities from Hessian-vector products and gradients of a loss: the estimators behind `from_loss` and `sensitivity`.
 
 An `Objective` is a loss as a sum over examples, given as batches; a plain `loss(params)` is one with a single batch that
-holds nothing. Layers are blocks of its parameters. One Hessian-vector product is forward over reverse, linearised once per
-batch, and several of them share that linearisation. Where blocks need their own Krylov spaces they share one program:
+holds nothing. Layers are blocks of its parameters. One Hessian-vector product is forward over reverse. Where blocks need their own Krylov spaces they share one program:
 vectors are padded to the largest block, and which block it is, is a traced number.
 """
 
@@ -79,28 +78,30 @@ def trace(
     Otherwise each block has its own products, K L in all.
     """
     blocks = objective.blocks
+    count = num_probes if joint else num_probes * len(blocks)
 
-    def of_batch(params: Params, key: Key, *batch: Array) -> Array:
-        values = _values(params, blocks)
-        _, tangent = jax.linearize(objective.gradient(params, batch), values)
+    def of_batch(params: Params, key: Key, numbers: Array, *batch: Array) -> Array:
+        values, gradient = _values(params, blocks), objective.gradient(params, batch)
 
         def probe(number: Array) -> Array:
-            v = _signs(key, number // len(blocks) if not joint else number, values)
-            if joint:
-                return _block_dots(blocks, v, tangent(v))
-            only = _only(blocks, number % len(blocks), v)
-            return jnp.sum(_block_dots(blocks, only, tangent(only)))
+            v = _signs(key, number if joint else number // len(blocks), values)
+            if not joint:
+                v = _only(blocks, number % len(blocks), v)
+            dots = _block_dots(blocks, v, jax.jvp(gradient, (values,), (v,))[1])
+            return dots if joint else jnp.sum(dots)
 
-        count = num_probes if joint else num_probes * len(blocks)
-        # One at a time is a plain loop: a batch of one would still turn convolutions into grouped ones.
-        together = None if batch_size == 1 else batch_size
-        return lax.map(probe, jnp.arange(count), batch_size=together).reshape(num_probes, len(blocks))
+        return jax.vmap(probe)(numbers) if numbers.size > 1 else probe(numbers[0])[None]
 
+    # A loop on the host, one product a call: XLA:CPU runs the same product several times slower inside a loop of its own,
+    # and from a stored linearisation.
     run = timed.jit(of_batch)
-    samples = sum(np.float64(run(objective.params, key, *batch)) for batch in objective.batches) / objective.examples
-    products = num_probes if joint else num_probes * len(blocks)
-    ledger = Ledger(vjp=objective.examples, hvp=products * objective.examples, compilations=timed.compilations)
-    return np.asarray(samples), ledger
+    chunks = [jnp.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    samples = sum(
+        np.concatenate([np.float64(run(objective.params, key, chunk, *batch)) for chunk in chunks])
+        for batch in objective.batches
+    )
+    ledger = Ledger(hvp=count * objective.examples, compilations=timed.compilations)
+    return np.asarray(samples).reshape(num_probes, len(blocks)) / objective.examples, ledger
 
 
 def per_block(

@@ -139,6 +139,7 @@ class Cnn(nn.Module):
 
 
 @pytest.mark.usefixtures("relaxed_promotion")
+@pytest.mark.slow
 def test_a_convolutional_network() -> None:
     x = jax.random.normal(jax.random.key(1), (3, 6, 6, 2), jnp.float32)
     model = models.from_linen(Cnn(), jax.jit(Cnn().init)(jax.random.key(0), x), x)
