@@ -138,9 +138,14 @@ def ranks(folder: Path, model: str, names: Sequence[str], values: Mapping[str, n
 
 
 def lowered(folder: Path, rows: Sequence[Row], field: str, title: str) -> Path:
-    """Layers lowered per estimator, one panel per model, a bar per format."""
+    """Layers lowered per estimator of the output loss, one panel per model, a bar per format."""
     models = list(dict.fromkeys(row["model"] for row in rows))
-    names = list(dict.fromkeys(label(row) for row in rows))
+    shown = [row for row in rows if row["loss"] in ("output", "none")]
+    names = [
+        name
+        for name in dict.fromkeys(map(label, shown))
+        if any(r[field] is not None for r in shown if label(r) == name)
+    ]
     found = {(row["model"], label(row), row["format"]): row[field] for row in rows}
     with report.style():
         figure, axes = plt.subplots(

@@ -1,8 +1,9 @@
 """Sensitivities from Hessian-vector products and gradients of a loss: the estimators behind `from_loss` and `sensitivity`.
 
 An `Objective` is a loss as a sum over examples, given as batches; a plain `loss(params)` is one with a single batch that
-holds nothing. Layers are blocks of its parameters. One Hessian-vector product is forward over reverse. Where blocks need their own Krylov spaces they share one program:
-vectors are padded to the largest block, and which block it is, is a traced number.
+holds nothing. Layers are blocks of its parameters. One Hessian-vector product is forward over reverse. Where blocks need
+their own Krylov spaces they share one program: vectors are padded to the largest block, and which block it is, is a traced
+number.
 """
 
 from __future__ import annotations
