@@ -1,7 +1,8 @@
 """Every estimator against measured truth: three models, three formats.
 
-    python -m experiments.estimators            (about 25 minutes on 2 cores; again: about 1)
-    python -m experiments.estimators --quick    (under 5: fewer examples and probes, the same rows)
+    python -m experiments.estimators            (about 35 minutes on 2 cores; again: under 1)
+    python -m experiments.estimators --quick    (fewer examples and probes, the same rows; compiling is most of it, and programs
+                                                 are kept for the next quick run)
 
 Models: MediaPipe's pose landmarks (72 layers, weights stored in float16) and iris landmarks (81 layers, float32), and a small
 network trained on digits to an optimum. Truth is `measured` under the output loss, on the examples that the estimator saw: each
@@ -53,7 +54,7 @@ class Config:
     """How the experiment runs."""
 
     quick: bool = False
-    """Fewer examples and probes: the same rows in under 5 minutes."""
+    """Fewer examples and probes: the same rows. Compiling is most of what is left."""
     models: tuple[str, ...] = MODELS
     """Which models."""
     estimators: tuple[str, ...] = ()
