@@ -52,7 +52,7 @@ class Objective:
     @property
     def values(self) -> Values:
         """The blocks' leaves."""
-        return _values(self.params, self.blocks)
+        return partition.select_all(self.params, self.blocks)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,12 +82,12 @@ def trace(
     count = num_probes if joint else num_probes * len(blocks)
 
     def of_batch(params: Params, key: Key, numbers: Array, *batch: Array) -> Array:
-        values, gradient = _values(params, blocks), objective.gradient(params, batch)
+        values, gradient = partition.select_all(params, blocks), objective.gradient(params, batch)
 
         def probe(number: Array) -> Array:
             v = _signs(key, number if joint else number // len(blocks), values)
             if not joint:
-                v = _only(blocks, number % len(blocks), v)
+                v = partition.only(blocks, number % len(blocks), v)
             dots = _block_dots(blocks, v, jax.jvp(gradient, (values,), (v,))[1])
             return dots if joint else jnp.sum(dots)
 
@@ -125,7 +125,7 @@ def per_block(
     products: list[int] = []
 
     def run(params: Params, index: Array, block_key: Key, *data: Array) -> tuple[Array, Array, Array]:
-        values = _values(params, blocks)
+        values = partition.select_all(params, blocks)
         scale = jnp.asarray(1.0 / objective.examples, dtype)
 
         def product(vector: Values) -> Values:
@@ -167,10 +167,10 @@ def quadratic(objective: Objective, formats: Sequence[Format], name: str) -> Sco
     rounding = rounding_of(objective.params, objective.blocks, formats, timed)
 
     def of_batch(params: Params, delta: Values, *batch: Array) -> Array:  # -> (L,)
-        _, tangent = jax.linearize(objective.gradient(params, batch), _values(params, objective.blocks))
+        _, tangent = jax.linearize(objective.gradient(params, batch), partition.select_all(params, objective.blocks))
 
         def score(number: Array) -> Array:
-            only = _only(objective.blocks, number, delta)
+            only = partition.only(objective.blocks, number, delta)
             return 0.5 * jnp.sum(_block_dots(objective.blocks, only, tangent(only)))
 
         return lax.map(score, jnp.arange(len(objective.blocks)))
@@ -187,7 +187,7 @@ def first_order(objective: Objective, formats: Sequence[Format], name: str) -> S
     rounding = rounding_of(objective.params, objective.blocks, formats, timed)
 
     def of_batch(params: Params, deltas: Sequence[Values], *batch: Array) -> Array:  # -> (L, F)
-        gradient = objective.gradient(params, batch)(_values(params, objective.blocks))
+        gradient = objective.gradient(params, batch)(partition.select_all(params, objective.blocks))
         return jnp.stack([_block_dots(objective.blocks, gradient, delta) for delta in deltas], axis=1)
 
     run = timed.jit(of_batch)
@@ -203,7 +203,7 @@ def squared_gradient(objective: Objective, formats: Sequence[Format], name: str)
     rounding = rounding_of(objective.params, objective.blocks, formats, timed)
 
     def gradient(params: Params, *batch: Array) -> Values:
-        return objective.gradient(params, batch)(_values(params, objective.blocks))
+        return objective.gradient(params, batch)(partition.select_all(params, objective.blocks))
 
     run = timed.jit(gradient)
     parts = [run(objective.params, *batch) for batch in objective.batches]
@@ -321,25 +321,12 @@ def _finish(
     )
 
 
-def _values(params: Params, blocks: Partition) -> Values:
-    return {path: leaf for block in blocks for path, leaf in partition.select(params, block).items()}
-
-
 def _signs(key: Key, number: Array, values: Values) -> Values:
     """Random signs; a leaf's depend on its path and not on its position."""
     keys = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in values}
     return {
         path: jax.random.rademacher(jax.random.fold_in(keys[path], number), leaf.shape, leaf.dtype)
         for path, leaf in values.items()
-    }
-
-
-def _only(blocks: Partition, number: Array, values: Values) -> Values:
-    """The values of one block, zero elsewhere; `number` is traced."""
-    return {
-        path: jnp.where(number == position, values[path], jnp.zeros_like(values[path]))
-        for position, block in enumerate(blocks)
-        for path in block.paths
     }
 
 

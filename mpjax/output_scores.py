@@ -65,7 +65,7 @@ def probe(
 
     def of_example(params: Params, deltas: Sequence[dict[str, Array]], key: Key, example: Sequence[Array]) -> Array:
         inputs, targets = loss.split(tuple(each[None] for each in example))
-        values = {p: leaf for block in blocks for p, leaf in partition.select(params, block).items()}
+        values = partition.select_all(params, blocks)
         outputs, pull = jax.vjp(
             lambda v: model.call(partition.replace(params, v), *inputs, override=matrix_gradients), values
         )
@@ -105,26 +105,20 @@ def gauss_newton_products(
 
     No backward pass. Memory: the linearised forward pass of one batch.
     """
-    names = [(block.name, block.paths) for block in model.partition]
 
     def of_batch(params: Params, delta: dict[str, Array], *batch: Array) -> Array:  # -> (L,)
         inputs, targets = loss.split(batch)
-        values = {p: leaf for block in model.partition for p, leaf in partition.select(params, block).items()}
+        values = partition.select_all(params, model.partition)
         outputs, tangent_of = jax.linearize(lambda v: model.call(partition.replace(params, v), *inputs), values)
         reference = lax.stop_gradient(outputs)
         slope = jax.grad(lambda o: jnp.sum(loss.value(o, reference, *targets)))
 
         def score(number: Array) -> Array:
-            only = {
-                path: jnp.where(number == position, delta[path], jnp.zeros_like(delta[path]))
-                for position, (_, paths) in enumerate(names)
-                for path in paths
-            }
-            change = tangent_of(only)
+            change = tangent_of(partition.only(model.partition, number, delta))
             curved = jax.jvp(slope, (outputs,), (change,))[1]
             return 0.5 * jnp.sum(flat(change) * flat(curved))
 
-        return lax.map(score, jnp.arange(len(names)))
+        return lax.map(score, jnp.arange(len(model.partition)))
 
     run = timed.jit(of_batch)
     columns = [sum(np.float64(run(model.params, delta, *batch)) for batch in batches) for delta in rounding.deltas]

@@ -95,6 +95,20 @@ def select(params: Params, block: Block) -> dict[str, jax.Array]:
     return {path: leaves[path] for path in block.paths}
 
 
+def select_all(params: Params, blocks: Partition) -> dict[str, jax.Array]:
+    """The leaves of several blocks by path, block after block. Errors as in `select`."""
+    return {path: leaf for block in blocks for path, leaf in select(params, block).items()}
+
+
+def only(blocks: Partition, number: jax.Array, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The values of block `number`, which may be traced; zero in all others."""
+    return {
+        path: jnp.where(number == position, values[path], jnp.zeros_like(values[path]))
+        for position, block in enumerate(blocks)
+        for path in block.paths
+    }
+
+
 def replace(params: Params, values: Mapping[str, jax.Array]) -> Params:
     """The parameters with some leaves exchanged, by path. The dtype may change, the shape may not.
 

@@ -21,7 +21,7 @@ from mpjax.formats import FLOAT32, Format, parse_all, round_weights
 from mpjax.ledger import Ledger
 from mpjax.losses import Loss
 from mpjax.models import Array, Batches, Model, Params, check_batches
-from mpjax.partition import Partition, select
+from mpjax.partition import Partition, select_all
 
 Key = Array
 Scorer = Callable[[Model, Batches, Sequence[str | Format], Key], "Scores"]
@@ -205,7 +205,7 @@ class Rounding:
 def rounding_of(params: Params, blocks: Partition, formats: Sequence[Format], timed: Timed | None = None) -> Rounding:
     """The rounding errors of every block's weights in every format (per-tensor scales where a format has them)."""
     timed = timed or Timed()
-    leaves = {path: leaf for block in blocks for path, leaf in select(params, block).items()}
+    leaves = select_all(params, blocks)
 
     def errors(fmt: Format, values: dict[str, Array]) -> dict[str, Array]:
         return {path: round_weights(w, fmt).astype(w.dtype) - w for path, w in values.items()}
