@@ -23,7 +23,7 @@ from mpjax.hessian_scores import Objective
 from mpjax.ledger import Ledger
 from mpjax.models import Array, Params
 from mpjax.partition import Partition
-from mpjax.scores import Key, Scores, Timed, make_scores, rounding_of
+from mpjax.scores import Key, Scores, Timed, make_scores, standard_error
 
 LossFunction = Callable[[Params], Array]
 LossScorer = Callable[[LossFunction, Params, Partition, Sequence[str | Format], Key], Scores]
@@ -209,11 +209,12 @@ def trace_of(
         samples, ledger = hessian_scores.trace(
             objective, key, num_probes=num_probes, joint=probes == "joint", batch_size=batch_size, timed=timed
         )
-        return hessian_scores.scaled(objective, formats, name, samples, scale=scale, timed=timed, ledger=ledger)
-    estimator = estimate.trace(num_probes=num_probes, method="xtrace")
-    value, stderr, residual, ledger = hessian_scores.per_block(objective, estimator, key, timed=timed)
+        value, stderr, residual = samples.mean(axis=0), standard_error(samples), None
+    else:
+        estimator = estimate.trace(num_probes=num_probes, method="xtrace")
+        value, stderr, residual, ledger = hessian_scores.per_block(objective, estimator, key, timed=timed)
     return hessian_scores.in_scale(
-        objective.names, formats, name, value, stderr, residual, rounding_of(objective.params, objective.blocks, formats),
+        objective.params, objective.blocks, formats, name, value, stderr, residual,
         scale=scale, loss=objective.loss, timed=timed, ledger=ledger, mean=True,
     )  # fmt: skip
 
@@ -229,8 +230,8 @@ def top_eigenvalue_of(
     timed = Timed()
     value, stderr, residual, ledger = hessian_scores.per_block(objective, estimator, key, timed=timed)
     return hessian_scores.in_scale(
-        objective.names, formats, f"top_eigenvalue[lanczos{_suffix(scale, 'per_parameter')}]", value, stderr, residual,
-        rounding_of(objective.params, objective.blocks, formats),
+        objective.params, objective.blocks, formats, f"top_eigenvalue[lanczos{_suffix(scale, 'per_parameter')}]",
+        value, stderr, residual,
         scale=scale, loss=objective.loss, timed=timed, ledger=ledger, mean=False,
     )  # fmt: skip
 

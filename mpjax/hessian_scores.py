@@ -8,9 +8,12 @@ number.
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +27,7 @@ from mpjax.formats import Format
 from mpjax.ledger import Ledger
 from mpjax.models import Array, Batches, Params
 from mpjax.partition import Block, Partition
-from mpjax.scores import Key, Rounding, Scores, Timed, make_scores, rounding_of, standard_error
+from mpjax.scores import Key, Rounding, Scores, Timed, block_sizes, make_scores, rounding_of
 
 Values = dict[str, Array]  # slash path -> leaf
 
@@ -62,8 +65,7 @@ class Objective:
     @property
     def sizes(self) -> np.ndarray:
         """(L,) parameters of each block."""
-        values = self.values
-        return np.array([sum(values[path].size for path in block.paths) for block in self.blocks], np.int64)
+        return block_sizes(self.params, self.blocks)
 
     def gradient(self, params: Params, batch: Sequence[Array]) -> Callable[[Values], Values]:
         """∇ of the batch's loss with respect to the blocks' leaves, everything else held fixed."""
@@ -81,28 +83,32 @@ def trace(
     blocks = objective.blocks
     count = num_probes if joint else num_probes * len(blocks)
 
-    def of_batch(params: Params, key: Key, numbers: Array, *batch: Array) -> Array:
+    def each(function: Callable[[Any], Any], xs: Any) -> Any:
+        if jax.tree.leaves(xs)[0].shape[0] > 1:
+            return jax.vmap(function)(xs)
+        return jax.tree.map(lambda out: out[None], function(jax.tree.map(lambda x: x[0], xs)))
+
+    def probe(key: Key, values: Values, number: Array) -> Values:
+        if joint:
+            return _signs(key, number, values)
+        v = _signs(key, number // len(blocks), values)
+        return partition.only(blocks, number % len(blocks), v)
+
+    def of_probe(params: Params, batch: Sequence[Array], v: Values) -> Array:
         values, gradient = partition.select_all(params, blocks), objective.gradient(params, batch)
+        dots = _block_dots(blocks, v, jax.jvp(gradient, (values,), (v,))[1])
+        return dots if joint else jnp.sum(dots)
 
-        def probe(number: Array) -> Array:
-            v = _signs(key, number if joint else number // len(blocks), values)
-            if not joint:
-                v = partition.only(blocks, number % len(blocks), v)
-            dots = _block_dots(blocks, v, jax.jvp(gradient, (values,), (v,))[1])
-            return dots if joint else jnp.sum(dots)
-
-        return jax.vmap(probe)(numbers) if numbers.size > 1 else probe(numbers[0])[None]
-
-    # A loop on the host, one product a call: XLA:CPU runs the same product several times slower inside a loop of its own,
-    # and from a stored linearisation.
-    run = timed.jit(of_batch)
-    chunks = [jnp.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    samples = sum(
-        np.concatenate([np.float64(run(objective.params, key, chunk, *batch)) for chunk in chunks])
-        for batch in objective.batches
-    )
+    # Loops on the host, over two programs: XLA:CPU runs the product several times slower inside a loop of its own and from a
+    # stored linearisation, and nearly twice as slow in one program with the drawing of its vector.
+    draw = timed.jit(lambda key, values, numbers: each(partial(probe, key, values), numbers))
+    run = timed.jit(lambda params, probes, *batch: each(partial(of_probe, params, batch), probes))
+    samples = []
+    for start in range(0, count, batch_size):
+        probes = draw(key, objective.values, jnp.arange(start, min(start + batch_size, count)))
+        samples.append(sum(np.float64(run(objective.params, probes, *batch)) for batch in objective.batches))
     ledger = Ledger(hvp=count * objective.examples, compilations=timed.compilations)
-    return np.asarray(samples).reshape(num_probes, len(blocks)) / objective.examples, ledger
+    return np.concatenate(samples).reshape(num_probes, len(blocks)) / objective.examples, ledger
 
 
 def per_block(
@@ -218,33 +224,14 @@ def squared_gradient(objective: Objective, formats: Sequence[Format], name: str)
     return _finish(objective, formats, name, value, rounding, timed, ledger)
 
 
-def scaled(
-    objective: Objective,
-    formats: Sequence[Format],
-    name: str,
-    samples: np.ndarray,
-    *,
-    scale: str,
-    timed: Timed,
-    ledger: Ledger,
-) -> Scores:
-    """Trace samples (K, L) as scores: "none" the trace itself, "noise" ½ · mean eigenvalue · ‖δ‖² (HAWQ-V2)."""
-    rounding = rounding_of(objective.params, objective.blocks, formats)
-    value, stderr = samples.mean(axis=0), standard_error(samples)
-    return in_scale(
-        objective.names, formats, name, value, stderr, None, rounding,
-        scale=scale, loss=objective.loss, timed=timed, ledger=ledger, mean=True,
-    )  # fmt: skip
-
-
 def in_scale(
-    layers: Sequence[str],
+    params: Params,
+    blocks: Partition,
     formats: Sequence[Format],
     name: str,
     value: np.ndarray,
     stderr: np.ndarray | None,
     residual: np.ndarray | None,
-    rounding: Rounding,
     *,
     scale: str,
     loss: str,
@@ -254,16 +241,18 @@ def in_scale(
 ) -> Scores:
     """A curvature (L,) as scores: as it is ("none"), per parameter, or times half the rounding's power ("noise").
 
-    With `mean` the curvature is a trace, and "noise" takes its mean over the block's parameters.
+    With `mean` the curvature is a trace, and "noise" takes its mean over the block's parameters (HAWQ-V2).
     """
-    if scale == "none":
-        factors, unchanged, overflowed = np.ones(rounding.squares.shape), None, None
-    elif scale == "per_parameter":
-        factors, unchanged, overflowed = np.repeat(1.0 / rounding.sizes[:, None], len(formats), axis=1), None, None
-    else:
-        factors = 0.5 * rounding.squares / (rounding.sizes[:, None] if mean else 1.0)
+    timed = copy.copy(timed)  # a spectrum's, which other scores add to as well
+    sizes = block_sizes(params, blocks)
+    factors, unchanged, overflowed = np.ones((len(blocks), len(formats))), None, None
+    if scale == "per_parameter":
+        factors /= sizes[:, None]
+    elif scale == "noise":
+        rounding = rounding_of(params, blocks, formats, timed)
+        factors = 0.5 * rounding.squares / (sizes[:, None] if mean else 1.0)
         unchanged, overflowed = rounding.unchanged, rounding.overflowed
-    none = np.zeros(len(layers))
+    none = np.zeros(len(blocks))
     with np.errstate(invalid="ignore"):  # where a weight overflows: 0 · inf
         parts = [
             each[:, None] * factors
@@ -271,7 +260,7 @@ def in_scale(
         ]
     return make_scores(
         name,
-        layers,
+        tuple(block.name for block in blocks),
         formats,
         parts[0],
         stderr=parts[1],
@@ -324,10 +313,14 @@ def _finish(
 def _signs(key: Key, number: Array, values: Values) -> Values:
     """Random signs; a leaf's depend on its path and not on its position."""
     keys = {path: jax.random.fold_in(key, zlib.crc32(path.encode())) for path in values}
-    return {
-        path: jax.random.rademacher(jax.random.fold_in(keys[path], number), leaf.shape, leaf.dtype)
-        for path, leaf in values.items()
-    }
+    return {path: _leaf_signs(jax.random.fold_in(keys[path], number), leaf) for path, leaf in values.items()}
+
+
+def _leaf_signs(key: Key, leaf: Array) -> Array:
+    """±1 in the shape of a leaf, 32 to a random word: `jax.random.rademacher` draws a word each, over 10 times slower."""
+    words = jax.random.bits(key, (-(-leaf.size // 32),), jnp.uint32)
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & jnp.uint32(1)
+    return (1 - 2 * bits.astype(jnp.int32)).astype(leaf.dtype).ravel()[: leaf.size].reshape(leaf.shape)
 
 
 def _block_dots(blocks: Partition, a: Values, b: Values) -> Array:

@@ -33,7 +33,7 @@ def probe(
     model: Model,
     batches: Batches,
     loss: Loss,
-    rounding: Rounding,
+    deltas: Sequence[dict[str, Array]],
     key: Key,
     *,
     num_probes: int | None,
@@ -43,13 +43,14 @@ def probe(
     """Mean over examples and probes of a square of g = Jᵀu, and its standard error; all layers from the same products.
 
     Args:
+        deltas: for each format path -> δ; none for "squares".
         num_probes: random u per example with E[u uᵀ] = H; None takes the one gradient of the loss itself, u = ∂loss/∂f
             (the empirical Fisher), which is not random: its standard error is 0.
         reduce: "directional" (gᵀδ)², "elementwise" Σ g²δ² -> (L, F); "squares" ‖g‖² -> (L,).
 
     Memory: one example's activations, and `num_probes` gradients of all layers' weights.
     """
-    blocks, deltas = model.partition, rounding.deltas
+    blocks = model.partition
     count = num_probes or 1
 
     def reduced(g: dict[str, Array], deltas: Sequence[dict[str, Array]]) -> Array:

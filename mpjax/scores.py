@@ -191,13 +191,12 @@ class Rounding:
     """What rounding does to the weights.
 
     `deltas`: for each format path -> rounded weights − weights, in the weights' dtype. `squares`: (L, F) ‖δ‖² of each block.
-    `sizes`: (L,) its number of weights. `unchanged`: (L, F) True where no weight changes. `overflowed`: (L, F) True where a
+    `unchanged`: (L, F) True where no weight changes. `overflowed`: (L, F) True where a
     finite weight lies beyond the format's range and becomes infinite.
     """
 
     deltas: tuple[dict[str, Array], ...]
     squares: np.ndarray
-    sizes: np.ndarray
     unchanged: np.ndarray
     overflowed: np.ndarray
 
@@ -215,8 +214,13 @@ def rounding_of(params: Params, blocks: Partition, formats: Sequence[Format], ti
     squares = np.array([[sum(float(np.sum(d[p] ** 2)) for p in block.paths) for d in host] for block in blocks])
     unchanged = np.array([[not any(np.any(d[p]) for p in block.paths) for d in host] for block in blocks])
     overflowed = np.array([[any(np.isinf(d[p]).any() for p in block.paths) for d in host] for block in blocks])
-    sizes = np.array([sum(leaves[p].size for p in block.paths) for block in blocks], np.int64)
-    return Rounding(deltas=deltas, squares=squares, sizes=sizes, unchanged=unchanged, overflowed=overflowed)
+    return Rounding(deltas=deltas, squares=squares, unchanged=unchanged, overflowed=overflowed)
+
+
+def block_sizes(params: Params, blocks: Partition) -> np.ndarray:
+    """(L,) number of parameters of each block."""
+    leaves = select_all(params, blocks)
+    return np.array([sum(leaves[path].size for path in block.paths) for block in blocks], np.int64)
 
 
 def make_scores(

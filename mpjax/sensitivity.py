@@ -223,7 +223,7 @@ def trace(
         exact = _spectra(model, batches, loss, max_outputs, spectra)
         value = np.array([np.sum(exact.values[each]) for each in model.names])
         return hessian_scores.in_scale(
-            model.names, low, name, value, None, None, rounding_of(model.params, model.partition, low),
+            model.params, model.partition, low, name, value, None, None,
             scale=scale, loss=exact.loss, timed=exact.timed, ledger=exact.ledger, mean=True,
         )  # fmt: skip
 
@@ -266,7 +266,7 @@ def top_eigenvalue(
         value = np.array([np.max(exact.values[each]) for each in model.names])
         name = f"top_eigenvalue[exact{'' if scale == 'per_parameter' else ',' + scale}]"
         return hessian_scores.in_scale(
-            model.names, low, name, value, None, None, rounding_of(model.params, model.partition, low),
+            model.params, model.partition, low, name, value, None, None,
             scale=scale, loss=exact.loss, timed=exact.timed, ledger=exact.ledger, mean=False,
         )  # fmt: skip
 
@@ -386,7 +386,7 @@ def _probed(
     low, timed = prepare(batches, formats, loss), Timed()
     rounding = rounding_of(model.params, model.partition, low, timed)
     value, stderr, ledger = output_scores.probe(
-        model, batches, loss, rounding, key, num_probes=num_probes, reduce=reduce, timed=timed
+        model, batches, loss, rounding.deltas, key, num_probes=num_probes, reduce=reduce, timed=timed
     )
     return make_scores(
         name, model.names, low, value / 2, stderr=stderr / 2,
@@ -407,12 +407,11 @@ def _squares(
 ) -> Scores:
     """E‖g‖², scaled as a trace."""
     low, timed = prepare(batches, formats, loss), Timed()
-    rounding = rounding_of(model.params, model.partition, low, timed)
     value, stderr, ledger = output_scores.probe(
-        model, batches, loss, rounding, key, num_probes=num_probes, reduce="squares", timed=timed
+        model, batches, loss, (), key, num_probes=num_probes, reduce="squares", timed=timed
     )
     return hessian_scores.in_scale(
-        model.names, low, name, value, stderr, None, rounding,
+        model.params, model.partition, low, name, value, stderr, None,
         scale=scale, loss=loss.name, timed=timed, ledger=ledger, mean=True,
     )  # fmt: skip
 
