@@ -1,8 +1,8 @@
 """Every estimator against measured truth: three models, three formats.
 
     python -m experiments.estimators            (about 35 minutes on 2 cores; again: under 1)
-    python -m experiments.estimators --quick    (fewer examples and probes, the same rows; compiling is most of it, and programs
-                                                 are kept for the next quick run)
+    python -m experiments.estimators --quick    (about 5: fewer examples and probes, and of the two large models only the
+                                                 estimators that are quick to compile)
 
 Models: MediaPipe's pose landmarks (72 layers, weights stored in float16) and iris landmarks (81 layers, float32), and a small
 network trained on digits to an optimum. Truth is `measured` under the output loss, on the examples that the estimator saw: each
@@ -27,7 +27,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import benchmarks, common, estimators_checks, estimators_report
+from experiments import benchmarks, common, estimators_checks, estimators_findings, estimators_report
 from experiments.benchmarks import Benchmark
 from experiments.estimators_core import (
     ROW_FIELDS,
@@ -54,7 +54,7 @@ class Config:
     """How the experiment runs."""
 
     quick: bool = False
-    """Fewer examples and probes: the same rows. Compiling is most of what is left."""
+    """A first look: fewer examples, probes and estimators."""
     models: tuple[str, ...] = MODELS
     """Which models."""
     estimators: tuple[str, ...] = ()
@@ -82,10 +82,6 @@ def main(config: Config) -> None:
         **{name: environment[name] for name in ("python", "jax", "jaxlib", "flax", "device", "cores")},
         "seed": config.seed,
     }
-    if config.quick:
-        # Programs that several estimators share are compiled once, and kept for the next quick run.
-        jax.config.update("jax_compilation_cache_dir", str((folder / "programs").resolve()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     pieces = common.Pieces(folder / "pieces", key, fresh=config.fresh)
     sizes = QUICK if config.quick else FULL
     loaded = [benchmarks.load(name, sizes[name].examples) for name in config.models]
@@ -105,7 +101,7 @@ def main(config: Config) -> None:
         "pieces_seconds": pieces.seconds,
         "peak_rss_mb": common.peak_memory_mb(),
     }
-    summary = report.jsonable(summary)
+    summary = report.jsonable({**summary, "targets": estimators_findings.targets(summary)})
     report.write_summary(folder, summary, row_fields=ROW_FIELDS)
     estimators_report.write(folder, summary, drawn)
     print(
@@ -139,7 +135,7 @@ def run(
         )
         for each in loaded
     ]
-    plans = [chosen(plan_of(each), only) for each in benches]
+    plans = [chosen(plan_of(each), only or each.sizes.judged or ()) for each in benches]
     names = ("rows", "all_low", "examples", "statuses", "interactions", "damping", "logdet_cost", "slq_check", "facts")
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     drawn = {}
@@ -180,6 +176,9 @@ def check(bench: Bench, judged: Sequence[Judged], true: np.ndarray, tables: dict
         {"model": bench.name, "format": fmt, "metric": benchmark.error_name, "error": evaluator.error(fmt, everything)}
         for fmt in FORMATS
     ]
+    values = {(each.case.name, each.case.loss.name): each.draws[0] for each in judged if each.scores is not None}
+    if not sizes.checks:
+        return Drawn(truth=true, values=values)
     pairs = bench.piece(
         "interactions",
         lambda: estimators_checks.interactions(benchmark, evaluator, sizes, bench.key_for("interactions"), bench.seed),
@@ -200,7 +199,6 @@ def check(bench: Bench, judged: Sequence[Judged], true: np.ndarray, tables: dict
         lambda: estimators_checks.slq_check(benchmark, sizes, bench.key_for("quadrature")),
     )
     tables["slq_check"] += estimators_checks.slq_rows(bench.name, quadrature.arrays, quadrature.meta)
-    values = {(each.case.name, each.case.loss.name): each.draws[0] for each in judged if each.scores is not None}
     return Drawn(truth=true, values=values, interactions=dict(pairs.arrays), damping=damped)
 
 

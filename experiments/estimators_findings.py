@@ -13,6 +13,7 @@ from mpjax.sensitivity import ZERO
 Row = Mapping[str, Any]
 NO_DATA = ("rounding_norm", "depth", "random")
 WEIGHTS_ONLY = ("quadratic", "gauss_newton", "first_order", "fisher", "trace", "top_eigenvalue", "logdet")
+DESTROYED = 0.1  # all-low error (of a torso or an eye's width, or in nats) beyond which no ranking is asked for
 NEAR = 0.02  # Spearman: what counts as nearly as good
 
 
@@ -26,6 +27,32 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         *lowering(rows, models),
         *crossing(summary),
     ]
+
+
+def targets(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What was aimed at, and whether it was reached; `met` is None where the low-precision model is destroyed anyway."""
+    found = []
+
+    def add(target: str, model: str, fmt: str, value: float, limit: float, met: bool | None) -> None:
+        named = {"target": target, "model": model, "format": fmt}
+        found.append({**named, "value": value, "limit": limit, "met": met})
+
+    lost = {(row["model"], row["format"]) for row in summary["all_low"] if row["error"] > DESTROYED}
+    for row in summary["rows"]:
+        if label(row) == "local_rounding[4]":
+            cell, value = (row["model"], row["format"]), row["spearman"] or 0.0
+            met = None if cell in lost else value >= 0.95
+            add("Spearman of local_rounding[4] with measured, at least", *cell, value, 0.95, met)
+    for row in summary["logdet_cost"]:
+        if row["examples"] == 8:
+            model, layers = row["model"], row["layers"]
+            for what, key, limit in (("seconds", "seconds", 60.0), ("peak MB", "peak_mb", 4000.0)):
+                target = f"exact log-determinants of {layers} layers, {row['outputs']} outputs: {what}, at most"
+                add(target, model, "–", row[key], limit, row[key] <= limit)
+    minutes = max(summary["seconds"], summary["pieces_seconds"]) / 60
+    limit = 5.0 if summary["config"]["quick"] else 60.0
+    add("the whole run: minutes, at most", "all", "–", minutes, limit, minutes <= limit)
+    return found
 
 
 def advice(rows: Sequence[Row], models: Sequence[str]) -> list[str]:

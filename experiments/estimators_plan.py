@@ -29,6 +29,8 @@ class Sizes:
         costed: numbers of examples for the cost of exact log-determinants; empty: not measured.
         checked: how many of the largest blocks stochastic quadrature is compared with the exact value on.
         random_searches: draws of the random ranking that are searched.
+        judged: names of the estimators; None stands for all.
+        checks: whether interactions, damping and stochastic quadrature are looked at.
     """
 
     examples: int | None = None
@@ -47,6 +49,8 @@ class Sizes:
     check_probes: int = 16
     check_depth: int = 20
     random_searches: int = 5
+    judged: tuple[str, ...] | None = None
+    checks: bool = True
 
 
 RANDOM_DRAWS = 32
@@ -55,14 +59,20 @@ FULL = {
     "iris_landmark": Sizes(examples=8, batch=1, per_layer=2),
     "digits_cnn": Sizes(spectra=64, per_layer=64, layer_probes=8, xtrace=16, depth=16, slq_probes=8),
 }
+BASELINES = ("rounding_norm", "depth", "random")
+# Compiling takes half a minute for each estimator of the large models, so a first look leaves most of it to the small one.
 QUICK = {
     "pose_landmark_full": Sizes(
-        examples=1, spectra=1, joint_probes=2, layer_probes=1, xtrace=2, depth=2, slq_probes=1, gram_probes=4,
-        subsets=12, costed=(1,), checked=1, check_probes=4, check_depth=8, random_searches=1,
+        examples=1, spectra=1, joint_probes=2, random_searches=1, checks=False,
+        judged=(
+            *("measured", "local_rounding[4]", "quadratic[gauss_newton]", "fisher[true,elementwise]"),
+            *("trace[hutchinson,joint]", "trace[exact]", "top_eigenvalue[exact]", "logdet[exact]"),
+            *BASELINES,
+        ),
     ),
     "iris_landmark": Sizes(
-        examples=2, spectra=1, joint_probes=2, layer_probes=1, xtrace=2, depth=2, slq_probes=1, gram_probes=4,
-        subsets=12, checked=1, check_probes=4, check_depth=8, random_searches=1,
+        examples=2, random_searches=1, checks=False,
+        judged=("measured", "local_rounding[4]", "quadratic[gauss_newton]", *BASELINES),
     ),
     "digits_cnn": Sizes(
         examples=160, spectra=16, per_layer=16, xtrace=4, depth=4, subsets=12, checked=1, check_probes=8, check_depth=8,

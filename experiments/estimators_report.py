@@ -27,6 +27,8 @@ from experiments.estimators_text import (
     SLQ_TABLE,
     STATUS_TABLE,
     STATUSES,
+    TARGETS,
+    TARGETS_TABLE,
 )
 from mpjax import report
 from mpjax.pages import Column, Picture, Section
@@ -41,13 +43,13 @@ class Drawn:
     """What the figures show of one model.
 
     `truth` (F, L) measured; `values` (estimator, loss) -> (L, F); `interactions` arrays of `estimators_checks.interactions`;
-    `damping` (E, L) scores over `EPSILONS`.
+    `damping` (E, L) scores over `EPSILONS`; these two None where they were not looked at.
     """
 
     truth: np.ndarray
     values: Mapping[tuple[str, str], np.ndarray]
-    interactions: Mapping[str, np.ndarray]
-    damping: np.ndarray
+    interactions: Mapping[str, np.ndarray] | None = None
+    damping: np.ndarray | None = None
 
 
 def compact(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -109,6 +111,7 @@ def write(folder: Path, summary: Mapping[str, Any], drawn: Mapping[str, Drawn]) 
     )
     sections = [
         Section(heading="What was found", paragraphs=findings(summary), html=[overview]),
+        Section(heading="Targets", paragraphs=[TARGETS], html=table("targets", TARGETS_TABLE)),
         Section(heading="Agreement and cost", paragraphs=[HOW], pictures=pictures["cost"], html=per_model),
         Section(heading="Ranks", pictures=pictures["ranks"]),
         Section(
@@ -152,6 +155,9 @@ def draw(folder: Path, summary: Mapping[str, Any], drawn: Mapping[str, Drawn]) -
     shown = [name for name in RANKED if any(row["estimator"] == name for row in rows)] or ["measured"]
     own = {name: values for (name, loss), values in drawn[first].values.items() if loss in ("output", "none")}
 
+    pairs = {model: each.interactions for model, each in drawn.items() if each.interactions is not None}
+    damped = {model: each.damping for model, each in drawn.items() if each.damping is not None}
+
     def picture(path: Path, alt: str) -> list[Picture]:
         return [Picture(path=path, alt=alt)]
 
@@ -167,18 +173,16 @@ def draw(folder: Path, summary: Mapping[str, Any], drawn: Mapping[str, Drawn]) -
             figures.lowered(folder, rows, "layers_low_10", "layers lowered at 10 % of the all-low error"),
             "Bars: layers lowered per estimator",
         ),
-        "interactions": picture(
-            figures.interactions(folder, {m: d.interactions for m, d in drawn.items()}, summary["interactions"]),
+        "interactions": []
+        if not pairs
+        else picture(
+            figures.interactions(folder, pairs, summary["interactions"]),
             "Measured against predicted loss of random subsets",
         ),
-        "damping": picture(
-            figures.damping(
-                folder,
-                {m: d.damping for m, d in drawn.items()},
-                {m: d.truth for m, d in drawn.items()},
-                summary["damping"],
-                EPSILONS,
-            ),  # fmt: skip
+        "damping": []
+        if not damped
+        else picture(
+            figures.damping(folder, damped, {m: drawn[m].truth for m in damped}, summary["damping"], EPSILONS),
             "Ranks of the layers over the damping of the log-determinant",
         ),
     }

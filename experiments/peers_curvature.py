@@ -59,7 +59,7 @@ class Config:
 
     quick: bool = False
     """A first look: fewer probes and rounds, no pose model."""
-    probes: int = 8
+    probes: int = 16
     """Probes of one call that estimates the traces of all layers."""
     products: int = 12
     """Products of one call that estimates the whole model's trace; a multiple of 6 (Hutch++ takes thirds, XTrace halves)."""

@@ -268,7 +268,8 @@ def layer_traces(network: Network, twin: Any, *, probes: int, rounds: int, seed:
         return scores[name][-1].seconds  # without compilation
 
     for offset, (method, kind) in enumerate(KINDS.items()):
-        scorer = from_loss.trace(num_probes=probes, probes=kind, scale="none")
+        together = network.together if method == JOINT else 1
+        scorer = from_loss.trace(num_probes=probes, probes=kind, scale="none", batch_size=together)
         functions[own, method] = _with_keys(partial(scored, (own, method), scorer), seed + offset, rounds)
     for name, call in {
         (PYHESSIAN, PER_LAYER): twin.pyhessian_layer_traces,

@@ -75,6 +75,7 @@ class Network:
     """A network at given weights with one batch.
 
     `losses`: tool -> loss(params); the last one is what mpjax's estimates are made with. `layers`: kernel and bias of each layer.
+    `together`: products at a time of a joint trace, the faster of a few that were tried.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Network:
     labels: jax.Array
     losses: Mapping[str, Loss]
     layers: Partition
+    together: int
     head_trace: float
     notes: Mapping[str, Any]
 
@@ -110,7 +112,7 @@ def cnn_network(seed: int) -> Network:
     small = photos.reshape(len(photos), 32, side, 32, side, 3).mean((2, 4))
     inputs = (small - small.mean()) / small.std()
     overrides = {PLAIN: None, MATRIX: gradients.matrix_gradients}
-    return network("cnn_22", Cnn(), inputs.astype(np.float32), overrides, seed)
+    return network("cnn_22", Cnn(), inputs.astype(np.float32), overrides, seed, together=4)
 
 
 def mlp_network(seed: int) -> Network:
@@ -126,6 +128,7 @@ def network(
     overrides: Mapping[str, models.Override | None],
     seed: int,
     *,
+    together: int = 1,
     until: float = 0.5,
     steps: int = 500,
 ) -> Network:
@@ -177,6 +180,7 @@ def network(
         labels=labels,
         losses=losses,
         layers=layers,
+        together=together,
         head_trace=head_trace(features, logits),
         notes=notes,
     )

@@ -172,16 +172,22 @@ def quadratic(objective: Objective, formats: Sequence[Format], name: str) -> Sco
     timed = Timed()
     rounding = rounding_of(objective.params, objective.blocks, formats, timed)
 
-    def of_batch(params: Params, delta: Values, *batch: Array) -> Array:  # -> (L,)
-        _, tangent = jax.linearize(objective.gradient(params, batch), partition.select_all(params, objective.blocks))
+    def of_block(params: Params, delta: Values, number: Array, *batch: Array) -> Array:
+        values, gradient = partition.select_all(params, objective.blocks), objective.gradient(params, batch)
+        only = partition.only(objective.blocks, number, delta)
+        return 0.5 * jnp.sum(_block_dots(objective.blocks, only, jax.jvp(gradient, (values,), (only,))[1]))
 
-        def score(number: Array) -> Array:
-            only = partition.only(objective.blocks, number, delta)
-            return 0.5 * jnp.sum(_block_dots(objective.blocks, only, tangent(only)))
-
-        return lax.map(score, jnp.arange(len(objective.blocks)))
-
-    value = _summed(objective, timed, of_batch, rounding)
+    run = timed.jit(of_block)  # looped over on the host, for the reason given in `trace`
+    value = np.array(
+        [
+            [
+                sum(float(run(objective.params, delta, jnp.asarray(number), *batch)) for batch in objective.batches)
+                for delta in rounding.deltas
+            ]
+            for number in range(len(objective.blocks))
+        ]
+    )
+    value /= objective.examples
     products = objective.examples * value.size
     ledger = Ledger(vjp=objective.examples * len(formats), hvp=products, compilations=timed.compilations)
     return _finish(objective, formats, name, value, rounding, timed, ledger)
@@ -275,16 +281,6 @@ def in_scale(
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _summed(objective: Objective, timed: Timed, of_batch: Callable[..., Array], rounding: Rounding) -> np.ndarray:
-    """(L, F): `of_batch(params, delta, *batch) -> (L,)` summed over batches, per format, over the examples."""
-    run = timed.jit(of_batch)
-    columns = [
-        sum(np.float64(run(objective.params, delta, *batch)) for batch in objective.batches) / objective.examples
-        for delta in rounding.deltas
-    ]
-    return np.stack([np.asarray(column) for column in columns], axis=1)
 
 
 def _finish(

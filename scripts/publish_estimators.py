@@ -18,7 +18,17 @@ from experiments.estimators_findings import advice, findings  # noqa: E402
 RUN = ROOT / "results/estimators"
 DOCS = ROOT / "docs/estimators"
 START, END = "<!-- estimators -->", "<!-- end of estimators -->"
-TABLES = ("estimators", "compact", "examples", "interactions", "damping", "logdet_cost", "slq_check", "facts")
+TABLES = (
+    "estimators",
+    "compact",
+    "examples",
+    "interactions",
+    "damping",
+    "logdet_cost",
+    "slq_check",
+    "targets",
+    "facts",
+)
 FIGURES = ("agreement_cost", "layers_lowered", "interactions", "damping")
 MODELS = {"pose_landmark_full": "pose", "iris_landmark": "iris", "digits_cnn": "digits"}
 COSTLY = "pose_landmark_full"

@@ -1,6 +1,7 @@
 """The judging of estimators: agreement in closed form, bisected counts, and a whole run on a tiny model."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import common, estimators, estimators_checks, estimators_report
+from experiments import common, estimators, estimators_checks, estimators_findings, estimators_report
 from experiments.benchmarks import Benchmark
 from experiments.estimators_core import ROW_FIELDS, Truth
 from experiments.estimators_figures import spread
@@ -202,7 +203,7 @@ def pieces_in(folder):
 
 
 def summary_of(tables, pieces):
-    return report.jsonable(
+    summary = report.jsonable(
         {
             "schema": report.SCHEMA,
             "experiment": "estimators",
@@ -215,9 +216,11 @@ def summary_of(tables, pieces):
             "compact": estimators_report.compact(tables["rows"]),
             "commit": "0",
             "reused_pieces": [],
+            "pieces_seconds": 90.0,
             "peak_rss_mb": 1.0,
         }
     )
+    return {**summary, "targets": estimators_findings.targets(summary)}
 
 
 @pytest.fixture(scope="module")
@@ -328,13 +331,40 @@ def test_the_report_is_written(ran, tmp_path, capsys):
     assert len((tmp_path / "estimators.csv").read_text().splitlines()) == len(summary["rows"]) + 1
 
 
-def test_quick_has_the_same_rows(tiny):
+def test_targets_say_what_was_reached_and_leave_out_what_is_destroyed(ran):
+    summary = ran[3]
+    found = {(row["target"].split(",")[0], row["format"]): row for row in summary["targets"]}
+    fmt = FORMATS[1]
+    reached = found["Spearman of local_rounding[4] with measured", fmt]
+    row = next(r for r in summary["rows"] if (r["estimator"], r["format"]) == ("local_rounding[4]", fmt))
+    assert reached["met"] == (row["spearman"] >= 0.95) and reached["value"] == row["spearman"]
+    assert found["the whole run: minutes", "–"]["met"] and found["the whole run: minutes", "–"]["value"] >= 1.5
+    worse = {**summary, "all_low": [{**each, "error": 0.2} for each in summary["all_low"]], "pieces_seconds": 4000.0}
+    again = {(row["target"].split(",")[0], row["format"]): row["met"] for row in estimators_findings.targets(worse)}
+    assert again["Spearman of local_rounding[4] with measured", fmt] is None
+    assert again["the whole run: minutes", "–"] is False
+
+
+def test_a_run_without_checks_has_no_pictures_of_them(tiny, ran, tmp_path, capsys):
+    folder, _, _, summary = ran
+    sizes = {"digits_cnn": replace(SIZES, checks=False, judged=("depth",))}
+    tables, drawn = estimators.run([tiny], sizes, 0, pieces_in(tmp_path))
+    assert {row["estimator"] for row in tables["rows"]} == {"measured", "depth"} and not tables["interactions"]
+    written = {**summary, **tables, "compact": estimators_report.compact(tables["rows"])}
+    estimators_report.write(tmp_path, written, drawn)
+    assert (tmp_path / "report.html").exists() and not (tmp_path / "interactions.png").exists()
+    capsys.readouterr()
+
+
+def test_quick_judges_estimators_that_exist(tiny):
     evaluator = Evaluator(tiny)
     few, many = (
         [(case.name, case.loss.name) for case in cases(tiny, sizes, evaluator.calibration, lambda loss: None)]
         for sizes in (QUICK["digits_cnn"], SIZES)
     )
     assert few == many
+    known = {name for name, _ in many}
+    assert all(set(sizes.judged or ()) <= known for sizes in QUICK.values())
     assert set(QUICK) == set(estimators.MODELS)
 
 
