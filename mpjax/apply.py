@@ -75,11 +75,11 @@ def apply(model: Model, assignment: Mapping[str, str], *, calibration: Calibrati
 
         def execute(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
             fmt = formats.get(layer.name, FLOAT32)
-            if fmt.scaled:
-                scale = mixed_params["input_scales"][layer.name]
-                out = product.multiply(_cast(lhs / scale, fmt.operand, fmt), rhs, accumulate="float32")
-                return product.add_bias(out * (scale * mixed_params["weight_scales"][layer.name]))
-            return _execute(fmt, product, lhs, rhs)
+            if not fmt.scaled:
+                return multiply(fmt, product, operand(fmt, lhs), rhs)
+            scale = mixed_params["input_scales"][layer.name]
+            both = scale * mixed_params["weight_scales"][layer.name]
+            return multiply(fmt, product, operand(fmt, lhs, scale), rhs, both)
 
         return model.call(mixed_params["weights"], *inputs, override=execute)
 
@@ -87,12 +87,32 @@ def apply(model: Model, assignment: Mapping[str, str], *, calibration: Calibrati
     return replace(model, params=params, call=call, original=model, assignment=complete)
 
 
-def _execute(fmt: Format, product: Product, lhs: Array, rhs: Array) -> Array:
+def operand(fmt: Format, lhs: Array, scale: Array | None = None) -> Array:
+    """A layer's float32 input as its product takes it: in the operand dtype, for a scaled format divided by `scale` first.
+
+    Unchanged in float32, and in float16_acc16, whose emulation rounds it.
+    """
+    if fmt == FLOAT32 or fmt.accumulate == "float16":
+        return lhs
+    return _cast(lhs if scale is None else lhs / scale, fmt.operand, fmt)
+
+
+def multiply(fmt: Format, product: Product, lhs: Array, rhs: Array, scale: Array | None = None) -> Array:
+    """A layer's product as a mixed model executes it, bias included.
+
+    Args:
+        fmt: the format.
+        product: the layer's product.
+        lhs: what `operand` gave.
+        rhs: the weights as stored.
+        scale: of input and weights together, in a scaled format.
+    """
     if fmt == FLOAT32:
         return product(lhs, rhs)
     if fmt.accumulate == "float16":
         return product_in(fmt, product, lhs, rhs.astype(jnp.float32))
-    return product.add_bias(product.multiply(lhs.astype(fmt.operand), rhs, accumulate=fmt.accumulate))
+    out = product.multiply(lhs, rhs, accumulate=fmt.accumulate)
+    return product.add_bias(out if scale is None else out * scale)
 
 
 def _cast(x: Array, dtype: str, fmt: Format) -> Array:

@@ -1,179 +1,80 @@
-"""From scores to an assignment that was measured: strategies, budget, trail. NumPy only, no jax.
+"""From scores to an assignment that was measured: budget, memory, trail. NumPy and SciPy only, no jax.
 
-A strategy proposes assignments; `solve` measures each of them with the user's metric, once, and returns the
-last one that was within the tolerance. The scores only say where to look: a predicted assignment is never
+    problem = Problem(layers=scores.layers, formats=("bfloat16",), penalty=scores.value)
+    result = solve(problem, ilp(), evaluate=my_metric, tolerance=0.01)
+
+A strategy proposes assignments; `solve` measures each of them with the user's metric, once, and returns the best one, by the
+problem's own objective, that was within the tolerance. The scores only say where to look: a predicted assignment is never
 returned.
+
+Where to look: `problem` (assignments, penalties, costs), `strategies` (what is tried in which order), `predicted` (the best by
+prediction alone).
 """
 
-import difflib
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import MutableMapping
+from dataclasses import dataclass
 
 from mpjax.ledger import Ledger
+from mpjax.problem import FLOAT32, Assignment, Evaluate, Measurement, Objective, Problem
+from mpjax.strategies import (
+    Probe,
+    Strategy,
+    Trial,
+    binary,
+    bisect_precision,
+    exhaustive,
+    greedy,
+    ilp,
+    last_first,
+    quadratic,
+    random,
+    segments,
+)
 
-FLOAT32 = "float32"
+__all__ = [
+    "FLOAT32",
+    "Assignment",
+    "Evaluate",
+    "Measurement",
+    "Objective",
+    "Probe",
+    "Problem",
+    "Result",
+    "SearchInterrupted",
+    "Step",
+    "Strategy",
+    "ToleranceError",
+    "Trial",
+    "UnsteadyMetricError",
+    "binary",
+    "bisect_precision",
+    "exhaustive",
+    "greedy",
+    "ilp",
+    "last_first",
+    "quadratic",
+    "random",
+    "segments",
+    "solve",
+]
 
-
-class Assignment(Mapping[str, str]):
-    """Layer -> format name, in layer order; immutable and hashable. Saved as JSON, it is the plan.
-
-    Equal to any mapping with the same items, whatever their order. `dict(assignment)` and `Assignment(dict)`
-    are inverse to each other.
-    """
-
-    __slots__ = ("_formats",)
-
-    def __init__(self, formats: Mapping[str, str]) -> None:
-        for layer, name in formats.items():
-            if not isinstance(layer, str) or not isinstance(name, str):
-                raise TypeError(f"expected layer name -> format name, both strings; got {layer!r}: {name!r}")
-        self._formats = dict(formats)
-
-    @classmethod
-    def uniform(cls, layers: Iterable[str], name: str = FLOAT32) -> "Assignment":
-        """Every layer in one format."""
-        return cls(dict.fromkeys(layers, name))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Assignment":
-        """Inverse of `to_json`.
-
-        Raises:
-            ValueError: not a JSON object of strings.
-        """
-        formats = json.loads(text)
-        if not isinstance(formats, dict) or not all(isinstance(name, str) for name in formats.values()):
-            raise ValueError(f"expected a JSON object of layer -> format name; got {text[:80]!r}")
-        return cls(formats)
-
-    def to_json(self) -> str:
-        """A JSON object, layers in order."""
-        return json.dumps(self._formats)
-
-    @property
-    def lowered(self) -> tuple[str, ...]:
-        """The layers that are not in float32, in layer order."""
-        return tuple(layer for layer, name in self._formats.items() if name != FLOAT32)
-
-    def replace(self, formats: Mapping[str, str]) -> "Assignment":
-        """This assignment with some layers in other formats.
-
-        Raises:
-            ValueError: an unknown layer.
-        """
-        for layer in formats:
-            if layer not in self._formats:
-                near = difflib.get_close_matches(layer, self._formats, n=1, cutoff=0.0)
-                raise ValueError(f"unknown layer {layer!r}; the nearest of {len(self)} is {near}")
-        return Assignment({**self._formats, **formats})
-
-    def __getitem__(self, layer: str) -> str:
-        return self._formats[layer]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._formats)
-
-    def __len__(self) -> int:
-        return len(self._formats)
-
-    def __hash__(self) -> int:
-        return hash(frozenset(self._formats.items()))
-
-    def __repr__(self) -> str:
-        return f"Assignment({len(self.lowered)} of {len(self)} layers lowered: {self._formats})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """What the user's metric says about an assignment; lower is better.
-
-    Attributes:
-        value: loss of the metric against the float32 model, e.g. the mean NME. NaN is never accepted.
-        low, high: its confidence interval, where there is one.
-        confidence: level of that interval, where it is stated; `solve` refuses another level than it asks
-            for.
-        per_sample: (N,) values behind the mean, kept for the report and not compared.
-    """
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    confidence: float | None = None
-    per_sample: NDArray[np.float64] | None = field(default=None, compare=False, repr=False)
-
-
-Evaluate: TypeAlias = Callable[[Assignment], Measurement]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Problem:
-    """Which layers may be lowered, to what, at which predicted penalty and known cost.
-
-    Attributes:
-        layers: L distinct names, in execution order. (The arrays below may be given as nested lists.)
-        formats: F distinct low formats; float32 is always available and not listed.
-        penalty: (L, F) predicted loss of accuracy of each layer alone in each format. A value that is not
-            finite means most sensitive.
-        kind: "loss" if penalties may be added up (≥ 0, one unit), "ranking" if only their order means
-            something.
-        cost: (L, F) latency, bytes or FLOPs of each layer in each format, finite; or None.
-        float32_cost: (L,) the same in float32; given exactly where `cost` is.
-
-    Raises:
-        ValueError: shapes that do not match, repeated or empty names, float32 among the formats, a bad kind
-            or cost.
-    """
-
-    layers: tuple[str, ...]
-    formats: tuple[str, ...]
-    penalty: NDArray[np.float64]
-    kind: Literal["loss", "ranking"] = "loss"
-    cost: NDArray[np.float64] | None = None
-    float32_cost: NDArray[np.float64] | None = None
-
-    def __post_init__(self) -> None:
-        for what, names in (("layers", self.layers), ("formats", self.formats)):
-            if not names or len(set(names)) != len(names):
-                raise ValueError(f"{what} must be distinct names, at least one; got {names}")
-        if FLOAT32 in self.formats:
-            raise ValueError(f"formats lists the low formats only, float32 is implicit; got {self.formats}")
-        if self.kind not in ("loss", "ranking"):
-            raise ValueError(f"kind must be 'loss' or 'ranking'; got {self.kind!r}")
-        if (self.cost is None) != (self.float32_cost is None):
-            raise ValueError("cost and float32_cost belong together: give both or neither")
-        shape = (len(self.layers), len(self.formats))
-        self._set("penalty", shape)
-        if self.cost is not None:
-            self._set("cost", shape, finite=True)
-            self._set("float32_cost", shape[:1], finite=True)
-
-    def _set(self, name: str, shape: tuple[int, ...], finite: bool = False) -> None:
-        array = np.array(getattr(self, name), dtype=np.float64)
-        if array.shape != shape:
-            raise ValueError(f"{name} must have shape {shape} (layers, formats); got {array.shape}")
-        if finite and not np.isfinite(array).all():
-            raise ValueError(f"{name} must be finite; got {array[~np.isfinite(array)][:3]}")
-        array.flags.writeable = False
-        object.__setattr__(self, name, array)
+Known = MutableMapping[Assignment, Measurement]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One entry of the trail: what was tried and what came of it.
 
-    `measurement` is None where nothing was measured: the budget was spent, or the evaluation failed.
+    `measurement` is None where nothing was measured: the budget was spent, or the evaluation failed. `bound`: what no
+    assignment within the predicted limit can better, where the strategy proved one.
     """
 
     assignment: Assignment
     measurement: Measurement | None
     accepted: bool
     note: str = ""
+    bound: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +82,12 @@ class Result:
     """Where a search ended.
 
     Attributes:
-        assignment: the last accepted one; it has been measured.
+        assignment: the best accepted one; it has been measured.
         measurement: of that assignment.
-        penalty: sum of its layers' penalties; None for a ranking, or where one of them is not finite.
-        cost: sum of its layers' costs; None where the problem has none.
-        ledger: evaluations of the metric, repeats not counted.
+        penalty: its predicted loss; None for a ranking, or where it is not finite.
+        cost: its cost, casts included; None where the problem has none.
+        bound: the bound on the predicted objective that its strategy proved when it proposed it; None where it proved none.
+        ledger: evaluations: different assignments that were asked for.
         trail: every step in order.
     """
 
@@ -193,6 +95,7 @@ class Result:
     measurement: Measurement
     penalty: float | None
     cost: float | None
+    bound: float | None
     ledger: Ledger
     trail: tuple[Step, ...]
 
@@ -201,29 +104,22 @@ class ToleranceError(ValueError):
     """Not even all layers in float32 meet the tolerance."""
 
 
+class UnsteadyMetricError(ValueError):
+    """The metric gave two values for one assignment."""
+
+
 class SearchInterrupted(RuntimeError):
     """`evaluate` raised; the cause is chained.
 
     Attributes:
         trail: every step so far, the failed one last.
-        best: the last accepted assignment, or None.
+        best: the best accepted assignment, or None.
     """
 
     def __init__(self, message: str, *, trail: tuple[Step, ...], best: Assignment | None) -> None:
         super().__init__(message)
         self.trail = trail
         self.best = best
-
-
-class Try(Protocol):
-    """Measures an assignment, unless it has been measured, and says whether it is within the tolerance."""
-
-    def __call__(self, assignment: Assignment, note: str = "") -> bool: ...
-
-
-Strategy: TypeAlias = Callable[[Problem, Try], None]
-"""Tries all-float32 first, and after that only assignments that it prefers to those accepted so far: `solve`
-returns the last accepted one, also when the budget ends the strategy early."""
 
 
 def solve(
@@ -234,23 +130,31 @@ def solve(
     tolerance: float,
     confidence: float | None = None,
     max_evaluations: int | None = None,
+    known: Known | None = None,
+    confirm: bool = False,
 ) -> Result:
-    """Searches an assignment whose measured loss is within the tolerance.
+    """Searches the best assignment whose measured loss is within the tolerance.
 
     Args:
-        problem: layers, formats and their penalties.
-        strategy: `binary()` or `greedy()`.
+        problem: layers, formats, penalties, costs and the objective.
+        strategy: `ilp()`, `binary()`, …
         evaluate: the user's metric. An assignment that repeats is not evaluated again.
         tolerance: largest accepted loss, in the unit of `Measurement.value`.
-        confidence: None accepts by the measured value; a level in (0, 1) accepts by the upper bound `high`,
-            which `evaluate` must then return, computed at that level.
-        max_evaluations: the search ends with the result so far when it is spent; the trail says so.
+        confidence: None accepts by the measured value; a level in (0, 1) accepts by the upper bound `high`, which `evaluate`
+            must then return, computed at that level.
+        max_evaluations: different assignments that may be asked for; the search ends with the result so far when they are
+            spent, and the trail says so.
+        known: measurements that are there already; new ones are added as soon as they are made, so that an interrupted search
+            goes on from them and several searches share them. They count as evaluations all the same: a search takes the same
+            way with and without them.
+        confirm: measure the chosen assignment once more.
 
     Raises:
         ToleranceError: all-float32 misses the tolerance.
         SearchInterrupted: `evaluate` raised an exception; it carries the trail and the best so far.
-        ValueError, TypeError: a tolerance, confidence, budget or measurement that makes no sense, a problem
-            that the strategy cannot take.
+        UnsteadyMetricError: with `confirm`, the second value is not the first.
+        ValueError, TypeError: a tolerance, confidence, budget or measurement that makes no sense, a problem that the strategy
+            cannot take.
     """
     if not math.isfinite(tolerance):
         raise ValueError(f"tolerance must be finite, in the unit of the measured value; got {tolerance}")
@@ -258,78 +162,27 @@ def solve(
         raise ValueError(f"confidence must lie in (0, 1), e.g. 0.95, or be None; got {confidence}")
     if max_evaluations is not None and max_evaluations < 1:
         raise ValueError(f"max_evaluations must be at least 1, for all-float32; got {max_evaluations}")
-    search = _Search(problem, evaluate, tolerance, confidence, max_evaluations)
+    search = _Search(problem, evaluate, tolerance, confidence, max_evaluations, {} if known is None else known)
     try:
         strategy(problem, search)
-        search(search.baseline)
+        search(problem.baseline)
     except _BudgetSpent:
         pass
     end = search.best
     assert end is not None and end.measurement is not None  # all-float32 at least
+    if confirm:
+        _confirm(search, end)
+    index = problem.index(end.assignment)
+    penalty = problem.penalty_of(index) if problem.kind == "loss" else math.nan
     return Result(
         assignment=end.assignment,
         measurement=end.measurement,
-        penalty=_penalty(problem, end.assignment),
-        cost=_cost(problem, end.assignment),
-        ledger=Ledger(evaluations=len(search.measured)),
+        penalty=penalty if math.isfinite(penalty) else None,
+        cost=problem.cost_of(index),
+        bound=end.bound if end.bound is not None and math.isfinite(end.bound) else None,
+        ledger=Ledger(evaluations=len(search.tried)),
         trail=tuple(search.trail),
     )
-
-
-def binary() -> Strategy:
-    """Lowers a prefix of the layers ranked by penalty, and bisects its length on the measured metric.
-
-    Tries none, then all, then bisects: at most 2 + ceil(log2 L) evaluations, 9 for 72 layers. Only the order
-    of the penalties is used; ties keep the layers' order, a penalty that is not finite comes last. Returns
-    the longest measured prefix within the tolerance, the longest of all where the metric grows with the
-    prefix. Needs one low format.
-    """
-
-    def strategy(problem: Problem, try_: Try) -> None:
-        low = _one_format(problem, "binary")
-        penalty = problem.penalty[:, 0]
-        ranked = np.argsort(np.where(np.isfinite(penalty), penalty, np.inf), kind="stable")
-        baseline = Assignment.uniform(problem.layers)
-
-        def prefix_passes(length: int) -> bool:
-            lowered = {problem.layers[i]: low for i in ranked[:length]}
-            return try_(baseline.replace(lowered), f"the {length} least sensitive layers in {low}")
-
-        prefix_passes(0)
-        passed, failed = 0, len(ranked)
-        if prefix_passes(failed):
-            return
-        while failed - passed > 1:
-            middle = (passed + failed) // 2
-            if prefix_passes(middle):
-                passed = middle
-            else:
-                failed = middle
-
-    return strategy
-
-
-def greedy() -> Strategy:
-    """Lowers one layer at a time, keeps it if the metric stays within the tolerance, otherwise goes on
-    without it.
-
-    Layers come by ascending penalty; with a cost, by ascending penalty per cost saved, and layers that save
-    nothing stay in float32. Ties keep the layers' order (with a cost: the larger saving first); a penalty
-    that is not finite comes last. At most 1 + L evaluations. Needs one low format; a cost needs penalties of
-    kind "loss".
-    """
-
-    def strategy(problem: Problem, try_: Try) -> None:
-        low = _one_format(problem, "greedy")
-        current = Assignment.uniform(problem.layers)
-        order = _greedy_order(problem)
-        try_(current, "all layers in float32")
-        for i in order:
-            candidate = current.replace({problem.layers[i]: low})
-            if try_(candidate, f"{problem.layers[i]} in {low}"):
-                current = candidate
-
-    return strategy
 
 
 class _BudgetSpent(Exception):
@@ -346,52 +199,83 @@ class _Search:
         tolerance: float,
         confidence: float | None,
         max_evaluations: int | None,
+        known: Known,
     ) -> None:
+        self.problem = problem
         self.evaluate = evaluate
         self.tolerance = tolerance
         self.confidence = confidence
         self.max_evaluations = max_evaluations
-        self.baseline = Assignment.uniform(problem.layers)
+        self.known = known
         self.trail: list[Step] = []
-        self.measured: dict[Assignment, bool] = {}
+        self.tried: dict[Assignment, Trial] = {}
 
     @property
     def best(self) -> Step | None:
-        return next((step for step in reversed(self.trail) if step.accepted), None)
+        """The accepted step of the best objective; the smaller measured loss among equals, then the earlier one."""
+        accepted = [step for step in self.trail if step.accepted]
 
-    def __call__(self, assignment: Assignment, note: str = "") -> bool:
-        if assignment in self.measured:
-            return self.measured[assignment]
-        if self.max_evaluations is not None and len(self.measured) >= self.max_evaluations:
+        def rank(step: Step) -> tuple[float, float, float, float]:
+            assert step.measurement is not None
+            return *self.problem.rank(self.problem.index(step.assignment)), step.measurement.value
+
+        return min(accepted, key=rank, default=None)
+
+    def __call__(self, assignment: Assignment, note: str = "", bound: float | None = None) -> Trial:
+        if assignment in self.tried:
+            return self.tried[assignment]
+        if self.max_evaluations is not None and len(self.tried) >= self.max_evaluations:
             self._record(assignment, None, False, f"stopped: max_evaluations={self.max_evaluations} spent")
             raise _BudgetSpent
+        measurement = self.known[assignment] if assignment in self.known else self._measure(assignment)
+        value = _compared(measurement, self.confidence)
+        self.known[assignment] = measurement
+        accepted = not math.isnan(measurement.value) and value <= self.tolerance
+        self.tried[assignment] = trial = Trial(accepted=accepted, value=value)
+        self._record(assignment, measurement, accepted, note, bound)
+        if assignment == self.problem.baseline and not accepted:
+            raise ToleranceError(
+                f"with all layers in float32 the metric is {value:.6g}, over the tolerance {self.tolerance:.6g}; raise the "
+                "tolerance, or check that the metric is a loss (lower is better) against the float32 output"
+            )
+        return trial
+
+    def _measure(self, assignment: Assignment) -> Measurement:
         try:
-            measurement = self.evaluate(assignment)
+            return self.evaluate(assignment)
         except Exception as error:
             best = self.best
             self._record(assignment, None, False, f"failed: {error!r}")
             raise SearchInterrupted(
-                f"evaluation {len(self.measured) + 1} failed with {error!r}; see .trail and .best",
+                f"evaluation {len(self.tried) + 1} failed with {error!r}; see .trail and .best",
                 trail=tuple(self.trail),
                 best=None if best is None else best.assignment,
             ) from error
-        bound = _bound(measurement, self.confidence)
-        accepted = not math.isnan(measurement.value) and bound <= self.tolerance
-        self.measured[assignment] = accepted
-        self._record(assignment, measurement, accepted, note)
-        if assignment == self.baseline and not accepted:
-            raise ToleranceError(
-                f"with all layers in float32 the metric is {bound:.6g}, over the tolerance "
-                f"{self.tolerance:.6g}; raise the tolerance, or check that the metric is a loss "
-                "(lower is better) against the float32 output"
-            )
-        return accepted
 
-    def _record(self, assignment: Assignment, measurement: Measurement | None, accepted: bool, note: str) -> None:
-        self.trail.append(Step(assignment=assignment, measurement=measurement, accepted=accepted, note=note))
+    def _record(
+        self,
+        assignment: Assignment,
+        measurement: Measurement | None,
+        accepted: bool,
+        note: str,
+        bound: float | None = None,
+    ) -> None:
+        step = Step(assignment=assignment, measurement=measurement, accepted=accepted, note=note, bound=bound)
+        self.trail.append(step)
 
 
-def _bound(measurement: Measurement, confidence: float | None) -> float:
+def _confirm(search: _Search, end: Step) -> None:
+    """Refuse a metric that does not give the same value again."""
+    assert end.measurement is not None
+    first, again = end.measurement.value, search.evaluate(end.assignment).value
+    if not math.isclose(first, again, rel_tol=1e-6, abs_tol=1e-12):
+        raise UnsteadyMetricError(
+            f"the chosen assignment ({len(end.assignment.lowered)} layers lowered) measured {first:.6g} and then {again:.6g}: "
+            "fix the metric's data, seeds and order; every measurement so far is in known="
+        )
+
+
+def _compared(measurement: Measurement, confidence: float | None) -> float:
     """The number that the tolerance is compared with."""
     if not isinstance(measurement, Measurement):
         raise TypeError(f"evaluate must return a Measurement; got {type(measurement).__name__}: {measurement!r}")
@@ -402,43 +286,3 @@ def _bound(measurement: Measurement, confidence: float | None) -> float:
     if measurement.confidence not in (None, confidence):
         raise ValueError(f"the interval was measured at {measurement.confidence}, asked for is {confidence}")
     return measurement.high
-
-
-def _one_format(problem: Problem, strategy: str) -> str:
-    if len(problem.formats) != 1:
-        raise ValueError(
-            f"{strategy} takes exactly one low format; got {problem.formats}. Search once per format; "
-            "choosing among several is for ilp, quadratic and exhaustive (planned, not in this version)"
-        )
-    return problem.formats[0]
-
-
-def _greedy_order(problem: Problem) -> list[int]:
-    """Layer indices, first to lower first."""
-    penalty = np.where(np.isfinite(problem.penalty[:, 0]), problem.penalty[:, 0], np.inf)
-    if problem.cost is None or problem.float32_cost is None:
-        return [int(i) for i in np.argsort(penalty, kind="stable")]
-    if problem.kind != "loss":
-        raise ValueError("greedy with a cost divides by penalties: it needs kind='loss', not a ranking; leave cost out")
-    saved = problem.float32_cost - problem.cost[:, 0]
-    useful = np.flatnonzero(saved > 0)
-    ratio = np.maximum(penalty[useful], 0) / saved[useful]
-    return [int(i) for i in useful[np.lexsort((-saved[useful], ratio))]]
-
-
-def _penalty(problem: Problem, assignment: Assignment) -> float | None:
-    if problem.kind == "ranking":
-        return None
-    total = _total(problem, assignment, problem.penalty, np.zeros(len(problem.layers)))
-    return total if math.isfinite(total) else None
-
-
-def _cost(problem: Problem, assignment: Assignment) -> float | None:
-    if problem.cost is None or problem.float32_cost is None:
-        return None
-    return _total(problem, assignment, problem.cost, problem.float32_cost)
-
-
-def _total(problem: Problem, assignment: Assignment, low: NDArray[np.float64], float32: NDArray[np.float64]) -> float:
-    column = {name: low[:, f] for f, name in enumerate(problem.formats)} | {FLOAT32: float32}
-    return float(sum(column[assignment[layer]][i] for i, layer in enumerate(problem.layers)))

@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parents[1] / "mpjax"
 
 LAYERS = {
     **dict.fromkeys(("ledger", "metrics", "files", "pages"), 0),
-    **dict.fromkeys(("formats", "partition", "search", "hlo", "report", "losses"), 1),
-    **dict.fromkeys(("models", "curvature"), 2),
-    **dict.fromkeys(("estimate", "lowering", "emulate", "grams"), 3),
-    **dict.fromkeys(("scores", "gradients", "cost", "apply"), 4),
+    **dict.fromkeys(("formats", "partition", "problem", "hlo", "report", "losses"), 1),
+    **dict.fromkeys(("models", "curvature", "predicted", "plan"), 2),
+    **dict.fromkeys(("strategies", "estimate", "lowering", "emulate", "grams", "graph"), 3),
+    **dict.fromkeys(("search", "pareto", "evaluation", "scores", "gradients", "apply"), 4),
     **dict.fromkeys(("hessian_scores", "rounding_scores", "compiled"), 5),
-    **dict.fromkeys(("from_loss", "output_scores", "cross_terms"), 6),
-    "sensitivity": 7,
+    **dict.fromkeys(("from_loss", "output_scores", "cross_terms", "timing"), 6),
+    **dict.fromkeys(("sensitivity", "cost"), 7),
     "__init__": 8,
 }
 FLAX = {"models", "apply"}  # the only modules that import flax
@@ -27,7 +27,12 @@ PLAIN = {
     "metrics",
     "files",
     "pages",
+    "problem",
+    "predicted",
+    "strategies",
     "search",
+    "plan",
+    "pareto",
     "report",
 }  # no jax, themselves or through what they import
 JAX = {"jax", "jaxlib", "flax", "optax", "chex", "matfree"}
@@ -134,7 +139,7 @@ print(sorted({JAX | EXTRAS!r} & sys.modules.keys()))
     ("module", "source", "message"),
     [
         ("ledger", "from mpjax.search import solve", "ledger imports search, which is not in a lower layer"),
-        ("search", "from mpjax import hlo", "search imports hlo, which is not in a lower layer"),
+        ("problem", "from mpjax import hlo", "problem imports hlo, which is not in a lower layer"),
         (
             "search",
             "def f():\n    import mpjax.compiled",

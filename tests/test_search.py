@@ -1,6 +1,5 @@
 import copy
 import dataclasses
-import itertools
 import json
 import math
 import pickle
@@ -8,19 +7,21 @@ import pickle
 import numpy as np
 import pytest
 
-from mpjax.ledger import Ledger
 from mpjax.search import (
     Assignment,
     Measurement,
     Problem,
     SearchInterrupted,
     ToleranceError,
+    UnsteadyMetricError,
     binary,
     greedy,
+    ilp,
     solve,
 )
 
 LOW = "bfloat16"
+STRATEGIES = [binary(), greedy(), ilp()]
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -46,6 +47,9 @@ class Additive:
 
 def lowered(*indices: int) -> tuple[str, ...]:
     return tuple(f"layer/{i}" for i in indices)
+
+
+COSTS = {"cost": [[1.0], [2.0]], "float32_cost": [1.0, 1.0]}
 
 
 # Assignment
@@ -99,114 +103,10 @@ def test_formats_are_given_by_name() -> None:
         Assignment({"a": np.float16})
 
 
-# binary
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_binary_finds_the_longest_prefix_of_a_monotone_metric(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    count = int(rng.integers(1, 18))
-    penalty, harm = rng.normal(size=count), rng.uniform(size=count)
-    tolerance = float(rng.uniform(0, 1.1) * harm.sum())
-    metric = Additive(harm)
-    result = solve(problem(penalty, kind="ranking"), binary(), evaluate=metric, tolerance=tolerance)
-    order = np.argsort(penalty)
-    best = max(n for n in range(count + 1) if harm[order[:n]].sum() <= tolerance)
-    assert set(result.assignment.lowered) == {f"layer/{i}" for i in order[:best]}
-    assert len(metric.asked) == result.ledger.evaluations <= 2 + math.ceil(math.log2(count))
-    assert len(set(metric.asked)) == len(metric.asked)
-
-
-@pytest.mark.parametrize("best", range(73))
-def test_binary_takes_at_most_nine_evaluations_of_72_layers(best: int) -> None:
-    metric = Additive([1.0] * 72)
-    result = solve(problem(range(72)), binary(), evaluate=metric, tolerance=best)
-    assert len(result.assignment.lowered) == best
-    assert len(metric.asked) == len(result.trail) == result.ledger.evaluations <= 9
-
-
-def test_binary_tries_none_then_all() -> None:
-    metric = Additive([1, 1, 1, 1])
-    result = solve(problem([0, 1, 2, 3]), binary(), evaluate=metric, tolerance=10)
-    assert [len(a.lowered) for a in metric.asked] == [0, 4]
-    assert result.ledger == Ledger(evaluations=2)
-
-
-def test_binary_ranks_penalties_that_are_not_finite_as_most_sensitive() -> None:
-    penalty = [np.nan, 5, -np.inf, -1, np.inf, 5]
-    metric = Additive([1] * 6)
-    result = solve(problem(penalty), binary(), evaluate=metric, tolerance=3)
-    assert result.assignment.lowered == lowered(1, 3, 5)
-    result = solve(problem(penalty), binary(), evaluate=metric, tolerance=4)
-    assert result.assignment.lowered == lowered(0, 1, 3, 5)  # ties in layer order
-    assert result.penalty is None  # a sum with a NaN
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_binary_returns_a_measured_prefix_within_the_tolerance_of_any_metric(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    table = {n: float(v) for n, v in enumerate(np.append(0.0, rng.uniform(size=12)))}
-    if seed % 2:
-        table[int(rng.integers(1, 13))] = math.nan
-
-    def noisy(assignment: Assignment) -> Measurement:
-        return Measurement(value=table[len(assignment.lowered)])
-
-    result = solve(problem(range(12)), binary(), evaluate=noisy, tolerance=0.5)
-    assert result.measurement.value == table[len(result.assignment.lowered)] <= 0.5
-    passed = [len(step.assignment.lowered) for step in result.trail if step.accepted]
-    assert len(result.assignment.lowered) == max(passed)
-
-
-# greedy
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_greedy_keeps_each_layer_that_still_fits(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    harm = rng.uniform(size=9)
-    tolerance = float(rng.uniform(0, harm.sum()))
-    metric = Additive(harm)
-    result = solve(problem(harm), greedy(), evaluate=metric, tolerance=tolerance)
-    best = max(
-        n for n in range(10) if any(sum(s) <= tolerance for s in itertools.combinations(harm, n))
-    )  # the true penalties: the smallest first is optimal in number
-    assert len(result.assignment.lowered) == best
-    assert len(metric.asked) == 10
-    assert result.penalty == pytest.approx(result.measurement.value)
-
-
-def test_greedy_goes_on_after_a_layer_that_does_not_fit() -> None:
-    metric = Additive([9, 1, 1])
-    result = solve(problem([0.1, 0.2, 0.3]), greedy(), evaluate=metric, tolerance=2)
-    assert result.assignment.lowered == lowered(1, 2)
-    assert [step.accepted for step in result.trail] == [True, False, True, True]
-    assert result.trail[1].note == f"layer/0 in {LOW}"
-
-
-def test_greedy_tries_penalties_that_are_not_finite_last() -> None:
-    metric = Additive([1, 1, 1])
-    result = solve(problem([np.nan, 2, 1]), greedy(), evaluate=metric, tolerance=2)
-    assert [a.lowered for a in metric.asked] == [(), lowered(2), lowered(1, 2), lowered(0, 1, 2)]
-    assert result.assignment.lowered == lowered(1, 2)
-
-
-def test_greedy_with_a_cost_goes_by_penalty_per_cost_saved() -> None:
-    costs = {"cost": np.array([[9.0], [5.0], [1.0], [10.0]]), "float32_cost": np.array([10.0] * 4)}
-    metric = Additive([1, 1, 1, 1])
-    result = solve(problem([1, 4, 18, 0.1], **costs), greedy(), evaluate=metric, tolerance=2)
-    # saved 1, 5, 9, 0: ratios 1, 0.8, 2; the last layer saves nothing and is never tried
-    assert [a.lowered for a in metric.asked] == [(), lowered(1), lowered(0, 1), lowered(0, 1, 2)]
-    assert result.assignment.lowered == lowered(0, 1)
-    assert result.cost == 9 + 5 + 10 + 10
-    with pytest.raises(ValueError, match="kind='loss'"):
-        solve(problem([1, 4, 18, 0.1], kind="ranking", **costs), greedy(), evaluate=metric, tolerance=2)
-
-
 # solve
 
 
-@pytest.mark.parametrize("strategy", [binary(), greedy()])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("budget", range(1, 12))
 def test_the_budget_is_kept_and_leaves_the_result_so_far(strategy, budget: int) -> None:
     harm = [1.0, 2, 3, 4, 5, 6, 7, 8]
@@ -216,6 +116,7 @@ def test_the_budget_is_kept_and_leaves_the_result_so_far(strategy, budget: int) 
     assert result.assignment in metric.asked and result.measurement.value <= 12
     stopped = result.trail[-1].measurement is None
     full = solve(problem(harm), strategy, evaluate=Additive(harm), tolerance=12)
+    assert [step.assignment for step in full.trail][: len(metric.asked)] == metric.asked
     assert stopped == (full.ledger.evaluations > budget)
     if stopped:
         assert result.trail[-1].note == f"stopped: max_evaluations={budget} spent"
@@ -223,7 +124,7 @@ def test_the_budget_is_kept_and_leaves_the_result_so_far(strategy, budget: int) 
         assert result.assignment == full.assignment
 
 
-@pytest.mark.parametrize("strategy", [binary(), greedy()])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_returned_assignment_is_the_one_that_was_measured(strategy) -> None:
     metric = Additive([1, 2, 3])
     result = solve(problem([1, 2, 3]), strategy, evaluate=metric, tolerance=3.5)
@@ -234,8 +135,8 @@ def test_the_returned_assignment_is_the_one_that_was_measured(strategy) -> None:
 def test_repeated_assignments_are_measured_once() -> None:
     def repeating(problem, try_):
         for _ in range(3):
-            assert try_(Assignment.uniform(problem.layers))
-            assert try_(Assignment.uniform(problem.layers, LOW))
+            assert try_(Assignment.uniform(problem.layers)).accepted
+            assert try_(Assignment.uniform(problem.layers, LOW)).accepted
 
     metric = Additive([1, 1])
     result = solve(problem([0, 0]), repeating, evaluate=metric, tolerance=5, max_evaluations=2)
@@ -247,7 +148,7 @@ def test_a_strategy_that_tries_nothing_ends_at_float32() -> None:
     assert result.assignment.lowered == () and result.measurement.value == 0
 
 
-@pytest.mark.parametrize("strategy", [binary(), greedy()])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_confidence_accepts_by_the_upper_bound(strategy) -> None:
     def evaluate(assignment: Assignment) -> Measurement:
         value = float(len(assignment.lowered))
@@ -266,13 +167,13 @@ def test_a_nan_is_never_accepted_not_even_with_a_finite_bound() -> None:
     def evaluate(assignment: Assignment) -> Measurement:
         return Measurement(value=math.nan if assignment.lowered else 0.0, low=0.0, high=0.0)
 
-    for strategy in (binary(), greedy()):
+    for strategy in STRATEGIES:
         for confidence in (None, 0.95):
             result = solve(problem([0, 0, 0]), strategy, evaluate=evaluate, tolerance=1, confidence=confidence)
             assert result.assignment.lowered == ()
 
 
-@pytest.mark.parametrize("strategy", [binary(), greedy()])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_tolerance_that_float32_misses_is_an_error_with_both_numbers(strategy) -> None:
     with pytest.raises(ToleranceError, match=r"metric is 0\.25, over the tolerance 0\.125"):
         solve(problem([0]), strategy, evaluate=lambda a: Measurement(value=0.25), tolerance=0.125)
@@ -280,20 +181,20 @@ def test_a_tolerance_that_float32_misses_is_an_error_with_both_numbers(strategy)
         solve(problem([0]), strategy, evaluate=lambda a: Measurement(value=math.nan), tolerance=0.125)
 
 
-@pytest.mark.parametrize("strategy", [binary(), greedy()])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_an_exception_in_the_metric_keeps_the_trail(strategy) -> None:
     metric = Additive([1, 1, 1, 1])
 
-    def fails_at_fourth(assignment: Assignment) -> Measurement:
-        if len(metric.asked) == 3:
+    def fails_at_third(assignment: Assignment) -> Measurement:
+        if len(metric.asked) == 2:
             raise OSError("camera unplugged")
         return metric(assignment)
 
-    with pytest.raises(SearchInterrupted, match="evaluation 4 failed with OSError") as caught:
-        solve(problem([0, 1, 2, 3]), strategy, evaluate=fails_at_fourth, tolerance=3)
+    with pytest.raises(SearchInterrupted, match="evaluation 3 failed with OSError") as caught:
+        solve(problem([0.1, 1, 2, 3]), strategy, evaluate=fails_at_third, tolerance=3)
     assert isinstance(caught.value.__cause__, OSError)
-    assert [step.measurement is None for step in caught.value.trail] == [False, False, False, True]
-    assert caught.value.best is not None and caught.value.best.lowered == lowered(0, 1)
+    assert [step.measurement is None for step in caught.value.trail] == [False, False, True]
+    assert caught.value.best is not None and caught.value.best.lowered == ()
 
     def fails(assignment: Assignment) -> Measurement:
         raise OSError("no camera")
@@ -303,13 +204,65 @@ def test_an_exception_in_the_metric_keeps_the_trail(strategy) -> None:
     assert caught.value.best is None and len(caught.value.trail) == 1
 
 
-@pytest.mark.parametrize("strategy", [binary(), greedy()])
-def test_one_low_format_is_asked_for_before_anything_is_measured(strategy) -> None:
-    metric = Additive([1])
-    several = Problem(layers=names(1), formats=(LOW, "float16"), penalty=np.zeros((1, 2)))
-    with pytest.raises(ValueError, match="exactly one low format; got .*float16.*exhaustive"):
-        solve(several, strategy, evaluate=metric, tolerance=1)
-    assert metric.asked == []
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_interrupted_search_goes_on_from_what_is_known(strategy) -> None:
+    harm = [1.0, 2, 3, 4, 5, 6]
+    whole = Additive(harm)
+    expected = solve(problem(harm), strategy, evaluate=whole, tolerance=8)
+    known: dict[Assignment, Measurement] = {}
+    first = Additive(harm)
+
+    def interrupted(assignment: Assignment) -> Measurement:
+        if len(first.asked) == 2:
+            raise KeyboardInterrupt
+        return first(assignment)
+
+    with pytest.raises(KeyboardInterrupt):
+        solve(problem(harm), strategy, evaluate=interrupted, tolerance=8, known=known)
+    assert list(known) == first.asked == whole.asked[:2]
+    rest = Additive(harm)
+    result = solve(problem(harm), strategy, evaluate=rest, tolerance=8, known=known)
+    assert rest.asked == whole.asked[2:] and len(known) == len(whole.asked)
+    assert result.assignment == expected.assignment and result.ledger == expected.ledger
+
+
+def test_a_metric_that_is_not_deterministic_is_found_out() -> None:
+    rng = np.random.default_rng(0)
+
+    def noisy(assignment: Assignment) -> Measurement:
+        return Measurement(value=len(assignment.lowered) + 0.1 * rng.uniform())
+
+    known: dict[Assignment, Measurement] = {}
+    with pytest.raises(UnsteadyMetricError, match="measured .* and then .*fix the metric"):
+        solve(problem([1, 2]), binary(), evaluate=noisy, tolerance=1.5, confirm=True, known=known)
+    assert len(known) > 1
+    steady = Additive([1, 1])
+    assert solve(problem([1, 2]), binary(), evaluate=steady, tolerance=1.5, confirm=True).ledger.evaluations == 3
+    assert len(steady.asked) == 4
+
+
+def test_the_best_by_the_objective_is_returned_whatever_the_order() -> None:
+    p = Problem(
+        layers=names(3), formats=(LOW,), penalty=np.ones((3, 1)), objective="cost_min",
+        cost=[[1.0], [5.0], [9.0]], float32_cost=[10.0] * 3,
+    )  # fmt: skip
+
+    def one_by_one(problem: Problem, probe) -> None:
+        for layer in problem.layers:
+            probe(problem.baseline.replace({layer: LOW}), bound=3.0)
+        probe(problem.baseline)
+
+    result = solve(p, one_by_one, evaluate=Additive([1, 1, 1]), tolerance=1)
+    assert result.assignment.lowered == lowered(0) and result.cost == 21 and result.bound == 3
+    several = Problem(**{**vars_of(p), "objective": "lower_max"})
+    assert solve(several, one_by_one, evaluate=Additive([1, 1, 1]), tolerance=1).assignment.lowered == lowered(0)
+    harm = Additive([3, 2, 1])
+    equal = problem([1, 1, 1])
+    assert solve(equal, one_by_one, evaluate=harm, tolerance=9).assignment.lowered == lowered(2)  # least measured loss
+
+
+def vars_of(problem: Problem) -> dict:
+    return {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
 
 
 @pytest.mark.parametrize(
@@ -343,6 +296,17 @@ def test_a_metric_must_return_a_measurement() -> None:
         ({"cost": [[1.0], [2.0]]}, "give both or neither"),
         ({"cost": [[1.0], [2.0]], "float32_cost": [1.0]}, r"float32_cost must have shape \(2,\)"),
         ({"cost": [[1.0], [np.nan]], "float32_cost": [1.0, 1.0]}, "cost must be finite"),
+        ({"objective": "fast"}, "'lower_max' or 'cost_min'"),
+        ({"objective": "cost_min"}, "needs cost and float32_cost"),
+        ({"edges": (("a", "b"),)}, "edges and cast_cost belong together"),
+        ({"edges": (("a", "b"),), "cast_cost": np.zeros((1, 2, 2))}, "give cost and float32_cost, too"),
+        ({**COSTS, "edges": (("a", "z"),), "cast_cost": np.zeros((1, 2, 2))}, "unknown layers: z"),
+        ({**COSTS, "edges": (("a", "b"),), "cast_cost": np.zeros((1, 2))}, r"shape \(1, 2, 2\)"),
+        ({**COSTS, "edges": (("a", "b"),), "cast_cost": -np.ones((1, 2, 2))}, "must be ≥ 0"),
+        ({"interactions": [[1.0, 0.5], [0.4, 1.0]]}, "symmetric"),
+        ({"interactions": [[1.0, 2.0], [2.0, 1.0]]}, "positive semi-definite"),
+        ({"interactions": np.eye(2), "kind": "ranking"}, "kind='loss'"),
+        ({"interactions": [[1.0, np.nan], [np.nan, 1.0]]}, "not finite beside a finite diagonal"),
     ],
 )
 def test_problems_that_do_not_fit_are_refused(change: dict, message: str) -> None:

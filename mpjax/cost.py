@@ -1,0 +1,332 @@
+"""What a layer costs in a format: bytes, FLOPs, and its latency measured alone on this device.
+
+`seconds` times what a mixed model executes today (`apply`): a float32 input is cast to the operand dtype, multiplied with
+weights stored narrow, and the bias added; a float32 output is handed on. `cast_seconds` is the cast's part of it: the
+difference to the same product timed on an input that is narrow already. From these two follow both views of a sum:
+additive per layer, and with casts only where formats meet (`boundary`), as a runtime would pay that hands on narrow arrays.
+
+A layer alone is not the layer in its model: XLA fuses neighbours, caches are warm, and each run pays for being started
+(`overhead`). Whether the sum tells the compiled whole is a matter of measurement.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax import apply, compiled, graph, timing
+from mpjax.formats import FLOAT32, FORMATS, Format, parse_all
+from mpjax.models import Array, Model, check_batches
+
+Progress = Callable[[int, int, str], None]  # (measured, of how many, layer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Costs of L layers in F formats, for one batch of inputs.
+
+    Attributes:
+        layers, formats: names; float32 is always the first format.
+        examples: in the batch.
+        weight_bytes: (L, F) of the stored kernel; biases stay float32 and are left out.
+        activation_bytes: (L, F) per example and over all runs: the input in the operand dtype, the output in float32.
+        flops: (L,) per example and over all runs, two per multiply-add; no format changes them.
+        runs: (L,) how often the layer's product runs in one call of the model.
+        seconds: (L, F) for the batch: medians, summed over the runs; NaN where not timed; None if nothing was.
+        spread: (L, F) interquartile range of the same rounds, summed over the runs.
+        cast_seconds: (L, F) the part of `seconds` that casts the input; 0 in float32.
+        overhead: seconds that starting a program takes; `seconds` holds it once per run.
+        notes: what was not timed, and why.
+    """
+
+    layers: tuple[str, ...]
+    formats: tuple[str, ...]
+    examples: int
+    weight_bytes: np.ndarray
+    activation_bytes: np.ndarray
+    flops: np.ndarray
+    runs: np.ndarray
+    seconds: np.ndarray | None = None
+    spread: np.ndarray | None = None
+    cast_seconds: np.ndarray | None = None
+    overhead: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def product_seconds(self) -> np.ndarray:
+        """(L, F) seconds without the cast of the input."""
+        seconds, casts = self._timed()
+        return seconds - casts
+
+    def boundary(self, edges: Iterable[tuple[str, str]]) -> np.ndarray:
+        """(E, F, F) seconds of casts at edge e where the producer has format a and the consumer format b.
+
+        0 where both have the same operand dtype, else the consumer's own cast, divided by the number of its producers: it
+        casts once, whatever it reads. A cast to float32 costs nothing, as products give float32.
+
+        Raises:
+            KeyError: an edge between unknown layers.
+            ValueError: costs that were not measured.
+        """
+        _, casts = self._timed()
+        edges = tuple(edges)
+        for pair in edges:
+            _known(pair, self.layers)
+        dtypes = [FORMATS[name].operand for name in self.formats]
+        differs = np.array([[a != b for b in dtypes] for a in dtypes])
+        consumers = [consumer for _, consumer in edges]
+        own = np.array([casts[self.layers.index(each)] / consumers.count(each) for each in consumers])
+        return np.where(differs[None], own.reshape(len(edges), 1, len(dtypes)), 0.0)
+
+    def _timed(self) -> tuple[np.ndarray, np.ndarray]:
+        if self.seconds is None or self.cast_seconds is None:
+            raise ValueError("Expected measured costs, found static ones: call cost.measure.")
+        return self.seconds, self.cast_seconds
+
+
+def static(model: Model, formats: Sequence[str | Format], *inputs: Array) -> Costs:
+    """Bytes and FLOPs only; nothing is computed.
+
+    Args:
+        model: a model.
+        formats: names; float32 is put first whether named or not.
+        *inputs: one batch, as `model.call` takes it, leading axis = example.
+
+    Raises:
+        ValueError: unknown or repeated formats, no inputs, inputs without a common leading axis.
+    """
+    low = _with_float32(formats)
+    return _static(model, low, inputs, _calls(model, inputs))
+
+
+def measure(
+    model: Model,
+    formats: Sequence[str | Format],
+    *inputs: Array,
+    rounds: int = 9,
+    cache: str | Path | None = None,
+    progress: Progress | None = None,
+    options: Mapping[str, Any] = compiled.OPTION_SETS[0],
+) -> Costs:
+    """Costs with latencies, each layer timed alone at its real shapes on this device, with random numbers.
+
+    Layers of equal products and shapes are timed once. The formats of a layer take turns, in `rounds` rounds; weights and
+    inputs are arguments of the program. float16_acc16 is not timed: XLA emulates it.
+
+    Args:
+        model, formats, *inputs: as in `static`; the shapes of `inputs`, batch included, are those that are timed.
+        rounds: timings of each program.
+        cache: a folder for timings, kept per device, jax and jaxlib version and number of cores, and saved after each product.
+            Formats that come from it were timed at another moment than those that do not.
+        progress: called after each distinct product.
+        options: compiler options, by default those of `compiled.compile`.
+
+    Raises:
+        ValueError: as in `static`, or `rounds` below 1.
+    """
+    if rounds < 1:
+        raise ValueError(f"Expected at least one round, found rounds={rounds}.")
+    low = _with_float32(formats)
+    calls = _calls(model, inputs)
+    costs = _static(model, low, inputs, calls)
+    timed = [fmt for fmt in low if fmt.accumulate != "float16"]
+    kept = timing.Timings(None if cache is None else Path(cache), rounds=rounds, options=options)
+    overhead = kept.of({"overhead": timing.start_only()})["overhead"]
+    distinct: dict[tuple, graph.Call] = {}
+    for call in calls:
+        distinct.setdefault(_identity(call), call)
+    entries: dict[tuple, dict[str, timing.Entry | str]] = {}
+    for number, (identity, call) in enumerate(distinct.items(), start=1):
+        entries[identity] = kept.of({fmt.name: _programs(fmt, call) for fmt in timed})
+        if progress is not None:
+            progress(number, len(distinct), call.layer)
+    seconds, spread, casts = (np.full(costs.weight_bytes.shape, np.nan) for _ in range(3))
+    notes = [
+        f"{fmt.name} was not timed: no hardware accumulates in float16 here, XLA runs an emulation of it."
+        for fmt in low
+        if fmt not in timed
+    ]
+    for (row, name), (column, fmt) in itertools.product(enumerate(costs.layers), enumerate(low)):
+        if fmt not in timed:
+            continue
+        own = [(call.runs, entries[_identity(call)][fmt.name]) for call in calls if call.layer == name]
+        failed = [entry for _, entry in own if isinstance(entry, str)]
+        if failed:
+            notes.append(f"{name} in {fmt.name} was not timed: {failed[0]}")
+            continue
+        good = [(runs, entry) for runs, entry in own if isinstance(entry, timing.Entry)]
+        seconds[row, column] = sum(runs * entry.median for runs, entry in good)
+        spread[row, column] = sum(runs * entry.spread for runs, entry in good)
+        casts[row, column] = sum(runs * entry.cast for runs, entry in good)
+    return replace(
+        costs,
+        seconds=seconds,
+        spread=spread,
+        cast_seconds=casts,
+        overhead=overhead.median if isinstance(overhead, timing.Entry) else None,
+        notes=tuple(notes),
+    )
+
+
+def predicted(costs: Costs, assignment: Mapping[str, str], *, edges: Iterable[tuple[str, str]] | None = None) -> float:
+    """Seconds of the whole model by adding up layers, with one start of a program instead of one per run.
+
+    Args:
+        costs: measured.
+        assignment: layer -> format; float32 where none is named.
+        edges: `graph.edges`: casts are then counted only where formats meet (`Costs.boundary`) and at the model's inputs.
+
+    Raises:
+        KeyError: an unknown layer.
+        ValueError: a format that has no costs or was not timed, or costs that were not measured.
+    """
+    _known(assignment, costs.layers)
+    unknown = sorted(set(assignment.values()) - set(costs.formats))
+    if unknown:
+        raise ValueError(f"No costs for {', '.join(unknown)}; these are for {', '.join(costs.formats)}.")
+    columns = [costs.formats.index(assignment.get(name, FLOAT32.name)) for name in costs.layers]
+    rows = np.arange(len(columns))
+    per_layer = (costs.product_seconds if edges is not None else costs._timed()[0])[rows, columns]
+    if np.isnan(per_layer).any():
+        row = int(np.flatnonzero(np.isnan(per_layer))[0])
+        raise ValueError(
+            f"{costs.layers[row]!r} was not timed in {costs.formats[columns[row]]}: see the notes of these costs, or choose "
+            "another format."
+        )
+    total = float(per_layer.sum()) - (costs.overhead or 0.0) * float(costs.runs.sum() - 1)
+    if edges is not None:
+        edges = tuple(edges)
+        of = dict(zip(costs.layers, columns, strict=True))
+        at_edges = costs.boundary(edges)
+        total += sum(float(at_edges[e, of[a], of[b]]) for e, (a, b) in enumerate(edges))
+        fed = {consumer for _, consumer in edges}
+        casts = costs._timed()[1][rows, columns]
+        total += sum(float(cast) for name, cast in zip(costs.layers, casts, strict=True) if name not in fed)
+    return total
+
+
+def table(costs: Costs) -> list[dict[str, Any]]:
+    """One flat row per layer and format, for a report; None where nothing was timed. `vs_float32` below 1 is faster."""
+    rows = []
+    for (i, layer), (j, fmt) in itertools.product(enumerate(costs.layers), enumerate(costs.formats)):
+        numbers = {
+            "seconds": costs.seconds,
+            "spread": costs.spread,
+            "cast_seconds": costs.cast_seconds,
+            "product_seconds": None if costs.seconds is None else costs.product_seconds,
+            "vs_float32": None if costs.seconds is None else costs.seconds / costs.seconds[:, :1],
+        }
+        rows.append(
+            {
+                "layer": layer,
+                "format": fmt,
+                "weight_bytes": int(costs.weight_bytes[i, j]),
+                "activation_bytes": int(costs.activation_bytes[i, j]),
+                "flops": int(costs.flops[i]),
+                "runs": int(costs.runs[i]),
+                **{name: _or_none(array, i, j) for name, array in numbers.items()},
+            }
+        )
+    return rows
+
+
+# --- from the traced program --------------------------------------------------------------------------------------
+
+
+def _with_float32(formats: Sequence[str | Format]) -> tuple[Format, ...]:
+    return (FLOAT32, *(fmt for fmt in parse_all(formats) if fmt != FLOAT32))
+
+
+def _calls(model: Model, inputs: tuple[Array, ...]) -> tuple[graph.Call, ...]:
+    if not inputs:
+        raise ValueError("Expected the model's inputs after the formats, found none: pass one batch, *batches[0].")
+    check_batches([inputs])
+    return graph.calls(model, *inputs)
+
+
+def _static(model: Model, low: tuple[Format, ...], inputs: Sequence[Array], calls: Sequence[graph.Call]) -> Costs:
+    examples = int(np.shape(inputs[0])[0])
+    own = [[call for call in calls if call.layer == name] for name in model.names]
+
+    def count(size: Callable[[graph.Call], int]) -> np.ndarray:
+        return np.array([sum(call.runs * size(call) for call in each) for each in own], np.int64)
+
+    widths = [jnp.dtype(fmt.operand).itemsize for fmt in low]
+    storage = [fmt.bytes_per_weight for fmt in low]
+    read, written = count(lambda call: _size(call.lhs)), count(lambda call: _size(call.out))
+    return Costs(
+        layers=model.names,
+        formats=tuple(fmt.name for fmt in low),
+        examples=examples,
+        weight_bytes=np.outer([layer.weights for layer in model.layers], storage),
+        activation_bytes=(np.outer(read, widths) + 4 * written[:, None]) // examples,
+        flops=count(lambda call: 2 * _size(call.out) * _size(call.rhs) // max(call.rhs.shape[-1], 1)) // examples,
+        runs=count(lambda call: 1),
+    )
+
+
+def _size(spec: jax.ShapeDtypeStruct) -> int:
+    return int(np.prod(spec.shape, dtype=np.int64))
+
+
+def _identity(call: graph.Call) -> tuple:
+    """Equal for calls whose isolated programs are equal."""
+    product = vars(call.product)
+    settings = tuple((name, repr(value)) for name, value in product.items() if name not in ("function", "bias"))
+    return (id(product["function"]), settings, *(repr(spec) for spec in (call.lhs, call.rhs, call.bias, call.out)))
+
+
+def _describe(call: graph.Call) -> str:
+    """A call in words, for a reader of the cache; what it leaves out is in the program's digest."""
+    product = call.product
+    shape = " * ".join("x".join(map(str, spec.shape)) for spec in (call.lhs, call.rhs))
+    function = getattr(product.function, "__name__", type(product.function).__name__)
+    window = ""
+    if product.kind == "conv":
+        strides = "x".join(map(str, product.window_strides))
+        window = f", strides {strides}, padding {product.padding}, groups {product.feature_group_count}"
+    return f"{product.kind} {shape}{window}, {'no ' if call.bias is None else ''}bias, {function}"
+
+
+def _programs(fmt: Format, call: graph.Call) -> timing.Programs:
+    rng = np.random.default_rng(0)
+
+    def numbers(spec: jax.ShapeDtypeStruct) -> np.ndarray:
+        return rng.standard_normal(spec.shape).astype(np.float32)
+
+    scale = np.ones((), np.float32) if fmt.scaled else None
+    weights = numbers(call.rhs).astype(jnp.dtype(fmt.storage))
+    bias = None if call.bias is None else numbers(call.bias)
+    lhs = numbers(call.lhs)
+
+    def product(lhs: Array, weights: Array, bias: Array | None, scale: Array | None) -> Array:
+        return apply.multiply(fmt, replace(call.product, bias=bias), lhs, weights, scale)
+
+    def whole(lhs: Array, weights: Array, bias: Array | None, scale: Array | None) -> Array:
+        return product(apply.operand(fmt, lhs, scale), weights, bias, scale)
+
+    rest = (weights, bias, scale)
+    narrow = None if fmt == FLOAT32 else (jax.jit(product), (lhs.astype(jnp.dtype(fmt.operand)), *rest))
+    return timing.Programs(name=f"{fmt.name}: {_describe(call)}", whole=(jax.jit(whole), (lhs, *rest)), product=narrow)
+
+
+# --- small things -------------------------------------------------------------------------------------------------
+
+
+def _known(names: Iterable[str], layers: Sequence[str]) -> None:
+    for name in names:
+        if name not in layers:
+            near = difflib.get_close_matches(name, layers, n=3, cutoff=0.3) or layers[:3]
+            raise KeyError(f"Unknown layer {name!r}. Nearest known names: {', '.join(near)}.")
+
+
+def _or_none(array: np.ndarray | None, row: int, column: int) -> float | None:
+    return None if array is None or not np.isfinite(array[row, column]) else float(array[row, column])

@@ -1,0 +1,107 @@
+"""The user's metric as a search calls it: any assignment measured on data, by one compiled program.
+
+    evaluate = Evaluation(model, batches, ("bfloat16",), error)
+    result = search.solve(problem, search.ilp(), evaluate=evaluate, tolerance=0.01)
+
+The program takes each layer's format as a traced number (`emulate.choose`), so that a search compiles once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpjax import emulate, metrics
+from mpjax.emulate import Calibration
+from mpjax.formats import Format, parse_all
+from mpjax.ledger import Ledger
+from mpjax.losses import flat
+from mpjax.models import Batches, Model, check_batches
+from mpjax.problem import Measurement
+
+Error = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+class Evaluation:
+    """Assignment -> Measurement: the mean over examples of `error`, with an interval where the examples have blocks.
+
+    Nothing is kept from one call to the next but the compiled program and the float32 outputs: `solve` does not ask twice.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        batches: Batches,
+        formats: Sequence[str | Format],
+        error: Error,
+        *,
+        calibration: Calibration | None = None,
+        blocks: Sequence[Any] | np.ndarray | None = None,
+        confidence: float = 0.95,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            model: a float32 model.
+            batches: inputs, equal shapes.
+            formats: the low formats that assignments may use.
+            error: (low (N, K), reference (N, K)) -> (N,): how far the flattened outputs of each example are from those in
+                float32, in the user's unit; lower is better.
+            calibration: for scaled formats (`emulate.calibrate`).
+            blocks: (N,) which examples depend on each other (`metrics.bootstrap_interval`); None gives no interval.
+            confidence: of the interval.
+            seed: of the bootstrap.
+
+        Raises:
+            ValueError: ragged or empty batches, unknown formats, blocks of another length, a missing calibration.
+        """
+        self.model = model
+        self.batches = check_batches(batches)
+        self.formats = parse_all(formats)
+        self.error = error
+        self.blocks = None if blocks is None else np.asarray(blocks)
+        self.confidence, self.seed = confidence, seed
+        self.examples = sum(batch[0].shape[0] for batch in self.batches)
+        self.evaluations = 0
+        if self.blocks is not None and self.blocks.shape != (self.examples,):
+            raise ValueError(
+                f"Expected one block for each of {self.examples} examples, found shape {self.blocks.shape}."
+            )
+        run = emulate.emulated(model, self.formats, calibration=calibration)
+        self._run = jax.jit(lambda params, index, *inputs: flat(run(params, index, *inputs)))
+        self._reference: np.ndarray | None = None
+
+    def outputs(self, assignment: Mapping[str, str]) -> np.ndarray:
+        """(N, K) float64 outputs, flattened."""
+        index = emulate.choice(assignment, self.model.names, self.formats)
+        parts = [self._run(self.model.params, index, *batch) for batch in self.batches]
+        return np.concatenate([np.float64(part) for part in parts])
+
+    def __call__(self, assignment: Mapping[str, str]) -> Measurement:
+        """The measured error; NaN where an output is.
+
+        Raises:
+            ValueError: an unknown layer or format, or an error of another shape than (N,).
+        """
+        if self._reference is None:
+            self._reference = self.outputs({})
+        per_sample = np.asarray(self.error(self.outputs(assignment), self._reference), np.float64)
+        self.evaluations += 1
+        if per_sample.shape != (self.examples,):
+            raise ValueError(f"Expected error(low, reference) of shape ({self.examples},), found {per_sample.shape}.")
+        value = float(per_sample.mean())
+        if self.blocks is None:
+            return Measurement(value=value, per_sample=per_sample)
+        interval = metrics.bootstrap_interval(per_sample, self.blocks, confidence=self.confidence, seed=self.seed)
+        return Measurement(
+            value=value, low=interval.low, high=interval.high, confidence=self.confidence, per_sample=per_sample
+        )
+
+    @property
+    def ledger(self) -> Ledger:
+        """Used so far, the float32 outputs included."""
+        runs = self.evaluations + (self._reference is not None)
+        return Ledger(forward=runs * self.examples, evaluations=self.evaluations, compilations=int(runs > 0))

@@ -1,0 +1,134 @@
+"""Plan files: an assignment with all that is needed to apply it again, and to know where it came from. No jax.
+
+JSON, one object:
+
+    {"schema": 1, "assignment": {layer: format}, "calibration": {layer: largest activation}, "scores": {layer: {format: score}},
+     "estimator", "strategy", "metric": {"value", "low", "high", "tolerance"}, "seeds": {name: int}, "versions": {name: str},
+     "data": sha256 of the data that the search measured on}
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from mpjax.files import jsonable, write_json
+from mpjax.problem import Assignment
+
+SCHEMA = 1
+
+
+class PlanError(ValueError):
+    """A file that is no plan, or a plan for another model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """An assignment and its provenance.
+
+    Attributes:
+        assignment: every layer of the model, in execution order, and its format.
+        calibration: layer -> largest activation magnitude, the static scales of float8 formats; empty where none is used.
+        scores: layer -> format -> sensitivity, as the search saw it; None where it was not finite.
+        estimator, strategy: names with knobs, `local_rounding[4]`, `ilp`.
+        metric: "value", "low", "high" and "tolerance" of the measured assignment, in the metric's own unit.
+        seeds: of what was random.
+        versions: of Python, jax and the other packages.
+        data: `digest` of the data that the search measured on.
+    """
+
+    assignment: Assignment
+    calibration: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    estimator: str = ""
+    strategy: str = ""
+    metric: Mapping[str, float | None] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    data: str = ""
+
+    def for_model(self, layers: Iterable[str]) -> Assignment:
+        """The assignment, for a model with exactly these layers, in the model's order.
+
+        Raises:
+            PlanError: layers that the plan lacks, or that the model does not have, by name.
+        """
+        wanted = tuple(layers)
+        missing = [name for name in wanted if name not in self.assignment]
+        unknown = [name for name in self.assignment if name not in wanted]
+        if missing or unknown:
+            said = []
+            if unknown:
+                near = difflib.get_close_matches(unknown[0], wanted, n=1, cutoff=0.3)
+                hint = f" (nearest to the first: {near[0]!r})" if near else ""
+                said.append(f"{len(unknown)} of its layers are not in the model: {_some(unknown)}{hint}")
+            if missing:
+                said.append(f"{len(missing)} of the model's layers are not in it: {_some(missing)}")
+            raise PlanError("This plan is for another model: " + "; ".join(said) + ". Search again for this model.")
+        return Assignment({name: self.assignment[name] for name in wanted})
+
+
+def save(plan: Plan, path: str | Path) -> None:
+    """Writes the plan as JSON, atomically."""
+    content = {"schema": SCHEMA, **{name: value for name, value in vars(plan).items() if name != "assignment"}}
+    write_json(Path(path), jsonable({"assignment": dict(plan.assignment), **content}))
+
+
+def load(path: str | Path) -> Plan:
+    """Reads a plan.
+
+    Raises:
+        PlanError: the file is missing, damaged, or no plan; the message says what was found.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PlanError(f"{path} cannot be read as a plan: {error}") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        what = found.get("schema") if isinstance(found, dict) else type(found).__name__
+        raise PlanError(f"{path} is no plan: expected a JSON object with schema {SCHEMA}, found {what!r}")
+    known = set(Plan.__dataclass_fields__)
+    if wrong := set(found) - known - {"schema"}:
+        raise PlanError(
+            f"{path} has fields that no plan has: {', '.join(sorted(wrong))}; known: {', '.join(sorted(known))}"
+        )
+    assignment = found.get("assignment")
+    if not isinstance(assignment, dict) or not assignment or not all(isinstance(v, str) for v in assignment.values()):
+        raise PlanError(f"{path}: expected assignment to map layers to format names, found {str(assignment)[:80]}")
+    for name, kind in _KINDS.items():
+        if name in found and not isinstance(found[name], kind):
+            raise PlanError(f"{path}: expected {name} to be {kind.__name__}, found {type(found[name]).__name__}")
+    return Plan(**{name: found[name] for name in known & set(found)} | {"assignment": Assignment(assignment)})
+
+
+def diff(before: Plan, after: Plan) -> dict[str, tuple[str | None, str | None]]:
+    """Layer -> (format before, format after), where they differ; None where a plan does not have the layer."""
+    names = list(dict.fromkeys([*before.assignment, *after.assignment]))
+    pairs = {name: (before.assignment.get(name), after.assignment.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def digest(*arrays: ArrayLike) -> str:
+    """SHA-256 over shapes, dtypes and bytes, in order."""
+    found = hashlib.sha256()
+    for each in arrays:
+        array = np.ascontiguousarray(each)
+        found.update(f"{array.shape} {array.dtype};".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
+
+
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("calibration", "scores", "metric", "seeds", "versions"), dict),
+    **dict.fromkeys(("estimator", "strategy", "data"), str),
+}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")

@@ -1,0 +1,84 @@
+"""The user's metric over one compiled program."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpjax import emulate, metrics, models
+from mpjax.evaluation import Evaluation
+from mpjax.formats import parse
+from mpjax.ledger import Ledger
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+FORMATS = ("bfloat16", "float8_e4m3fn")
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(8, name="first")(x))
+        return {"a": nn.Dense(3, name="second")(x), "b": nn.Dense(2, name="third")(x)}
+
+
+@pytest.fixture(scope="module")
+def net():
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        x = jax.random.normal(jax.random.key(0), (8, 6), jnp.float32)
+        model = models.from_linen(Net(), Net().init(jax.random.key(1), x), x)
+        batches = [(x[:4],), (x[4:],)]
+        return model, batches, emulate.calibrate(model, batches)
+
+
+def error(low, reference):
+    return np.abs(low - reference).max(axis=1)
+
+
+def test_it_measures_the_emulated_model_and_compiles_once(net) -> None:
+    model, batches, calibration = net
+    blocks = np.repeat([0, 1, 2, 3], 2)
+    evaluate = Evaluation(
+        model, batches, FORMATS, error, calibration=calibration, blocks=blocks, confidence=0.9, seed=3
+    )
+    for assignment in ({"first": "bfloat16", "third": "float8_e4m3fn"}, {"second": "float8_e4m3fn"}, {}):
+        found = evaluate(assignment)
+        named = {name: parse(each) for name, each in assignment.items()}
+        low, plain = (
+            jnp.concatenate([jnp.concatenate([out["a"], out["b"]], axis=1) for out in outputs])
+            for outputs in (
+                [
+                    model.call(model.params, *b, override=emulate.in_format(named, calibration=calibration))
+                    for b in batches
+                ],
+                [model.call(model.params, *b) for b in batches],
+            )
+        )
+        expected = error(np.float64(low), np.float64(plain))
+        np.testing.assert_allclose(found.per_sample, expected, atol=2e-6)
+        interval = metrics.bootstrap_interval(found.per_sample, blocks, confidence=0.9, seed=3)
+        assert (found.low, found.high, found.confidence) == (interval.low, interval.high, 0.9)
+    assert evaluate.ledger == Ledger(forward=4 * 8, evaluations=3, compilations=1)
+    assert evaluate._run._cache_size() == 1
+
+
+def test_what_does_not_fit_is_refused(net) -> None:
+    model, batches, calibration = net
+    with pytest.raises(ValueError, match="one block for each of 8 examples"):
+        Evaluation(model, batches, FORMATS, error, calibration=calibration, blocks=[0, 1])
+    with pytest.raises(ValueError, match="calibrat"):
+        Evaluation(model, batches, FORMATS, error)
+    with pytest.raises(ValueError, match="Unknown format"):
+        Evaluation(model, batches, ("bf16",), error)
+    evaluate = Evaluation(model, batches, ("bfloat16",), lambda low, reference: low - reference)
+    with pytest.raises(ValueError, match=r"shape \(8,\), found \(8, 5\)"):
+        evaluate({})
+    with pytest.raises(ValueError, match="built for"):
+        Evaluation(model, batches, ("bfloat16",), error)({"first": "float8_e4m3fn"})
+
+
+def test_a_nan_is_measured_as_one_and_no_blocks_give_no_interval(net) -> None:
+    model, batches, _ = net
+    evaluate = Evaluation(model, batches, ("bfloat16",), lambda low, reference: np.full(len(low), np.nan))
+    found = evaluate({"first": "bfloat16"})
+    assert np.isnan(found.value) and found.low is None and found.high is None

@@ -1,0 +1,340 @@
+"""The graph of a model against hand-made ones, and against which inputs really change when one output does."""
+
+from collections import Counter
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mpjax import apply, graph, models
+from mpjax.lowering import depthwise_conv
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+
+KEY = jax.random.key(0)
+X = jax.random.normal(KEY, (2, 4), jnp.float32)
+
+
+def linen(module, *inputs):
+    inputs = inputs or (X,)
+    return models.from_linen(module, module.init(KEY, *inputs), *inputs)
+
+
+def dependence(model, *inputs):
+    """The edges by experiment: hold every product's output, move those of one layer, see whose inputs move."""
+    outputs, reference = [], []
+
+    def record(layer, product, lhs, rhs):
+        reference.append((layer.name, np.asarray(lhs)))
+        outputs.append(product(lhs, rhs))
+        return outputs[-1]
+
+    model.call(model.params, *inputs, override=record)
+    found = []
+    for moved in model.names:
+        seen = []
+
+        def hold(layer, product, lhs, rhs, moved=moved, seen=seen):
+            seen.append(np.asarray(lhs))
+            out = outputs[len(seen) - 1]
+            return out + jax.random.normal(KEY, out.shape, out.dtype) if layer.name == moved else out
+
+        model.call(model.params, *inputs, override=hold)
+        found += [
+            (moved, name) for (name, old), new in zip(reference, seen, strict=True) if not np.array_equal(old, new)
+        ]
+    return set(found)
+
+
+class Everything(nn.Module):
+    """A residual, a concatenation, a shared layer and two heads."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(4, name="stem")(x))
+        x = x + jnp.tanh(nn.Dense(4, name="residual")(x))
+        shared = nn.Dense(4, name="shared")
+        y = jnp.concatenate([shared(x), shared(jnp.tanh(shared(x)))], axis=-1)
+        y = nn.Dense(4, name="joined")(nn.gelu(y))
+        return nn.Dense(2, name="left")(y), nn.Dense(3, name="right")(nn.softmax(y))
+
+
+def test_residual_concatenation_shared_layer_and_branches():
+    model = linen(Everything())
+    expected = (
+        ("stem", "residual"),
+        ("stem", "shared"),
+        ("residual", "shared"),
+        ("shared", "shared"),
+        ("shared", "joined"),
+        ("joined", "left"),
+        ("joined", "right"),
+    )
+    assert graph.edges(model, X) == expected
+    assert graph.edges(model, jax.ShapeDtypeStruct(X.shape, X.dtype)) == expected
+    assert set(expected) == dependence(model, X)
+    assert graph.edges(apply.apply(model, {"left": "bfloat16"}), X) == expected
+    assert graph.edges(models.with_output(model, lambda both: both[0]), X) == expected
+
+
+def test_a_shared_layer_that_never_reads_itself_has_no_edge_to_itself():
+    class Twins(nn.Module):
+        @nn.compact
+        def __call__(self, x, y):
+            shared = nn.Dense(4, name="shared")
+            return nn.Dense(1, name="head")(shared(x) - shared(y))
+
+    model = linen(Twins(), X, 2 * X)
+    assert graph.edges(model, X, 2 * X) == (("shared", "head"),)
+
+
+class Images(nn.Module):
+    """Convolutions, one with its own hook; a skip connection through max-pooling."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), name="stem")(x)
+        y = nn.Conv(4, (3, 3), 2, feature_group_count=4, conv_general_dilated=depthwise_conv, name="depthwise")(x)
+        x = nn.max_pool(x, (2, 2), (2, 2)) + nn.Conv(4, (1, 1), name="pointwise")(y)
+        return nn.Dense(2, name="head")(nn.relu(x).mean((1, 2)))
+
+
+def test_images():
+    x = jax.random.normal(KEY, (1, 6, 6, 3), jnp.float32)
+    model = linen(Images(), x)
+    expected = {("stem", "depthwise"), ("depthwise", "pointwise"), ("stem", "head"), ("pointwise", "head")}
+    assert set(graph.edges(model, x)) == expected == dependence(model, x)
+
+
+class Wild(nn.Module):
+    """Dense layers on sums, products and concatenations of random earlier values; some layers are shared."""
+
+    seed: int
+
+    @nn.compact
+    def __call__(self, x):
+        rng = np.random.default_rng(self.seed)
+        layers = [nn.Dense(4, name=f"d{number}") for number in range(6)]
+        values = [x]
+        for number in [*range(6), *rng.integers(0, 6, 3)]:
+            inputs = [values[each] for each in rng.integers(0, len(values), rng.integers(1, 4))]
+            join = rng.integers(0, 3)
+            if join == 0:
+                y = sum(inputs[1:], start=inputs[0])
+            elif join == 1:
+                y = jax.nn.silu(inputs[0]) * jax.jit(jnp.cos)(inputs[-1])
+            else:
+                y = jnp.concatenate(inputs, axis=-1).reshape(x.shape[0], -1, 4).mean(1)
+            values.append(layers[number](y))
+        return values[-1]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_graphs(seed):
+    model = linen(Wild(seed))
+    assert set(graph.edges(model, X)) == dependence(model, X)
+
+
+def test_an_array_counts_as_a_whole():
+    model = linen(Between(lambda a, b: jnp.concatenate([a, b], axis=-1)[:, 4:]))
+    assert graph.edges(model, X) == (("a", "c"), ("b", "c"))
+    assert dependence(model, X) == {("b", "c")}
+
+
+def residual_body(**knobs):
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, carry, _=None):
+            x, y = carry
+            y = jnp.tanh(nn.Dense(4, name="second")(nn.Dense(4, name="first")(x)))
+            return (x + y, y), nn.Dense(1, name="aside")(x)
+
+    return nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, **knobs)
+
+
+class Scanned(nn.Module):
+    length: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="stem")(x)
+        (x, y), aside = residual_body(length=self.length)(name="body")((x, x), None)
+        return nn.Dense(2, name="last")(y), nn.Dense(2, name="sum")(x), nn.Dense(2, name="rows")(aside[0])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_scan(length):
+    model = linen(Scanned(length))
+    turns = {
+        ("stem", "body/first"),
+        ("body/first", "body/second"),
+        ("stem", "body/aside"),
+        ("body/second", "last"),
+        ("stem", "sum"),
+        ("body/second", "sum"),
+        ("body/aside", "rows"),
+    }
+    again = {("body/second", "body/first"), ("body/second", "body/aside")}
+    assert set(graph.edges(model, X)) == turns | (again if length > 1 else set())
+    runs = {call.layer: call.runs for call in graph.calls(model, X)}
+    assert runs == {
+        "stem": 1,
+        "body/first": length,
+        "body/second": length,
+        "body/aside": length,
+        "last": 1,
+        "sum": 1,
+        "rows": 1,
+    }
+
+
+def test_a_chain_under_scan_hides_what_came_before_it_and_remat_changes_nothing():
+    class Body(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            return jnp.tanh(nn.Dense(4, name="dense")(x)), None
+
+    class Whole(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(4, name="stem")(x)
+            x, _ = nn.remat(Body)(name="remat")(x)
+            x, _ = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(name="scan")(
+                x, None
+            )
+            return nn.Dense(4, name="head")(x)
+
+    assert graph.edges(linen(Whole()), X) == (
+        ("stem", "remat/dense"),
+        ("remat/dense", "scan/dense"),
+        ("scan/dense", "scan/dense"),
+        ("scan/dense", "head"),
+    )
+
+
+class Nnx(nnx.Module):
+    """A residual under jax.checkpoint, a shared layer, two heads."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Linear(4, 4, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)])
+        self.heads = nnx.List([nnx.Linear(4, 1, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)])
+
+    def __call__(self, x):
+        x = nnx.relu(self.stem(x))
+        x = x + self.blocks[1](jnp.tanh(self.blocks[0](self.blocks[0](x))))
+        return [head(x) for head in self.heads]
+
+
+def test_nnx():
+    model = models.from_nnx(Nnx(nnx.Rngs(0)), X)
+    found = graph.edges(model, X)
+    assert found == (
+        ("stem", "blocks/0"),
+        ("blocks/0", "blocks/0"),
+        ("blocks/0", "blocks/1"),
+        ("stem", "heads/0"),
+        ("blocks/1", "heads/0"),
+        ("stem", "heads/1"),
+        ("blocks/1", "heads/1"),
+    )
+    assert set(found) == dependence(model, X)
+
+
+class Between(nn.Module):
+    """Two layers, and a pure function of (a, a's input) between them and a third."""
+
+    function: object
+
+    @nn.compact
+    def __call__(self, x):
+        a, b = nn.Dense(4, name="a")(x), nn.Dense(4, name="b")(x)
+        return nn.Dense(2, name="c")(self.function(a, b))
+
+
+def custom(a, b):
+    function = jax.custom_vjp(lambda x, y: y)
+    function.defvjp(lambda x, y: (y, None), lambda rest, g: (g, g))
+    return function(a, b)
+
+
+def custom_jvp(a, b):
+    function = jax.custom_jvp(lambda x, y: (y, x))
+    function.defjvp(lambda primals, tangents: (primals[::-1], tangents[::-1]))
+    return function(a, b)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "producers"),
+    [
+        (lambda a, b: b, "b"),
+        (jax.jit(lambda a, b: b + 1), "b"),
+        (jax.checkpoint(lambda a, b: b + 1), "b"),
+        (custom, "b"),
+        (custom_jvp, "b"),
+        (lambda a, b: jnp.where(a > 0, b, 1.0), "ab"),
+        (lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda x: x, lambda x: 2 * x, b), "ab"),
+        (lambda a, b: jax.lax.cond(jnp.sum(b) > 0, lambda x, y: x, lambda x, y: y, b, 2 * b), "b"),
+        (lambda a, b: jax.lax.while_loop(lambda s: s[0, 0] < 9, lambda s: s + a, b), "ab"),
+        (lambda a, b: jax.lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] + 1, s[2]), (0, a, b))[2], "b"),
+        (lambda a, b: jax.lax.fori_loop(0, 3, lambda i, s: (s[1], s[0]), (a, b))[0], "b"),
+        (lambda a, b: jax.lax.fori_loop(0, 4, lambda i, s: (s[1], s[0]), (a, b))[0], "a"),
+        (lambda a, b: jax.lax.fori_loop(0, 101, lambda i, s: (s[2], s[0], s[1]), (a, b, 2 * a))[1], "a"),
+        (lambda a, b: jax.lax.scan(lambda c, x: (c + x, x), a[0], b)[1], "b"),
+        (lambda a, b: jax.lax.scan(lambda c, x: (c + x, x), a[0], b)[0][None], "ab"),
+        (lambda a, b: jax.lax.scan(lambda c, x: (x, c + x), a[0], b)[0][None], "b"),
+        (lambda a, b: jax.lax.scan(lambda c, x: (c, c), a[0], b, length=2)[1], "a"),
+        (lambda a, b: jax.lax.map(lambda x: x + b[0], b), "b"),
+        (lambda a, b: jax.lax.associative_scan(jnp.add, b), "b"),
+        (lambda a, b: jax.lax.reduce(b, a[0, 0], jax.lax.add, (0,))[None], "ab"),
+        (lambda a, b: jax.lax.custom_root(lambda x: x - b, a, lambda f, x: f(x) + x, lambda g, y: y), "ab"),
+    ],
+)
+def test_functions_between_layers(function, producers):
+    assert graph.edges(linen(Between(function)), X) == tuple((each, "c") for each in producers)
+
+
+def test_layers_inside_a_branch_and_a_loop():
+    class Loops(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(4, name="stem")(x)
+            shape = nn.Dense(4, name="inside")
+            shape(x)  # linen wants parameters made outside
+            bound = lambda y: shape(y)  # noqa: E731
+            x = jax.lax.cond(x[0, 0] > 0, bound, lambda y: y, x)
+            return nn.Dense(1, name="head")(x)
+
+    found = graph.edges(linen(Loops()), X)
+    assert found == (("stem", "inside"), ("stem", "head"), ("inside", "head"))
+
+
+def test_calls_say_what_runs_how_often():
+    class Mapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            dense = nn.vmap(nn.Dense, in_axes=1, out_axes=1, variable_axes={"params": 0}, split_rngs={"params": True})
+            x = dense(4, name="mapped")(x)
+            shared = nn.Dense(4, use_bias=False, name="shared")
+            return shared(shared(x)[:, 0])
+
+    x = jnp.ones((2, 5, 4), jnp.float32)
+    model = linen(Mapped(), x)
+    found = graph.calls(model, x)
+    assert [(call.layer, call.lhs.shape, call.runs) for call in found] == [
+        ("mapped", (2, 4), 5),
+        ("shared", (2, 5, 4), 1),
+        ("shared", (2, 4), 1),
+    ]
+    first, second, _ = found
+    assert first.rhs.shape == (4, 4) and first.out.shape == (2, 4) and first.bias.shape == (4,)
+    assert second.bias is None and second.product.bias is None and second.product.kind == "dot"
+    assert Counter(call.layer for call in graph.calls(linen(Everything()), X))["shared"] == 3
+
+
+def test_no_inputs_are_refused():
+    with pytest.raises(ValueError, match=r"found none: pass one batch, \*batches\[0\]"):
+        graph.edges(linen(Everything()))
