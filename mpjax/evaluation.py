@@ -8,6 +8,7 @@ The program takes each layer's format as a traced number (`emulate.choose`), so 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ class Evaluation:
 
     Nothing is kept from one call to the next but the compiled program and the float32 outputs: `solve` does not ask twice.
     """
+
+    _reference: np.ndarray | None  # float32 outputs, once they were needed
 
     def __init__(
         self,
@@ -59,20 +62,18 @@ class Evaluation:
             ValueError: ragged or empty batches, unknown formats, blocks of another length, a missing calibration.
         """
         self.model = model
-        self.batches = check_batches(batches)
         self.formats = parse_all(formats)
         self.error = error
-        self.blocks = None if blocks is None else np.asarray(blocks)
         self.confidence, self.seed = confidence, seed
-        self.examples = sum(batch[0].shape[0] for batch in self.batches)
-        self.evaluations = 0
-        if self.blocks is not None and self.blocks.shape != (self.examples,):
-            raise ValueError(
-                f"Expected one block for each of {self.examples} examples, found shape {self.blocks.shape}."
-            )
+        self._set(batches, blocks)
         run = emulate.emulated(model, self.formats, calibration=calibration)
         self._run = jax.jit(lambda params, index, *inputs: flat(run(params, index, *inputs)))
-        self._reference: np.ndarray | None = None
+
+    def over(self, batches: Batches, blocks: Sequence[Any] | np.ndarray | None = None) -> Evaluation:
+        """The same on other data, held-out data say: batches of the same shapes share the compiled program."""
+        other = copy.copy(self)
+        other._set(batches, blocks)
+        return other
 
     def outputs(self, assignment: Mapping[str, str]) -> np.ndarray:
         """(N, K) float64 outputs, flattened."""
@@ -100,8 +101,19 @@ class Evaluation:
             value=value, low=interval.low, high=interval.high, confidence=self.confidence, per_sample=per_sample
         )
 
+    def _set(self, batches: Batches, blocks: Sequence[Any] | np.ndarray | None) -> None:
+        self.batches = check_batches(batches)
+        self.blocks = None if blocks is None else np.asarray(blocks)
+        self.examples = sum(batch[0].shape[0] for batch in self.batches)
+        self.evaluations = 0
+        self._reference = None
+        if self.blocks is not None and self.blocks.shape != (self.examples,):
+            raise ValueError(
+                f"Expected one block for each of {self.examples} examples, found shape {self.blocks.shape}."
+            )
+
     @property
     def ledger(self) -> Ledger:
-        """Used so far, the float32 outputs included."""
+        """Used so far on these data, the float32 outputs included."""
         runs = self.evaluations + (self._reference is not None)
         return Ledger(forward=runs * self.examples, evaluations=self.evaluations, compilations=int(runs > 0))

@@ -60,6 +60,9 @@ def test_it_measures_the_emulated_model_and_compiles_once(net) -> None:
         assert (found.low, found.high, found.confidence) == (interval.low, interval.high, 0.9)
     assert evaluate.ledger == Ledger(forward=4 * 8, evaluations=3, compilations=1)
     assert evaluate._run._cache_size() == 1
+    other = evaluate.over([(batches[0][0] + 1,)], [0, 0, 1, 1])
+    assert other({"first": "bfloat16"}).value != evaluate({"first": "bfloat16"}).value
+    assert other.ledger == Ledger(forward=8, evaluations=1, compilations=1) and evaluate._run._cache_size() == 1
 
 
 def test_what_does_not_fit_is_refused(net) -> None:

@@ -1,0 +1,220 @@
+"""What experiments/searches.py searches on: three models with calibration and held-out data, and their predicted losses.
+
+| model | calibration | held out | dependent |
+| --- | --- | --- | --- |
+| `pose_landmark_full` | 24 crops of the first 40 % of the video | 48 of the rest, 0.5 s later | person and second |
+| `iris_landmark` | 12 crops of two eyes | 12 other ones | the eye: two blocks, so its intervals say little |
+| `digits_cnn` | 1,440 training digits | 357 test digits | nothing |
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import benchmarks, data, digits, eyes, pose_landmark
+from experiments.benchmarks import Benchmark
+from experiments.estimators_judge import examples_in, first
+from mpjax import emulate, sensitivity
+from mpjax.cost import Costs
+from mpjax.evaluation import Evaluation
+from mpjax.files import Piece
+from mpjax.ledger import Ledger
+from mpjax.models import Batches
+from mpjax.problem import Problem
+
+FORMATS = ("bfloat16", "float8_e4m3fn", "float16_acc16")  # scored together
+SETS = (("bfloat16",), ("bfloat16", "float8_e4m3fn"), ("float16_acc16",))  # searched
+MODELS = ("pose_landmark_full", "iris_landmark", "digits_cnn")
+SUBSET = 12  # layers of the problem that is enumerated
+Blocks = np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A model with the data to search on and the data to be judged on.
+
+    Attributes:
+        benchmark: model, calibration examples, the user's error.
+        blocks, heldout_blocks: which examples depend on each other.
+        heldout: batches of the same shape as the benchmark's.
+        scored: examples that the predicted losses are computed on, from the front of the calibration data.
+        costed: the batch that layers are timed on.
+        enumerated: examples of the problem of 12 layers that is enumerated.
+    """
+
+    benchmark: Benchmark
+    blocks: Blocks
+    heldout: Batches
+    heldout_blocks: Blocks
+    scored: int
+    costed: tuple[jax.Array, ...]
+    enumerated: int
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.benchmark.name
+
+    @functools.cached_property
+    def calibration(self) -> emulate.Calibration:
+        """Ranges of the activations, from the calibration examples."""
+        return emulate.calibrate(self.benchmark.model, self.benchmark.batches)
+
+    def evaluation(self, formats: Sequence[str], *, seed: int) -> Evaluation:
+        """The user's error on the calibration data, compiled once for these formats."""
+        return Evaluation(
+            self.benchmark.model,
+            self.benchmark.batches,
+            formats,
+            self.benchmark.error,
+            calibration=self.calibration,
+            blocks=self.blocks,
+            seed=seed,
+        )
+
+
+def load(name: str, *, quick: bool) -> Task:
+    """The task of that name; a quick one has fewer examples."""
+    return {"pose_landmark_full": _pose, "iris_landmark": _iris, "digits_cnn": _digits}[name](quick)
+
+
+def _pose(quick: bool) -> Task:
+    count = 4 if quick else 24
+    benchmark = benchmarks.pose(count=count, batch=4)
+    crops = data.pose_crops()
+    available = len(crops.calibration.images)
+    take = np.linspace(0, available - 1, count).round().astype(int)
+    base = pose_base()
+    run = jax.jit(lambda params, images: base.call(params, images)["Identity"])
+    late = pose_landmark.split_of(crops.evaluation, base, run)
+    return Task(
+        benchmark=benchmark,
+        blocks=crops.calibration.block[take],
+        heldout=late.batches(4, 8 if quick else None),
+        heldout_blocks=crops.evaluation.block[: 8 if quick else None],
+        scored=4 if quick else 8,
+        costed=tuple(each[:1] for each in benchmark.batches[0]),
+        enumerated=4,
+    )
+
+
+def pose_base() -> Any:
+    """The pose model with its own outputs."""
+    return benchmarks._imported("pose_landmark_full", ("Identity",), data.SIZE)
+
+
+def _iris(quick: bool) -> Task:
+    count = 4 if quick else 12
+    benchmark = benchmarks.iris(count=count, batch=4)
+    more = eyes.eyes(2 * count)
+    heldout = [
+        (jnp.asarray(more.images[i : i + 4]), jnp.asarray(more.unit[i : i + 4])) for i in range(count, 2 * count, 4)
+    ]
+    return Task(
+        benchmark=benchmark,
+        blocks=np.arange(count) % 2,
+        heldout=heldout,
+        heldout_blocks=np.arange(count, 2 * count) % 2,
+        scored=min(count, 8),
+        costed=tuple(each[:1] for each in benchmark.batches[0]),
+        enumerated=4,
+    )
+
+
+def _digits(quick: bool) -> Task:
+    count, batch = (160, 40) if quick else (1440, 160)
+    benchmark = benchmarks.digits(count=count, batch=batch)
+    _, test = digits.split(digits.Settings().seed)
+    size = len(test.images) // batch * batch  # whole batches: 320 of the 357
+    heldout = [(jnp.asarray(test.images[i : i + batch]),) for i in range(0, size, batch)]
+    return Task(
+        benchmark=benchmark,
+        blocks=np.arange(count),
+        heldout=heldout,
+        heldout_blocks=np.arange(size),
+        scored=count,
+        costed=benchmark.batches[0],
+        enumerated=count,
+    )
+
+
+# --- predicted losses and costs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What a search knows before it measures.
+
+    Attributes:
+        gram: (L·3, L·3) exact interactions of `FORMATS`, layer by layer; NaN where not finite.
+        costs: bytes and measured latencies in float32 and `FORMATS`.
+        edges: producer and consumer of each tensor between layers.
+    """
+
+    gram: np.ndarray
+    costs: Costs
+    edges: tuple[tuple[str, str], ...]
+
+
+def score(task: Task, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any], Ledger]:
+    """A finished piece: the interactions."""
+    model = task.benchmark.model
+    examples = min(task.scored, examples_in(task.benchmark.batches))
+    batches = first(task.benchmark.batches, examples, 1 if task.name == "pose_landmark_full" else None)
+    found = sensitivity.interactions(model, batches, FORMATS, key, calibration=task.calibration)
+    gram = np.where((found.status == "ok")[:, None] & (found.status == "ok")[None, :], found.gram, np.nan)
+    notes = {"seconds": found.seconds, "compile_seconds": found.compile_seconds, "examples": examples}
+    return {"gram": gram}, notes, found.ledger
+
+
+def problem_of(
+    predicted: Predicted, layers: Sequence[str], formats: Sequence[str], *, objective: str, interactions: bool
+) -> Problem:
+    """The search problem of some layers and formats.
+
+    Args:
+        objective: "layers" lowers as many as possible; "bytes" and "latency" minimise the stored weights' bytes or the sum of
+            the layers' seconds.
+    """
+    costs, names = predicted.costs, predicted.costs.layers
+    rows = [names.index(layer) for layer in layers]
+    flat = [row * len(FORMATS) + FORMATS.index(fmt) for row in rows for fmt in formats]
+    gram = predicted.gram[np.ix_(flat, flat)]
+    penalty = 0.5 * np.diagonal(gram).reshape(len(rows), len(formats))
+    fields: dict[str, Any] = {"objective": "lower_max"}
+    if objective != "layers":
+        table = costs.weight_bytes if objective == "bytes" else costs.seconds
+        assert table is not None
+        columns = [costs.formats.index(fmt) for fmt in formats]
+        fields = {
+            "objective": "cost_min",
+            "cost": table[np.ix_(rows, columns)],
+            "float32_cost": table[rows, 0],
+        }
+    return Problem(
+        layers=tuple(layers),
+        formats=tuple(formats),
+        penalty=penalty,
+        interactions=gram if interactions else None,
+        **fields,
+    )
+
+
+def subset(predicted: Predicted, fmt: str) -> tuple[str, ...]:
+    """12 layers, evenly spaced in the ranking of their predicted loss, in execution order; all where there are fewer."""
+    names = predicted.costs.layers
+    penalty = np.diagonal(predicted.gram).reshape(len(names), len(FORMATS))[:, FORMATS.index(fmt)]
+    ranked = np.argsort(penalty, kind="stable")
+    if len(names) <= SUBSET:
+        return names
+    taken = ranked[np.linspace(0, len(names) - 1, SUBSET).round().astype(int)]
+    return tuple(names[i] for i in sorted(taken))
+
+
+Compute = Callable[[], tuple[dict[str, Any], dict[str, Any], Ledger]]
+Get = Callable[[str, Compute], Piece]
