@@ -87,8 +87,8 @@ TARGETS_TABLE = (
 HOW = (
     "Every strategy measures the user's error on calibration data, at most 150 assignments, and ends with one that was within "
     "the tolerance there; the held-out error is measured once, afterwards, and never searched again. The tolerance is a share of "
-    "the calibration error with all layers in bfloat16 (float16_acc16 in its own set). Objective layers: as many below float32 as "
-    "possible; bytes: of the stored weights, over two formats together; latency: the sum of the layers' measured seconds. "
+    "the calibration error with all layers in bfloat16 (float16_acc16 in its own set). Objective layers: as many below float32 "
+    "as possible; bytes: of the stored weights, over two formats together; latency: the sum of the layers' measured seconds. "
     "Confidence: the upper end of the 95 % interval, bootstrapped over blocks of dependent examples, had to be within. Cost is "
     "in bytes of the weights, in seconds for latency. Evaluations are counted as if each search were alone; assignments that "
     "another one measured are not computed again, and seconds are the search's own plus evaluations times their mean."
