@@ -412,10 +412,18 @@ class Runner:
         formats = SETS[1]
         layers = self.task.benchmark.model.names
         problem = searches_tasks.problem_of(predicted, layers, formats, objective="bytes", interactions=False)
-        axes = {"predicted ms": lambda assignment: 1e3 * cost.predicted(predicted.costs, assignment)}
+
+        def sweep(evaluate: search.Evaluate) -> tuple[pareto.Point, ...]:
+            return pareto.sweep(
+                problem,
+                evaluate=evaluate,
+                count=8 if self.config.quick else 16,
+                axes={"predicted ms": lambda assignment: 1e3 * cost.predicted(predicted.costs, assignment)},
+                cost="bytes of the weights",
+            )
 
         def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
-            points = pareto.sweep(problem, evaluate=evaluation, count=8 if self.config.quick else 16, axes=axes)
+            points = sweep(evaluation)
             index = np.array([problem.index(point.assignment) for point in points], np.int8)
             values = np.array(
                 [[p.measurement.value, _nan(p.measurement.low), _nan(p.measurement.high)] for p in points]
@@ -427,7 +435,7 @@ class Runner:
             problem.assignment(index): Measurement(value=value, low=low, high=high)
             for index, (value, low, high) in zip(piece.arrays["index"], piece.arrays["values"], strict=True)
         }
-        points = pareto.sweep(problem, evaluate=known.__getitem__, count=8 if self.config.quick else 16, axes=axes)
+        points = sweep(known.__getitem__)
         pareto.write(self.folder, f"pareto_{self.task.name}", points, metric=self.task.benchmark.error_name)
         return points, [{"model": self.task.name, **row} for row in pareto.rows(points)]
 

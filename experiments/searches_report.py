@@ -326,7 +326,7 @@ def evaluations(folder: Path, rows: Sequence[Row]) -> Path:
             axis.set_xlabel("evaluations")
         axes[0, 0].set_ylabel(f"layers lowered at {tolerance:.0%}")
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=8)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
         return report.save_figure(folder, "evaluations", figure)
 
 

@@ -43,6 +43,7 @@ def sweep(
     evaluate: Evaluate,
     count: int = 20,
     axes: Mapping[str, Axis] | None = None,
+    cost: str = "cost",
     choose: Choose = predicted.linear,
 ) -> tuple[Point, ...]:
     """At most `count` measured points and all-float32, by ascending predicted loss.
@@ -52,7 +53,8 @@ def sweep(
         evaluate: the user's metric.
         count: limits on the predicted loss, evenly spaced in the logarithm; those that lead to the same assignment are
             measured once.
-        axes: name -> function of the assignment; "layers in float32", and "cost" where the problem has one, are always there.
+        axes: name -> function of the assignment; "layers in float32", and the problem's cost where it has one, are always there.
+        cost: what the problem's cost is called.
         choose: `predicted.linear`, `predicted.greedy` or `predicted.quadratic`.
 
     Raises:
@@ -68,7 +70,7 @@ def sweep(
     indices.sort(key=problem.penalty_of)
     assignments = [problem.assignment(index) for index in indices]
     measured = [evaluate(each) for each in assignments]
-    named = {"layers in float32": _in_float32, **_cost(problem), **(axes or {})}
+    named = {"layers in float32": _in_float32, **_cost(problem, cost), **(axes or {})}
     values = {name: [axis(each) for each in assignments] for name, axis in named.items()}
     losses = [each.value for each in measured]
     front = {name: non_dominated(losses, each) for name, each in values.items()}
@@ -159,10 +161,10 @@ def _in_float32(assignment: Assignment) -> float:
     return float(len(assignment) - len(assignment.lowered))
 
 
-def _cost(problem: Problem) -> dict[str, Axis]:
-    def cost(assignment: Assignment) -> float:
+def _cost(problem: Problem, name: str) -> dict[str, Axis]:
+    def total(assignment: Assignment) -> float:
         found = problem.cost_of(problem.index(assignment))
         assert found is not None
         return found
 
-    return {} if problem.cost is None else {"cost": cost}
+    return {} if problem.cost is None else {name: total}
