@@ -32,6 +32,7 @@ from experiments.estimators_core import digest
 from experiments.estimators_judge import first
 from experiments.searches_tasks import FORMATS, MODELS, SETS, Predicted, Task
 from mpjax import apply, compiled, cost, graph, pareto, plan, report, search
+from mpjax import predicted as optimum
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
 from mpjax.search import Assignment, Measurement, Problem, Result, Strategy
@@ -139,11 +140,13 @@ def main(config: Config) -> None:
     }
     pieces = common.Pieces(folder / "pieces", key, fresh=config.fresh)
     tables: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("rows", "enumerated", "pareto", "latency", "costs", "scores")
+        name: [] for name in ("rows", "enumerated", "pareto", "latency", "costs", "scores", "solvers")
     }
     fronts = {}
-    steps = len(config.models) * (len(SETS) * len(config.tolerances) + 5)
+    steps = len(config.models) * (len(SETS) * len(config.tolerances) + 6) + 1
     with report.progress("searches", steps) as advance:
+        tables["solvers"] += pieces.get("solver on random problems", random_problems).meta["rows"]
+        advance()
         for name in config.models:
             runner = Runner(searches_tasks.load(name, quick=config.quick), config, pieces, folder, environment)
             fronts[name] = runner.run(tables, advance)
@@ -212,6 +215,8 @@ class Runner:
         advance()
         tables["latency"] += self.latency(predicted, chosen[SETS[0]])
         advance(2)
+        tables["solvers"] += self.piece("solvers", lambda: self.solvers(predicted)).meta["rows"]
+        advance()
         return points
 
     def piece(self, name: str, compute: searches_tasks.Compute, **key: Any) -> Any:
@@ -403,6 +408,22 @@ class Runner:
                 )
         return rows
 
+    def solvers(self, predicted: Predicted) -> tuple[dict[str, Any], dict[str, Any], Ledger]:
+        """Seconds and gap of the quadratic solver on this model's own interactions, at most 5 seconds each."""
+        rows = []
+        for formats, objective in ((SETS[0], "layers"), (SETS[0], "bytes"), (SETS[1], "bytes")):
+            problem = searches_tasks.problem_of(
+                predicted, self.task.benchmark.model.names, formats, objective=objective, interactions=True
+            )
+            everything = optimum.linear(problem, np.inf).penalty
+            for share in self.config.tolerances:
+                limit = share**2 * everything  # the loss is a square: this share of the error
+                start = time.perf_counter()
+                found = optimum.quadratic(problem, limit, time_limit=5.0)
+                seconds = time.perf_counter() - start
+                rows.append(solver_row(self.task.name, "quadratic", problem, share, seconds, found))
+        return {}, {"rows": rows}, Ledger()
+
     # --- the trade-off, and the clock ---------------------------------------------------------------------------------
 
     def front(
@@ -484,6 +505,44 @@ class Runner:
                 }
             )
         return rows
+
+
+def random_problems() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
+    """A finished piece: seconds of the integer program on random problems of 200 layers and 4 formats."""
+    rows = []
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        penalty = rng.exponential(size=(200, 4)) * 10.0 ** rng.uniform(-3, 0, size=(200, 1))
+        problem = Problem(
+            layers=tuple(f"layer{i}" for i in range(200)),
+            formats=tuple(f"format{i}" for i in range(4)),
+            penalty=penalty,
+            objective="cost_min",
+            cost=rng.uniform(0.2, 1.2, (200, 4)),
+            float32_cost=np.ones(200),
+        )
+        limit = 0.3 * float(penalty.min(axis=1).sum())
+        start = time.perf_counter()
+        found = optimum.linear(problem, limit)
+        rows.append(solver_row(f"random {seed}", "ilp", problem, 0.3, time.perf_counter() - start, found))
+    return {}, {"rows": rows}, Ledger()
+
+
+def solver_row(
+    where: str, solver: str, problem: Problem, share: float, seconds: float, found: optimum.Choice
+) -> dict[str, Any]:
+    """One row of the table of solvers."""
+    return {
+        "problem": where,
+        "solver": solver,
+        "objective": problem.objective,
+        "layers": len(problem.layers),
+        "formats": len(problem.formats),
+        "share": share,
+        "seconds": seconds,
+        "gap": found.gap,
+        "programs": found.rounds,
+    }
 
 
 class Timer:

@@ -77,6 +77,17 @@ COSTS_TABLE = (
     Column(key="cast_seconds", title="cast, s", format=".2g"),
     Column(key="vs_float32", title="vs float32", format=".2f"),
 )
+SOLVERS_TABLE = (
+    Column(key="problem", title="problem"),
+    Column(key="solver", title="solver"),
+    Column(key="objective", title="objective"),
+    Column(key="layers", title="layers"),
+    Column(key="formats", title="low formats"),
+    Column(key="share", title="share", format="g"),
+    Column(key="seconds", title="s", format=".3f"),
+    Column(key="gap", title="gap", format=".2%"),
+    Column(key="programs", title="programs"),
+)
 TARGETS_TABLE = (
     Column(key="target", title="target"),
     Column(key="where", title="where"),
@@ -117,6 +128,7 @@ def write(folder: Path, summary: Mapping[str, Any], fronts: Mapping[str, Sequenc
             ("latency", LATENCY_TABLE),
             ("costs", COSTS_TABLE),
             ("targets", TARGETS_TABLE),
+            ("solvers", SOLVERS_TABLE),
         )
     }
     whole = report.write_table(folder, "searches", rows, ROWS_TABLE)
@@ -152,6 +164,7 @@ def write(folder: Path, summary: Mapping[str, Any], fronts: Mapping[str, Sequenc
             paragraphs=[f"{len(misses)} of {len(rows)} rows; none was searched again."],
             html=missed,
         ),
+        Section(heading="The solvers", html=[tables["solvers"]]),
         Section(heading="All rows", html=[whole, tables["enumerated"]]),
         Section(heading="Where and how", paragraphs=[machine], html=[report.code(summary["command"])]),
     ]
@@ -216,6 +229,27 @@ def targets(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         0.95,
         share >= 0.95,
     )
+    quick = [row["seconds"] for row in summary["solvers"] if row["solver"] == "ilp"]
+    if quick:
+        median = float(np.median(quick))
+        add(
+            "ilp: seconds for 200 layers and 4 formats, median",
+            f"{len(quick)} random problems",
+            median,
+            0.05,
+            median <= 0.05,
+        )
+    one = [row for row in summary["solvers"] if row["solver"] == "quadratic" and row["formats"] == 1]
+    for objective in dict.fromkeys(row["objective"] for row in one):
+        own = [row for row in one if row["objective"] == objective]
+        open_ = sum(row["gap"] > 1e-6 for row in own)
+        add(
+            f"quadratic, one format, {objective}: not solved exactly in 5 s",
+            f"{len(own)} problems",
+            open_,
+            0,
+            open_ == 0,
+        )
     minutes = max(summary["seconds"], summary["pieces_seconds"]) / 60
     limit = 5.0 if summary["config"]["quick"] else 90.0
     add("the whole run: minutes, at most", "all", minutes, limit, minutes <= limit)

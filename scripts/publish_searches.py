@@ -20,7 +20,7 @@ from mpjax.pages import Column  # noqa: E402
 
 RUN = ROOT / "results/searches"
 DOCS = ROOT / "docs/search"
-TABLES = ("searches", "enumerated", "latency", "targets", "costs")
+TABLES = ("searches", "enumerated", "latency", "targets", "solvers", "costs")
 MODELS = ("pose_landmark_full", "iris_landmark", "digits_cnn")
 
 

@@ -51,7 +51,7 @@ def ran(tmp_path_factory):
         config = Config(quick=True, models=("digits_cnn",), tolerances=(0.1, 0.5))
         environment = report.environment(device="test")
         pieces = common.Pieces(folder / "pieces", {"test": 1}, fresh=False)
-        names = ("rows", "enumerated", "pareto", "latency", "costs", "scores")
+        names = ("rows", "enumerated", "pareto", "latency", "costs", "scores", "solvers")
         tables: dict = {name: [] for name in names}
         points = Runner(make_task(), config, pieces, folder, environment).run(tables, lambda steps=1: None)
         summary = report.jsonable(
@@ -93,11 +93,16 @@ def test_the_enumerated_optimum_is_one_and_no_strategy_beats_it(ran) -> None:
     assert max(row["missing"] for row in rows if row["strategy"] in ("ilp", "quadratic")) <= 1
 
 
+def test_the_quadratic_solver_is_timed_on_the_models_own_interactions(ran) -> None:
+    rows = ran[2]["solvers"]
+    assert len(rows) == 3 * 2 and all(row["seconds"] < 6 and row["gap"] < 1e-6 for row in rows)
+
+
 def test_a_second_run_measures_nothing_and_says_the_same(ran, monkeypatch) -> None:
     folder, config, summary, _ = ran
     pieces = common.Pieces(folder / "pieces", {"test": 1}, fresh=False)
     monkeypatch.setattr(searches.Timer, "__call__", lambda self, assignment: pytest.fail("measured again"))
-    tables: dict = {name: [] for name in ("rows", "enumerated", "pareto", "latency", "costs", "scores")}
+    tables: dict = {name: [] for name in ("rows", "enumerated", "pareto", "latency", "costs", "scores", "solvers")}
     Runner(make_task(), config, pieces, folder, report.environment(device="test")).run(tables, lambda steps=1: None)
     for name in ("rows", "enumerated", "pareto"):
         assert report.jsonable(tables[name]) == summary[name]
