@@ -179,7 +179,8 @@ def problem_of(
 
     Args:
         objective: "layers" lowers as many as possible; "bytes" and "latency" minimise the stored weights' bytes or the sum of
-            the layers' seconds.
+            the layers' seconds, casts of their inputs included, as compiled programs pay them today; "latency with casts" counts
+            a cast only where formats meet, as a runtime would that hands on narrow arrays.
     """
     costs, names = predicted.costs, predicted.costs.layers
     rows = [names.index(layer) for layer in layers]
@@ -188,7 +189,8 @@ def problem_of(
     penalty = 0.5 * np.diagonal(gram).reshape(len(rows), len(formats))
     fields: dict[str, Any] = {"objective": "lower_max"}
     if objective != "layers":
-        table = costs.weight_bytes if objective == "bytes" else costs.seconds
+        tables = {"bytes": costs.weight_bytes, "latency": costs.seconds, "latency with casts": costs.product_seconds}
+        table = tables[objective]
         assert table is not None
         columns = [costs.formats.index(fmt) for fmt in formats]
         fields = {
@@ -196,6 +198,10 @@ def problem_of(
             "cost": table[np.ix_(rows, columns)],
             "float32_cost": table[rows, 0],
         }
+    if objective == "latency with casts":
+        inside = tuple(edge for edge in predicted.edges if edge[0] in layers and edge[1] in layers)
+        cast = costs.boundary(inside)
+        fields |= {"edges": inside, "cast_cost": cast[:, [0, *columns]][:, :, [0, *columns]]}
     return Problem(
         layers=tuple(layers),
         formats=tuple(formats),

@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class Point:
     Attributes:
         penalty: predicted loss.
         axes: name -> value; smaller is better.
-        best_on: the axes on which no other point has both less measured loss and a smaller value.
+        best_on: the axes on which no other point is at least as good in measured loss and value, and better in one.
     """
 
     assignment: Assignment
@@ -45,6 +45,7 @@ def sweep(
     axes: Mapping[str, Axis] | None = None,
     cost: str = "cost",
     choose: Choose = predicted.linear,
+    known: MutableMapping[Assignment, Measurement] | None = None,
 ) -> tuple[Point, ...]:
     """At most `count` measured points and all-float32, by ascending predicted loss.
 
@@ -56,6 +57,7 @@ def sweep(
         axes: name -> function of the assignment; "layers in float32", and the problem's cost where it has one, are always there.
         cost: what the problem's cost is called.
         choose: `predicted.linear`, `predicted.greedy` or `predicted.quadratic`.
+        known: measurements that are there already, as for `search.solve`; new ones are added as soon as they are made.
 
     Raises:
         ValueError: a count below 2, or a problem that `choose` cannot take.
@@ -69,7 +71,11 @@ def sweep(
             indices.append(index)
     indices.sort(key=problem.penalty_of)
     assignments = [problem.assignment(index) for index in indices]
-    measured = [evaluate(each) for each in assignments]
+    known = {} if known is None else known
+    for each in assignments:
+        if each not in known:
+            known[each] = evaluate(each)
+    measured = [known[each] for each in assignments]
     named = {"layers in float32": _in_float32, **_cost(problem, cost), **(axes or {})}
     values = {name: [axis(each) for each in assignments] for name, axis in named.items()}
     losses = [each.value for each in measured]

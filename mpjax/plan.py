@@ -33,14 +33,14 @@ class Plan:
     """An assignment and its provenance.
 
     Attributes:
-        assignment: every layer of the model, in execution order, and its format.
+        assignment: every layer of the model, in execution order, and its format (`apply` refuses unknown formats).
         calibration: layer -> largest activation magnitude, the static scales of float8 formats; empty where none is used.
         scores: layer -> format -> sensitivity, as the search saw it; None where it was not finite.
         estimator, strategy: names with knobs, `local_rounding[4]`, `ilp`.
         metric: "value", "low", "high" and "tolerance" of the measured assignment, in the metric's own unit.
         seeds: of what was random.
         versions: of Python, jax and the other packages.
-        data: `digest` of the data that the search measured on.
+        data: `digest` of the data that the search measured on, for the reader to compare.
     """
 
     assignment: Assignment
@@ -104,6 +104,15 @@ def load(path: str | Path) -> Plan:
     for name, kind in _KINDS.items():
         if name in found and not isinstance(found[name], kind):
             raise PlanError(f"{path}: expected {name} to be {kind.__name__}, found {type(found[name]).__name__}")
+    numbers = [*found.get("calibration", {}).values(), *found.get("metric", {}).values()]
+    for layer, scores in found.get("scores", {}).items():
+        if not isinstance(scores, dict):
+            raise PlanError(f"{path}: expected the scores of {layer!r} to be an object, found {scores!r}")
+        numbers += scores.values()
+    if wrong_number := [each for each in numbers if not (each is None or isinstance(each, int | float))]:
+        raise PlanError(
+            f"{path}: expected numbers or null in calibration, metric and scores, found {wrong_number[0]!r}"
+        )
     return Plan(**{name: found[name] for name in known & set(found)} | {"assignment": Assignment(assignment)})
 
 

@@ -11,7 +11,7 @@ quadratic terms between layers: Deng et al. (CLADO), arXiv 2307.05657. Solver: H
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,11 @@ class Choice:
 
     Attributes:
         index: (L,) numbers of the formats (`Problem.index`).
-        penalty: predicted loss.
+        penalty: predicted loss, in the sense of the limit: Σ penalties, or ½ xᵀGx of `quadratic` and `greedy`.
         objective: what was minimised: cost, minus the number of lowered layers, or the penalty under a budget.
-        bound: no assignment within the limit has a smaller objective than this (proved); equal to `objective` where the
-            optimum was found.
-        rounds: linear programs that were solved.
+        bound: no assignment within the limit has a smaller objective than this (proved). The solver stops within 1e-6 of the
+            largest saving of one layer, and so far the bound of an optimum may lie below its objective.
+        rounds: integer programs that were solved.
     """
 
     index: Index
@@ -51,40 +51,47 @@ class Choice:
 
 
 def linear(problem: Problem, limit: float) -> Choice:
-    """Best objective with Σ penalties ≤ limit; exact (a mixed-integer linear program).
+    """Best objective with Σ penalties ≤ limit, interactions not looked at; exact.
+
+    The most layers without a cost are those of the least penalty; anything else is a mixed-integer linear program. Ties go to
+    less cost ("lower_max"), and without a limit to less penalty.
 
     Args:
-        limit: of the predicted loss, ≥ 0; infinite for no limit.
+        limit: of Σ penalties, ≥ 0; infinite for no limit.
 
     Raises:
         ValueError: penalties of kind "ranking", a negative limit.
     """
     _check(problem, limit)
+    if problem.objective == "lower_max" and problem.cost is None:
+        return _fewest(problem, limit)
     program = _Program(problem)
     weights = program.penalties()
     program.forbid(weights > limit)
-    weights = np.where(weights > limit, 0.0, weights)
+    weights = np.where(program.upper > 0, weights, 0.0)
     rows = [] if math.isinf(limit) or not weights.any() else [_Row(weights, limit)]
-    objective = program.objective()
-    found = program.minimise(objective, rows)
-    rounds = 1
-    value, bound = problem.objective_of(found.index), found.bound
+    found, rounds = program.within(program.objective(), rows, weights, limit)
+    bound = found.bound + program.offset
     if problem.objective == "lower_max":
-        bound = value  # whole numbers: HiGHS proves them to less than a half
-        second = program.costs() if problem.cost is not None else weights
-        found = program.minimise(second, [*rows, _Row(objective, value)])
+        bound = problem.objective_of(found.index)  # whole numbers: proved to less than a half
+        rows = [*rows, _Row(program.objective(), bound)]
+        found, more = program.within(program.costs(), rows, weights, limit)
+        rounds += more
+    elif math.isinf(limit):
+        found = program.minimise(weights, [_Row(program.objective(), program.value(program.objective(), found.index))])
         rounds += 1
+    value = problem.objective_of(found.index)
     return Choice(
         index=found.index,
-        penalty=problem.penalty_of(found.index),
-        objective=problem.objective_of(found.index),
-        bound=bound,
+        penalty=_additive(problem, found.index),
+        objective=value,
+        bound=min(bound, value),
         rounds=rounds,
     )
 
 
 def within_budget(problem: Problem, budget: float) -> Choice:
-    """Least Σ penalties with a cost of at most `budget`; exact.
+    """Least Σ penalties with a cost of at most `budget`, interactions not looked at; exact.
 
     Raises:
         ValueError: a problem without a cost, penalties of kind "ranking", or a budget that no assignment meets.
@@ -93,15 +100,20 @@ def within_budget(problem: Problem, budget: float) -> Choice:
     if problem.cost is None:
         raise ValueError("a budget needs cost and float32_cost; this problem has none")
     program = _Program(problem)
-    cheapest = program.minimise(program.costs(), [])
+    costs = program.costs()
+    cheapest = program.minimise(costs, [])
     least = problem.cost_of(cheapest.index)
     assert least is not None
-    if least > budget * (1 + MARGIN):
+    slack = MARGIN * max(abs(budget), abs(least))
+    if least > budget + slack:
         raise ValueError(f"no assignment costs at most {budget:.6g}: the cheapest costs {least:.6g}")
-    weights = program.penalties()
-    found = program.minimise(weights, [_Row(program.costs(), budget)])
-    penalty = problem.penalty_of(found.index)
-    return Choice(index=found.index, penalty=penalty, objective=penalty, bound=min(found.bound, penalty), rounds=2)
+    saving = budget - program.constant
+    found, rounds = program.within(program.penalties(), [_Row(costs, saving)], costs, saving, slack)
+    penalty = _additive(problem, found.index)
+    if _cost(problem, found.index) > budget + slack:  # only where the cheapest barely fits
+        found, penalty = cheapest, _additive(problem, cheapest.index)
+    bound = min(found.bound, penalty)
+    return Choice(index=found.index, penalty=penalty, objective=penalty, bound=bound, rounds=1 + rounds)
 
 
 def quadratic(problem: Problem, limit: float, *, time_limit: float = 5.0) -> Choice:
@@ -121,7 +133,8 @@ def quadratic(problem: Problem, limit: float, *, time_limit: float = 5.0) -> Cho
     if problem.interactions is None:
         raise ValueError("quadratic needs interactions (`sensitivity.interactions`); this problem has none: take ilp")
     if math.isinf(limit):
-        return linear(problem, limit)
+        choice = linear(problem, limit)
+        return replace(choice, penalty=problem.penalty_of(choice.index))
     start, program = time.perf_counter(), _Program(problem)
     gram = program.gram()
     straight, rest = _split(gram)
@@ -148,17 +161,18 @@ def quadratic(problem: Problem, limit: float, *, time_limit: float = 5.0) -> Cho
     while left() > 0:
         found = program.minimise(objective, cuts, time_limit=left())
         rounds += 1
-        bound = max(bound, _whole(found.bound) if problem.objective == "lower_max" else found.bound)
-        if found.solved and problem.penalty_of(found.index) <= limit * (1 + MARGIN):
-            best = min(best, found.index, key=problem.rank)
-            bound = max(bound, problem.objective_of(found.index) if found.exact else bound)
-        else:
-            cuts.append(tangent(program.low_part(program.point(found.index))))
-            repaired = _grown(problem, _repaired(problem, found.index, limit), limit)
-            best = min(best, repaired, key=problem.rank)
-        if problem.objective_of(best) <= bound + 1e-9 * max(1.0, abs(bound)) or not found.solved:
+        bound = max(bound, _whole(found.bound) if problem.objective == "lower_max" else found.bound + program.offset)
+        if not found.solved:
             break
-        if found.solved and problem.penalty_of(found.index) <= limit * (1 + MARGIN):
+        penalty = problem.penalty_of(found.index)
+        if penalty <= limit * (1 + MARGIN):
+            best = min(best, found.index, key=problem.rank)
+            break
+        cuts.append(tangent(program.low_part(program.point(found.index))))
+        if penalty <= limit * (1 + 1e-4):
+            cuts.append(program.without(found.index))  # so near that the tangent alone is within the solver's tolerance
+        best = min(best, _grown(problem, _repaired(problem, found.index, limit), limit), key=problem.rank)
+        if problem.objective_of(best) <= bound + 2e-6 * _largest(objective):
             break
     best = _swapped(problem, best, limit)
     value = problem.objective_of(best)
@@ -233,6 +247,8 @@ class _Program:
         self.upper = np.ones(self.size)
         self.upper[: self.choices][np.pad(~problem.allowed, ((0, 0), (1, 0))).ravel()] = 0.0
         self.equalities, self.right = self._structure()
+        self.constant = 0.0 if problem.float32_cost is None else float(problem.float32_cost.sum())
+        self.offset = self.constant if problem.objective == "cost_min" else 0.0  # of the objective
 
     def forbid(self, where: NDArray[np.bool_]) -> None:
         self.upper[where] = 0.0
@@ -242,9 +258,11 @@ class _Program:
         return self._wide(np.pad(values, ((0, 0), (1, 0))))
 
     def costs(self) -> Floats:
+        """Of lowering, beside `constant`, the cost of all layers in float32."""
         problem = self.problem
         assert problem.cost is not None and problem.float32_cost is not None
-        wide = self._wide(np.concatenate([problem.float32_cost[:, None], problem.cost], axis=1))
+        saved = np.where(problem.allowed, problem.cost - problem.float32_cost[:, None], 0.0)
+        wide = self._wide(np.pad(saved, ((0, 0), (1, 0))))
         if problem.cast_cost is not None:
             wide[self.choices :] = problem.cast_cost.ravel()
         return wide
@@ -253,6 +271,30 @@ class _Program:
         if self.problem.objective == "cost_min":
             return self.costs()
         return self._wide(np.pad(-np.ones((self.layers, self.options - 1)), ((0, 0), (1, 0))))
+
+    def value(self, coefficients: Floats, index: Index) -> float:
+        """Of a linear form at an index, casts included."""
+        total = float(coefficients[: self.choices] @ self.point(index)[: self.choices])
+        producers, consumers = self.problem.edge_numbers
+        casts = coefficients[self.choices :].reshape(-1, self.options, self.options)
+        return total + float(casts[np.arange(len(casts)), index[producers], index[consumers]].sum())
+
+    def without(self, index: Index) -> _Row:
+        """Any assignment but this one."""
+        return _Row(self.point(index), self.layers - 1)
+
+    def within(
+        self, objective: Floats, rows: list[_Row], weights: Floats, limit: float, slack: float | None = None
+    ) -> tuple[_Found, int]:
+        """The optimum that is really within the limit on `weights`: the solver's tolerance is 1e-6. And the programs solved."""
+        slack = MARGIN * abs(limit) if slack is None else slack
+        rows = list(rows)
+        for tried in range(100):
+            found = self.minimise(objective, rows)
+            if math.isinf(limit) or self.value(weights, found.index) <= limit + slack:
+                return found, tried + 1
+            rows.append(self.without(found.index))
+        return replace(found, index=np.zeros(self.layers, np.int64)), 100  # a hundred equal sums at the very limit
 
     def gram(self) -> Floats:
         """(L F, L F), rows of what is not allowed set to 0."""
@@ -284,9 +326,12 @@ class _Program:
 
     def minimise(self, objective: Floats, rows: list[_Row], *, time_limit: float | None = None) -> _Found:
         """The optimum; what there is of it when the time is up."""
+        objective = np.where(self.upper > 0, objective, 0.0)
         options = {"mip_rel_gap": 0.0} | ({} if time_limit is None else {"time_limit": max(time_limit, 0.05)})
         found = self._run(objective, rows, whole=True, options=options)
-        bound = -math.inf if found.mip_dual_bound is None else float(found.mip_dual_bound) * _largest(objective)
+        bound = -math.inf
+        if found.mip_dual_bound is not None:  # the solver stops within 1e-6 of the largest coefficient
+            bound = (float(found.mip_dual_bound) - 1e-6) * _largest(objective)
         if found.x is None:
             if found.status != 1:
                 raise RuntimeError(f"the integer program was not solved: {found.message}")
@@ -335,6 +380,30 @@ class _Program:
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _fewest(problem: Problem, limit: float) -> Choice:
+    """The most layers within Σ penalties ≤ limit: those of the least penalty, each in its least sensitive format."""
+    penalty = np.where(problem.allowed, problem.penalty, np.inf)
+    best, low = penalty.min(axis=1), penalty.argmin(axis=1)
+    order = np.argsort(best, kind="stable")
+    fits = np.isfinite(best[order]) & (np.cumsum(best[order]) <= limit * (1 + MARGIN))
+    index = np.zeros(len(problem.layers), np.int64)
+    index[order[fits]] = 1 + low[order[fits]]
+    value = problem.objective_of(index)
+    return Choice(index=index, penalty=_additive(problem, index), objective=value, bound=value, rounds=0)
+
+
+def _additive(problem: Problem, index: Index) -> float:
+    """Σ penalties, also where the problem has interactions."""
+    low = np.flatnonzero(index)
+    return float(problem.penalty[low, index[low] - 1].sum())
+
+
+def _cost(problem: Problem, index: Index) -> float:
+    cost = problem.cost_of(index)
+    assert cost is not None
+    return cost
 
 
 def _check(problem: Problem, limit: float) -> None:

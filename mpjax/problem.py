@@ -120,7 +120,8 @@ class Problem:
         layers: L distinct names, in execution order. (The arrays below may be given as nested lists.)
         formats: F distinct low formats; float32 is always available and not listed.
         penalty: (L, F) predicted loss of accuracy of each layer alone in each format. A value that is not finite means most
-            sensitive: no strategy that adds penalties up lowers such a layer.
+            sensitive, and so does a negative loss (an indefinite Hessian): no strategy that adds penalties up lowers such a
+            layer.
         kind: "loss" if penalties may be added up (≥ 0, one unit), "ranking" if only their order means something.
         cost: (L, F) latency, bytes or FLOPs of each layer in each format, finite; or None.
         float32_cost: (L,) the same in float32; given exactly where `cost` is.
@@ -129,7 +130,7 @@ class Problem:
             format b (0: float32, 1 + f: formats[f]); given exactly where `edges` are, in the unit of `cost`.
         interactions: (L·F, L·F) symmetric, positive semi-definite G, layer by layer: the predicted loss of a set of lowered
             layers is ½ xᵀGx and not the sum of its penalties (`sensitivity.interactions`). Entries between two formats of
-            one layer do not matter: a layer has one.
+            one layer are never used, a layer has one; they only keep G positive semi-definite.
         objective: "lower_max", as many layers below float32 as possible (then the least cost, then the least penalty), or
             "cost_min", the least cost.
 
@@ -200,8 +201,8 @@ class Problem:
 
     @cached_property
     def allowed(self) -> NDArray[np.bool_]:
-        """(L, F): which lowered layers have a finite penalty."""
-        finite = np.isfinite(self.penalty)
+        """(L, F): which penalties can be added up: finite, and not negative."""
+        finite = np.isfinite(self.penalty) & (self.penalty >= 0)
         if self.interactions is not None:
             finite = finite & np.isfinite(np.diagonal(self.interactions)).reshape(finite.shape)
         return finite
@@ -272,8 +273,12 @@ class Problem:
             if self.cast_cost is not None:
                 producer, consumer = self.edge_numbers
                 edges = np.arange(len(self.edges))
-                np.add.at(value, producer, self.cast_cost[edges, :, index[consumer]])
-                np.add.at(value, consumer, self.cast_cost[edges, index[producer], :])
+                itself = producer == consumer  # a layer that feeds itself, under a scan say
+                own = self.cast_cost[edges[itself]]
+                np.add.at(value, producer[itself], np.diagonal(own, axis1=1, axis2=2))
+                a, b, between = producer[~itself], consumer[~itself], edges[~itself]
+                np.add.at(value, a, self.cast_cost[between, :, index[b]])
+                np.add.at(value, b, self.cast_cost[between, index[a], :])
         with np.errstate(invalid="ignore"):  # infinite minus infinite: a present format that is not allowed
             loss = loss - loss[rows, index][:, None]
         return loss, value - value[rows, index][:, None]

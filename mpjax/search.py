@@ -86,7 +86,9 @@ class Result:
         measurement: of that assignment.
         penalty: its predicted loss; None for a ranking, or where it is not finite.
         cost: its cost, casts included; None where the problem has none.
-        bound: the bound on the predicted objective that its strategy proved when it proposed it; None where it proved none.
+        bound: no assignment of the predicted loss that was the limit when this one was proposed has a smaller objective: with an
+            exact solver its own objective, unless time was up. None where its strategy proved none, as when a layer was added
+            at the end.
         ledger: evaluations: different assignments that were asked for.
         trail: every step in order.
     """
@@ -104,10 +106,6 @@ class ToleranceError(ValueError):
     """Not even all layers in float32 meet the tolerance."""
 
 
-class UnsteadyMetricError(ValueError):
-    """The metric gave two values for one assignment."""
-
-
 class SearchInterrupted(RuntimeError):
     """`evaluate` raised; the cause is chained.
 
@@ -120,6 +118,10 @@ class SearchInterrupted(RuntimeError):
         super().__init__(message)
         self.trail = trail
         self.best = best
+
+
+class UnsteadyMetricError(SearchInterrupted):
+    """The metric gave two values for one assignment."""
 
 
 def solve(
@@ -165,9 +167,13 @@ def solve(
     search = _Search(problem, evaluate, tolerance, confidence, max_evaluations, {} if known is None else known)
     try:
         strategy(problem, search)
-        search(problem.baseline)
+        search(problem.baseline, "all layers in float32")
     except _BudgetSpent:
         pass
+    except RuntimeError as error:
+        if isinstance(error, SearchInterrupted):
+            raise
+        raise search.interrupted(f"the strategy failed with {error!r}") from error
     end = search.best
     assert end is not None and end.measurement is not None  # all-float32 at least
     if confirm:
@@ -217,13 +223,16 @@ class _Search:
 
         def rank(step: Step) -> tuple[float, float, float, float]:
             assert step.measurement is not None
-            return *self.problem.rank(self.problem.index(step.assignment)), step.measurement.value
+            objective, cost, penalty = self.problem.rank(self.problem.index(step.assignment))
+            return objective, cost, step.measurement.value, penalty
 
         return min(accepted, key=rank, default=None)
 
     def __call__(self, assignment: Assignment, note: str = "", bound: float | None = None) -> Trial:
         if assignment in self.tried:
             return self.tried[assignment]
+        if not self.tried and assignment != self.problem.baseline:
+            self(self.problem.baseline, "all layers in float32")
         if self.max_evaluations is not None and len(self.tried) >= self.max_evaluations:
             self._record(assignment, None, False, f"stopped: max_evaluations={self.max_evaluations} spent")
             raise _BudgetSpent
@@ -244,13 +253,17 @@ class _Search:
         try:
             return self.evaluate(assignment)
         except Exception as error:
-            best = self.best
             self._record(assignment, None, False, f"failed: {error!r}")
-            raise SearchInterrupted(
-                f"evaluation {len(self.tried) + 1} failed with {error!r}; see .trail and .best",
-                trail=tuple(self.trail),
-                best=None if best is None else best.assignment,
-            ) from error
+            raise self.interrupted(f"evaluation {len(self.tried) + 1} failed with {error!r}") from error
+
+    def interrupted(self, message: str, kind: type[SearchInterrupted] = SearchInterrupted) -> SearchInterrupted:
+        """The error that carries what there is."""
+        best = self.best
+        return kind(
+            f"{message}; see .trail and .best",
+            trail=tuple(self.trail),
+            best=None if best is None else best.assignment,
+        )
 
     def _record(
         self,
@@ -267,12 +280,18 @@ class _Search:
 def _confirm(search: _Search, end: Step) -> None:
     """Refuse a metric that does not give the same value again."""
     assert end.measurement is not None
-    first, again = end.measurement.value, search.evaluate(end.assignment).value
-    if not math.isclose(first, again, rel_tol=1e-6, abs_tol=1e-12):
-        raise UnsteadyMetricError(
-            f"the chosen assignment ({len(end.assignment.lowered)} layers lowered) measured {first:.6g} and then {again:.6g}: "
-            "fix the metric's data, seeds and order; every measurement so far is in known="
-        )
+    try:
+        again = search.evaluate(end.assignment)
+    except Exception as error:
+        raise search.interrupted(f"measuring the chosen assignment again failed with {error!r}") from error
+    pairs = zip(("value", "low", "high"), *((m.value, m.low, m.high) for m in (end.measurement, again)), strict=True)
+    for name, before, after in pairs:
+        if None not in (before, after) and not math.isclose(before, after, rel_tol=1e-6, abs_tol=1e-12):
+            raise search.interrupted(
+                f"the chosen assignment ({len(end.assignment.lowered)} layers lowered) measured {name} {before:.6g} and then "
+                f"{after:.6g}: fix the metric's data, seeds and order",
+                UnsteadyMetricError,
+            )
 
 
 def _compared(measurement: Measurement, confidence: float | None) -> float:

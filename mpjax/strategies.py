@@ -54,7 +54,7 @@ def binary(*, repair: int = 3) -> Strategy:
     """Lowers a prefix of the layers ranked by penalty, and bisects its length on the measured metric.
 
     Tries none, then all, then bisects: at most 2 + ceil(log2 L) evaluations, 9 for 72 layers. Only the order of the penalties
-    is used; ties keep the layers' order, a penalty that is not finite comes last. Needs one low format.
+    is used; ties keep the layers' order, a penalty that is not finite, or a negative loss, comes last. Needs one low format.
 
     Bisection is right where the metric grows with the prefix. Where a longer prefix came out better than a shorter one, it did
     not, and up to `repair` of the lengths above the one found are tried as well, in the middle of the widest gaps.
@@ -65,7 +65,8 @@ def binary(*, repair: int = 3) -> Strategy:
     def strategy(problem: Problem, probe: Probe) -> None:
         low = _one_format(problem, "binary")
         penalty = problem.penalty[:, 0]
-        ranked = np.argsort(np.where(np.isfinite(penalty), penalty, np.inf), kind="stable")
+        known = np.isfinite(penalty) & ((penalty >= 0) | (problem.kind == "ranking"))
+        ranked = np.argsort(np.where(known, penalty, np.inf), kind="stable")
         _by_prefix(problem, probe, ranked, lambda n: f"the {n} least sensitive layers in {low}", repair=repair)
 
     return strategy
@@ -96,7 +97,8 @@ def random(*, seed: int) -> Strategy:
 def bisect_precision(*, direction: Literal["forward", "reverse"] = "forward") -> Strategy:
     """Baseline: the first n layers stay in float32 ("reverse": the last n), n bisected (Polygraphy's `debug precision`).
 
-    No scores. Every layer before the last sensitive one stays in float32, needed or not. Needs one low format.
+    No scores. Every layer before the last sensitive one stays in float32, needed or not. Needs one low format. Departs from the
+    tool in two points: all layers low is tried, too, and the answer is the best that was measured.
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction must be 'forward' or 'reverse'; got {direction!r}")
@@ -116,27 +118,16 @@ def bisect_precision(*, direction: Literal["forward", "reverse"] = "forward") ->
 
 
 def segments() -> Strategy:
-    """Baseline: tries to lower the largest untried run of layers together with those already good; halves it where that fails
-    (onnxconverter-common's auto_mixed_precision).
+    """Baseline: tries to lower the largest untried run of layers together with those already good, the first of equal ones;
+    halves it where that fails (onnxconverter-common's auto_mixed_precision).
 
     No scores: evaluations grow with the number of sensitive layers. Needs one low format.
     """
 
     def strategy(problem: Problem, probe: Probe) -> None:
-        low = _one_format(problem, "segments")
+        _one_format(problem, "segments")
         probe(problem.baseline, "all layers in float32")
-        good: list[str] = []
-        open_ = [problem.layers]
-        while open_:
-            run = max(open_, key=len)
-            open_.remove(run)
-            lowered = dict.fromkeys((*good, *run), low)
-            if probe(
-                problem.baseline.replace(lowered), f"{len(good)} good layers and {len(run)} more in {low}"
-            ).accepted:
-                good += run
-            elif len(run) > 1:
-                open_ += [run[: len(run) // 2], run[len(run) // 2 :]]
+        _by_segments(problem, probe, np.ones(len(problem.layers), np.int64))
 
     return strategy
 
@@ -203,13 +194,19 @@ def _verified(choose: Choose, name: str, rounds: int, extend: int) -> Strategy:
         start = probe(problem.baseline, "all layers in float32")
         best = np.zeros(len(problem.layers), np.int64)
         choice = choose(problem, math.inf)
-        trial = probe(problem.assignment(choice.index), f"{name}: no limit", choice.bound)
+        never = [name for name, row in zip(problem.layers, problem.allowed, strict=True) if not row.any()]
+        left_out = f"; never lowered, for want of a usable penalty: {', '.join(never)}" if never else ""
+        trial = probe(problem.assignment(choice.index), f"{name}: no limit{left_out}", choice.bound)
         if trial.accepted:
             best = choice.index
+        elif choice.penalty <= 0:  # the prediction says nothing
+            best = _by_segments(problem, probe, choice.index)
         else:
             low, high = (0.0, start.value), (choice.penalty, trial.value)
             floor = 0.0  # the largest limit that leads to `best`
-            for number in range(rounds if choice.penalty > 0 else 0):
+            for number in range(rounds):
+                if high[0] <= max(low[0], floor):
+                    break
                 limit = _next_limit(low, high, floor, probe.tolerance, halve=number % 3 == 2)
                 choice = choose(problem, limit)
                 if (choice.index == best).all():
@@ -219,7 +216,8 @@ def _verified(choose: Choose, name: str, rounds: int, extend: int) -> Strategy:
                     continue
                 trial = probe(problem.assignment(choice.index), f"{name}: predicted loss ≤ {limit:.4g}", choice.bound)
                 if trial.accepted:
-                    best, low, floor = choice.index, (choice.penalty, trial.value), limit
+                    best = min(best, choice.index, key=problem.rank)
+                    low, floor = (choice.penalty, trial.value), limit
                 else:
                     high = choice.penalty, trial.value
         _extend(problem, probe, best, extend)
@@ -250,16 +248,18 @@ def _next_limit(
 
 def _extend(problem: Problem, probe: Probe, index: Index, failures: int) -> None:
     """Lowers single layers further, the least predicted loss per gain first, and keeps what passes."""
-    loss, value = problem.changes(index)
-    rate = np.where((value < 0) & np.isfinite(loss), loss / np.where(value < 0, -value, 1.0), np.inf)
-    for flat in np.argsort(rate, axis=None, kind="stable"):
-        layer, low = divmod(int(flat), rate.shape[1])
-        if failures <= 0 or not math.isfinite(rate[layer, low]):
+    tried: set[tuple[int, int]] = set()
+    while failures > 0:
+        loss, value = problem.changes(index)
+        rate = np.where((value < 0) & np.isfinite(loss), loss / np.where(value < 0, -value, 1.0), np.inf)
+        for move in tried:
+            rate[move] = np.inf
+        layer, low = divmod(int(np.argmin(rate)), rate.shape[1])
+        if not math.isfinite(rate[layer, low]):
             return
+        tried.add((layer, low))
         other = index.copy()
         other[layer] = low
-        if problem.objective_of(other) >= problem.objective_of(index):
-            continue
         note = f"and {problem.layers[layer]} in {(FLOAT32, *problem.formats)[low]}"
         if probe(problem.assignment(other), note).accepted:
             index = other
@@ -301,6 +301,23 @@ def _by_prefix(
         repair -= 1
         if passes((a + b) // 2):
             passed = (a + b) // 2
+
+
+def _by_segments(problem: Problem, probe: Probe, top: Index) -> Index:
+    """Lowers runs of layers to their formats in `top`, halving those that fail; returns what was good."""
+    good = np.zeros(len(problem.layers), np.int64)
+    open_ = [np.flatnonzero(top)]
+    while open_:
+        at = max(range(len(open_)), key=lambda i: len(open_[i]))  # the first of the longest
+        run = open_.pop(at)
+        other = good.copy()
+        other[run] = top[run]
+        note = f"{np.count_nonzero(good)} good layers and {len(run)} more"
+        if probe(problem.assignment(other), note).accepted:
+            good = other
+        elif len(run) > 1:
+            open_[at:at] = [run[: len(run) // 2], run[len(run) // 2 :]]
+    return good
 
 
 def _monotone(values: dict[int, Trial]) -> bool:

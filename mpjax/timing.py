@@ -85,7 +85,6 @@ class Timings:
         self.entries: dict[str, Entry] = {}
         self.path: Path | None = None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
             digest = hashlib.sha256(json.dumps(self.header, sort_keys=True).encode()).hexdigest()[:8]
             words = (self.header["device"], "jax", self.header["jax"], self.header["cores"], "cores", digest)
             self.path = folder / (re.sub(r"[^\w.]+", "-", " ".join(map(str, words))) + ".json")
@@ -119,22 +118,36 @@ class Timings:
                 found[name] = self.entries[key] = Entry(seconds=seconds, product_seconds=product[0] if product else ())
             if self.path is not None:
                 kept = {key: vars(entry) for key, entry in self.entries.items()}
-                write_json(self.path, {"version": _VERSION, **self.header, "entries": kept})
+                self._write({"version": _VERSION, **self.header, "entries": kept})
         return found
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        """Saves the cache; where that cannot be done the timings stay in memory, and a warning says so once."""
+        assert self.path is not None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, content)
+        except OSError as error:
+            warnings.warn(f"timings are not kept: {self.path.parent} cannot be written ({error})", stacklevel=4)
+            self.path = None
 
     def _read(self, path: Path) -> dict[str, Entry]:
         """The entries of a cache file; none where there is no file, or a damaged one, which is set aside."""
-        if not path.exists():
-            return {}
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            text = ""
+        except OSError:
+            return {}  # not there, or not readable: measured anew
+        try:
+            content = json.loads(text)
             if {name: content[name] for name in ("version", *self.header)} != {
                 "version": _VERSION,
                 **self.header,
             }:
                 raise ValueError("it was measured elsewhere")
             return {key: _entry(value) for key, value in content["entries"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             damaged = path.with_name(path.name + ".damaged")
             os.replace(path, damaged)
             warnings.warn(f"{path.name} is damaged ({error}); set aside as {damaged.name}", stacklevel=4)

@@ -61,3 +61,19 @@ def test_table_and_figure_are_written(tmp_path) -> None:
     assert figure.stat().st_size > 5_000
     lines = (tmp_path / "front.csv").read_text().splitlines()
     assert len(lines) == len(points) + 1 and lines[0].startswith("layers_low,penalty,loss")
+
+
+def test_what_is_known_is_not_measured_again_and_nothing_is_lost() -> None:
+    p = problem(2)
+    metric, known = Metric(p), {}
+
+    def breaks(assignment: Assignment) -> Measurement:
+        if len(metric.asked) == 3:
+            raise OSError("gone")
+        return metric(assignment)
+
+    with pytest.raises(OSError, match="gone"):
+        pareto.sweep(p, evaluate=breaks, count=8, known=known)
+    assert len(known) == 3
+    points = pareto.sweep(p, evaluate=metric, count=8, known=known)
+    assert len(metric.asked) == len(points) == len(known)

@@ -55,6 +55,8 @@ def test_a_plan_for_another_model_is_refused_with_the_names() -> None:
         ('{"schema": 1, "assignment": {"a": 1}}', "expected assignment to map"),
         ('{"schema": 1, "assignment": {"a": "float32"}, "speed": 1}', "fields that no plan has: speed"),
         ('{"schema": 1, "assignment": {"a": "float32"}, "calibration": 3}', "calibration to be dict, found int"),
+        ('{"schema": 1, "assignment": {"a": "float32"}, "calibration": {"a": "x"}}', "numbers or null .*found 'x'"),
+        ('{"schema": 1, "assignment": {"a": "float32"}, "scores": {"a": 3}}', "scores of 'a' to be an object"),
     ],
 )
 def test_what_is_no_plan_is_refused(tmp_path, text: str, message: str) -> None:

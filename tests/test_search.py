@@ -17,11 +17,12 @@ from mpjax.search import (
     binary,
     greedy,
     ilp,
+    quadratic,
     solve,
 )
 
 LOW = "bfloat16"
-STRATEGIES = [binary(), greedy(), ilp()]
+STRATEGIES = [binary(), greedy(), ilp(), quadratic()]
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -30,6 +31,8 @@ def names(count: int) -> tuple[str, ...]:
 
 def problem(penalty, **fields) -> Problem:
     penalty = np.asarray(penalty, dtype=float)
+    if fields.get("kind") != "ranking":  # what quadratic needs; the others do not mind a diagonal
+        fields = {"interactions": np.diag(2 * np.abs(penalty)), **fields}
     return Problem(layers=names(len(penalty)), formats=(LOW,), penalty=penalty[:, None], **fields)
 
 
@@ -240,6 +243,33 @@ def test_a_metric_that_is_not_deterministic_is_found_out() -> None:
     assert solve(problem([1, 2]), binary(), evaluate=steady, tolerance=1.5, confirm=True).ledger.evaluations == 3
     assert len(steady.asked) == 4
 
+    def fails_again(assignment: Assignment) -> Measurement:
+        if assignment in known_once:
+            raise OSError("gone")
+        known_once.append(assignment)
+        return Measurement(value=float(len(assignment.lowered)))
+
+    known_once: list[Assignment] = []
+    with pytest.raises(SearchInterrupted, match="again failed with OSError") as caught:
+        solve(problem([1, 2]), binary(), evaluate=fails_again, tolerance=1.5, confirm=True)
+    assert caught.value.best is not None and len(caught.value.trail) == 3
+
+
+def test_a_strategy_that_breaks_loses_nothing() -> None:
+    def breaks(problem: Problem, probe) -> None:
+        probe(problem.baseline.replace({"layer/0": LOW}))
+        raise RuntimeError("no solution")
+
+    with pytest.raises(SearchInterrupted, match="strategy failed") as caught:
+        solve(problem([1, 2]), breaks, evaluate=Additive([1, 1]), tolerance=5)
+    assert caught.value.best.lowered == lowered(0) and len(caught.value.trail) == 2
+
+    def high_first(problem: Problem, probe) -> None:
+        probe(Assignment.uniform(problem.layers, LOW))
+
+    result = solve(problem([1, 2]), high_first, evaluate=Additive([1, 1]), tolerance=0.5, max_evaluations=1)
+    assert result.assignment.lowered == ()
+
 
 def test_the_best_by_the_objective_is_returned_whatever_the_order() -> None:
     p = Problem(
@@ -257,8 +287,10 @@ def test_the_best_by_the_objective_is_returned_whatever_the_order() -> None:
     several = Problem(**{**vars_of(p), "objective": "lower_max"})
     assert solve(several, one_by_one, evaluate=Additive([1, 1, 1]), tolerance=1).assignment.lowered == lowered(0)
     harm = Additive([3, 2, 1])
-    equal = problem([1, 1, 1])
-    assert solve(equal, one_by_one, evaluate=harm, tolerance=9).assignment.lowered == lowered(2)  # least measured loss
+    contrary = problem([1, 2, 3])
+    assert solve(contrary, one_by_one, evaluate=harm, tolerance=9).assignment.lowered == lowered(
+        2
+    )  # least measured loss
 
 
 def vars_of(problem: Problem) -> dict:

