@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import scipy
 import tyro
@@ -370,7 +371,7 @@ class Runner:
     def enumerated(self, predicted: Predicted, evaluation: Evaluation) -> list[dict[str, Any]]:
         """12 layers in bfloat16: every assignment measured, and what each strategy finds among them."""
         fmt, benchmark = SETS[0][0], self.task.benchmark
-        layers = searches_tasks.subset(predicted, fmt)
+        layers = searches_tasks.subset(predicted, fmt, self.task.subset)
 
         def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
             few = evaluation.over(first(benchmark.batches, self.task.enumerated))
@@ -468,11 +469,10 @@ class Runner:
     def latency(self, predicted: Predicted, mixed: Assignment) -> list[dict[str, Any]]:
         """Additive predictions against compiled programs: all float32, all bfloat16, and what `ilp` found at 10 %."""
         model = self.task.benchmark.model
-        inputs = [
-            tuple(each[i : i + len(self.task.costed[0])] for each in self.task.benchmark.batches[0]) for i in (0, 1)
-        ]
-        if len(self.task.costed[0]) > 1:
-            inputs = list(self.task.benchmark.batches[:2])
+        size = len(self.task.costed[0])
+        data = [jnp.concatenate(arrays) for arrays in zip(*self.task.benchmark.batches, strict=True)]
+        starts = range(0, min(8 * size, len(data[0]) - size + 1), size)
+        inputs = [tuple(array[i : i + size] for array in data) for i in starts]
         plans = {
             "float32": Assignment.uniform(model.names),
             "ilp at 10 %": mixed,
@@ -480,17 +480,23 @@ class Runner:
         }
 
         def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
-            programs = {}
+            programs, refused = {}, {}
             for name, assignment in plans.items():
                 each = apply.apply(model, assignment) if assignment.lowered else model
-                programs[name] = compiled.compile(each, inputs)
+                try:
+                    programs[name] = compiled.compile(each, inputs)
+                except compiled.MiscompiledError as error:
+                    refused[name] = str(error)
             times = common.interleaved(
                 {name: functools.partial(program, *inputs[0]) for name, program in programs.items()},
                 rounds=5 if self.config.quick else 31,
             )
-            return {}, {"ms": {name: vars(each) for name, each in times.items()}}, Ledger(compilations=len(programs))
+            notes = {"ms": {name: vars(each) for name, each in times.items()}, "refused": refused}
+            return {}, notes, Ledger(compilations=len(programs))
 
-        found = self.piece("compiled", compute).meta["ms"]
+        meta = self.piece("compiled", compute).meta
+        nothing = dict.fromkeys(("median", "low", "high", "ratio"))
+        found = {name: meta["ms"].get(name, nothing) for name in plans}
         base = 1e3 * cost.predicted(predicted.costs, plans["float32"])
         rows = []
         for name, assignment in plans.items():
@@ -505,9 +511,10 @@ class Runner:
                     "compiled_ms": found[name]["median"],
                     "compiled_low": found[name]["low"],
                     "compiled_high": found[name]["high"],
-                    "error": ms / found[name]["median"] - 1,
+                    "error": None if found[name]["median"] is None else ms / found[name]["median"] - 1,
                     "predicted_vs_float32": ms / base,
                     "compiled_vs_float32": found[name]["ratio"],
+                    "refused": meta["refused"].get(name),
                 }
             )
         return rows

@@ -44,7 +44,8 @@ class Task:
         heldout: batches of the same shape as the benchmark's.
         scored: examples that the predicted losses are computed on, from the front of the calibration data.
         costed: the batch that layers are timed on.
-        enumerated: examples of the problem of 12 layers that is enumerated.
+        enumerated: examples of the problem of few layers that is enumerated.
+        subset: how many layers that one has.
     """
 
     benchmark: Benchmark
@@ -54,6 +55,7 @@ class Task:
     scored: int
     costed: tuple[jax.Array, ...]
     enumerated: int
+    subset: int = SUBSET
 
     @property
     def name(self) -> str:
@@ -92,14 +94,17 @@ def _pose(quick: bool) -> Task:
     base = pose_base()
     run = jax.jit(lambda params, images: base.call(params, images)["Identity"])
     late = pose_landmark.split_of(crops.evaluation, base, run)
+    judged = np.linspace(0, len(late.torso) - 1, 8 if quick else len(late.torso)).round().astype(int)
+    images, torso = late.crops.images[judged], late.torso[judged]
     return Task(
         benchmark=benchmark,
         blocks=crops.calibration.block[take],
-        heldout=late.batches(4, 8 if quick else None),
-        heldout_blocks=crops.evaluation.block[: 8 if quick else None],
+        heldout=[(jnp.asarray(images[i : i + 4]), jnp.asarray(torso[i : i + 4])) for i in range(0, len(judged), 4)],
+        heldout_blocks=crops.evaluation.block[judged],
         scored=4 if quick else 8,
         costed=tuple(each[:1] for each in benchmark.batches[0]),
         enumerated=4,
+        subset=8 if quick else SUBSET,
     )
 
 
@@ -123,6 +128,7 @@ def _iris(quick: bool) -> Task:
         scored=min(count, 8),
         costed=tuple(each[:1] for each in benchmark.batches[0]),
         enumerated=4,
+        subset=8 if quick else SUBSET,
     )
 
 
@@ -211,14 +217,14 @@ def problem_of(
     )
 
 
-def subset(predicted: Predicted, fmt: str) -> tuple[str, ...]:
-    """12 layers, evenly spaced in the ranking of their predicted loss, in execution order; all where there are fewer."""
+def subset(predicted: Predicted, fmt: str, count: int = SUBSET) -> tuple[str, ...]:
+    """`count` layers, evenly spaced in the ranking of their predicted loss, in execution order; all where there are fewer."""
     names = predicted.costs.layers
     penalty = np.diagonal(predicted.gram).reshape(len(names), len(FORMATS))[:, FORMATS.index(fmt)]
     ranked = np.argsort(penalty, kind="stable")
-    if len(names) <= SUBSET:
+    if len(names) <= count:
         return names
-    taken = ranked[np.linspace(0, len(names) - 1, SUBSET).round().astype(int)]
+    taken = ranked[np.linspace(0, len(names) - 1, count).round().astype(int)]
     return tuple(names[i] for i in sorted(taken))
 
 

@@ -56,8 +56,9 @@ def binary(*, repair: int = 3) -> Strategy:
     Tries none, then all, then bisects: at most 2 + ceil(log2 L) evaluations, 9 for 72 layers. Only the order of the penalties
     is used; ties keep the layers' order, a penalty that is not finite, or a negative loss, comes last. Needs one low format.
 
-    Bisection is right where the metric grows with the prefix. Where a longer prefix came out better than a shorter one, it did
-    not, and up to `repair` of the lengths above the one found are tried as well, in the middle of the widest gaps.
+    Bisection is right where the metric grows with the prefix. Where a longer prefix came out better than the shortest one that
+    failed, it did not, and up to `repair` of the lengths above the one found are tried as well, in the middle of the widest
+    gaps.
     """
     if repair < 0:
         raise ValueError(f"repair must be at least 0; got {repair}")
@@ -292,7 +293,7 @@ def _by_prefix(
     if passes(count):
         return
     passed = bisect(0, count)
-    while repair > 0 and not _monotone(values):
+    while repair > 0 and _mends(values, passed):
         lengths = [passed, *sorted(n for n in values if n > passed)]
         gaps = [(b - a, a, b) for a, b in itertools.pairwise(lengths) if b - a > 1]
         if not gaps:
@@ -320,11 +321,11 @@ def _by_segments(problem: Problem, probe: Probe, top: Index) -> Index:
     return good
 
 
-def _monotone(values: dict[int, Trial]) -> bool:
-    """Whether a longer prefix never came out better than a shorter one; a NaN counts as worst."""
-    ordered = [values[n].value for n in sorted(values)]
-    ordered = [math.inf if math.isnan(value) else value for value in ordered]
-    return all(a <= b for a, b in itertools.pairwise(ordered))
+def _mends(values: dict[int, Trial], passed: int) -> bool:
+    """Whether a longer prefix came out better than the shortest one that failed; a NaN counts as worst."""
+    above = [values[n].value for n in sorted(values) if n > passed]
+    worst_first = [math.inf if math.isnan(value) else value for value in above]
+    return bool(worst_first) and min(worst_first) < worst_first[0]
 
 
 def _one_format(problem: Problem, strategy: str) -> str:

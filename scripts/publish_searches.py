@@ -69,8 +69,8 @@ def block(summary: dict[str, Any], remark: str = "") -> str:
             "model": row["model"],
             "assignment": row["assignment"],
             "sum": f"{row['predicted_ms']:.2f}",
-            "compiled": f"{row['compiled_ms']:.2f}",
-            "error": f"{row['error']:+.0%}",
+            "compiled": "refused" if row["compiled_ms"] is None else f"{row['compiled_ms']:.2f}",
+            "error": "–" if row["error"] is None else f"{row['error']:+.0%}",
         }
         for row in summary["latency"]
     ]
