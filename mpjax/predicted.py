@@ -70,6 +70,8 @@ def linear(problem: Problem, limit: float) -> Choice:
     program.forbid(weights > limit)
     weights = np.where(program.upper > 0, weights, 0.0)
     rows = [] if math.isinf(limit) or not weights.any() else [_Row(weights, limit)]
+    if rows and problem.objective == "cost_min" and not problem.edges:
+        _fix(program, weights, limit)
     found, rounds = program.within(program.objective(), rows, weights, limit)
     bound = found.bound + program.offset
     if problem.objective == "lower_max":
@@ -392,6 +394,38 @@ def _fewest(problem: Problem, limit: float) -> Choice:
     index[order[fits]] = 1 + low[order[fits]]
     value = problem.objective_of(index)
     return Choice(index=index, penalty=_additive(problem, index), objective=value, bound=value, rounds=0)
+
+
+def _fix(program: _Program, weights: Floats, limit: float) -> None:
+    """Forbids the choices that no optimum makes: those whose reduced cost is beyond the gap between bound and incumbent.
+
+    The bound is the Lagrangian Σ min(c + λ p) − λ limit at the λ where the choice begins to fit; the incumbent is that choice,
+    grown. What is left for the integer program is a few layers. Source: Sinha and Zoltners 1979, doi 10.1287/opre.27.3.503.
+    """
+    shape = (program.layers, program.options)
+    usable = program.upper[: program.choices].reshape(shape) > 0
+    cost = np.where(usable, program.costs()[: program.choices].reshape(shape), np.inf)
+    loss = np.where(usable, weights[: program.choices].reshape(shape), 0.0)
+    rows = np.arange(program.layers)
+
+    def chosen(price: float) -> Index:
+        return np.argmin(cost + price * loss, axis=1).astype(np.int64)
+
+    scale = float(np.abs(cost[usable]).max()) / max(float(loss.max()), 1e-300)
+    low, high = 1e-9 * scale, 1e9 * scale
+    for _ in range(60):
+        price = math.sqrt(low * high)
+        fits = loss[rows, chosen(price)].sum() <= limit
+        low, high = (low, price) if fits else (price, high)
+    index = chosen(high)
+    if loss[rows, index].sum() > limit:
+        return
+    index = _grown(replace(program.problem, interactions=None), index, limit)
+    reduced = cost + high * loss
+    least = reduced.min(axis=1, keepdims=True)
+    gap = float(cost[rows, index].sum()) - (float(least.sum()) - high * limit)
+    beyond = reduced - least > gap + 1e-9 * float(np.abs(cost[usable]).sum())
+    program.forbid(np.concatenate([(usable & beyond).ravel(), np.zeros(program.size - program.choices, bool)]))
 
 
 def _additive(problem: Problem, index: Index) -> float:
