@@ -161,9 +161,10 @@ def test_a_negative_limit_and_a_ranking_are_refused() -> None:
 def test_quadratic_says_how_far_it_got_when_time_is_up() -> None:
     p = made(1, 40, 3, "cost_min", cost=True, edges=False, gram=True)
     limit = 0.1 * p.penalty_of(np.ones(40, np.int64))
-    found = predicted.quadratic(p, limit, time_limit=0.3)
+    found = predicted.quadratic(p, limit, time_limit=1.0)
     assert found.penalty <= limit * (1 + 1e-6) and found.bound <= found.objective and 0 <= found.gap < 1
-    assert found.objective <= predicted.greedy(p, limit).objective + 1e-9
+    greedy = predicted.greedy(p, limit)
+    assert found.objective <= greedy.objective + 1e-9 and greedy.gap == math.inf
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -226,3 +227,20 @@ def test_negative_and_undefined_penalties_are_never_lowered() -> None:
     for choose in (predicted.linear, predicted.quadratic, predicted.greedy):
         assert choose(q, 5.0).index.tolist() == [1, 1, 0]
         assert choose(q, 1.5).index.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("rank", [3, 12, 40])
+def test_the_split_is_exact_and_its_rest_positive_semi_definite(seed: int, rank: int) -> None:
+    rng = np.random.default_rng(seed)
+    effects = rng.normal(size=(12, rank)) * 10.0 ** rng.uniform(-3, 0, size=(12, 1))
+    effects[4] = 0.0
+    gram = effects @ effects.T
+    straight, rest = predicted._split(gram)
+    np.testing.assert_allclose(np.diag(straight) + rest, gram, atol=1e-12)
+    assert np.linalg.eigvalsh(rest).min() > -1e-9 * np.abs(gram).max()
+    if rank == 40:
+        scale = np.sqrt(np.where(np.diag(gram) > 0, np.diag(gram), 1.0))
+        least = np.linalg.eigvalsh(np.delete(np.delete(gram / scale / scale[:, None], 4, 0), 4, 1)).min()
+        relative = straight / scale**2
+        assert relative.sum() > 1.05 * 11 * least  # better than one share for all
