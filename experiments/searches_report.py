@@ -362,8 +362,12 @@ def evaluations(folder: Path, rows: Sequence[Row]) -> Path:
     tolerance = min({row["tolerance"] for row in rows}, key=lambda each: abs(each - 0.1))
     panels = _panels([row for row in rows if row["tolerance"] == tolerance])
     with report.style():
-        figure, axes = plt.subplots(1, len(panels), figsize=(3.6 * len(panels), 3.8), squeeze=False)
-        for axis, ((model, fmt), own) in zip(axes[0], panels.items(), strict=True):
+        across = min(2, len(panels))
+        down = -(-len(panels) // across)
+        figure, axes = plt.subplots(down, across, figsize=(5.2 * across, 3.2 * down), squeeze=False)
+        for spare in axes.ravel()[len(panels) :]:
+            spare.set_axis_off()
+        for axis, ((model, fmt), own) in zip(axes.ravel(), panels.items(), strict=False):
             for row in own:
                 name = row["strategy"]
                 axis.plot(
@@ -371,8 +375,9 @@ def evaluations(folder: Path, rows: Sequence[Row]) -> Path:
                 )
             axis.set_xscale("log")
             axis.set_title(f"{SHORT.get(model, model)}, {fmt}", fontsize=10)
+            axis.set_ylabel(f"layers lowered at {tolerance:.0%}")
+        for axis in axes[-1]:
             axis.set_xlabel("evaluations")
-        axes[0, 0].set_ylabel(f"layers lowered at {tolerance:.0%}")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
         return report.save_figure(folder, "evaluations", figure)
