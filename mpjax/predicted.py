@@ -56,7 +56,7 @@ def linear(problem: Problem, limit: float) -> Choice:
     """Best objective with Σ penalties ≤ limit, interactions not looked at; exact.
 
     The most layers without a cost are those of the least penalty; anything else is a mixed-integer linear program. Ties go to
-    less cost ("lower_max"), and without a limit to less penalty.
+    less cost ("lower_max"), or to less penalty ("cost_min").
 
     Args:
         limit: of Σ penalties, ≥ 0; infinite for no limit.
@@ -81,8 +81,12 @@ def linear(problem: Problem, limit: float) -> Choice:
         rows = [*rows, _Row(program.objective(), bound)]
         found, more = program.within(program.costs(), rows, weights, limit)
         rounds += more
-    elif math.isinf(limit):
-        found = program.minimise(weights, [_Row(program.objective(), program.value(program.objective(), found.index))])
+    else:  # of equal costs the least penalty
+        objective = program.objective()
+        least = program.minimise(weights, [*rows, _Row(objective, program.value(objective, found.index))])
+        now, then = problem.objective_of(found.index), problem.objective_of(least.index)
+        if then <= now + 1e-9 * abs(now) and _additive(problem, least.index) <= _additive(problem, found.index):
+            found = least
         rounds += 1
     value = problem.objective_of(found.index)
     return Choice(
@@ -150,12 +154,16 @@ def quadratic(problem: Problem, limit: float, *, time_limit: float = 5.0) -> Cho
         slope = rest @ point
         return _Row(program.low(0.5 * straight + slope), limit + 0.5 * max(0.0, float(point @ slope)))
 
+    def proved(bound: float) -> float:
+        return _whole(bound) if problem.objective == "lower_max" else bound + program.offset
+
     def left() -> float:
         return time_limit - (time.perf_counter() - start)
 
-    while rounds < 60 and left() > 0.5 * time_limit:  # the relaxation: cheap, and its cuts hold for the whole problem
+    while rounds == 0 or (rounds < 60 and left() > 0.5 * time_limit):  # cheap, and its cuts hold for the whole problem
         relaxed = program.relax(objective, cuts)
         rounds += 1
+        bound = max(bound, proved(float(objective @ relaxed) - 1e-6 * _largest(objective)))
         point = program.low_part(relaxed)
         if 0.5 * float(point @ gram @ point) <= limit * (1 + 1e-3):
             break
@@ -165,7 +173,7 @@ def quadratic(problem: Problem, limit: float, *, time_limit: float = 5.0) -> Cho
     while left() > 0:
         found = program.minimise(objective, cuts, time_limit=left())
         rounds += 1
-        bound = max(bound, _whole(found.bound) if problem.objective == "lower_max" else found.bound + program.offset)
+        bound = max(bound, proved(found.bound))
         if not found.solved:
             break
         penalty = problem.penalty_of(found.index)
