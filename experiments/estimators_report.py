@@ -199,7 +199,7 @@ def terminal(rows: Sequence[Row], models: Sequence[str]) -> None:
     shown = []
     for line in lines.values():
         for model in models:
-            known = [value for value in line[model] if value is not None]
+            known = [value for value in line.get(model, ()) if value is not None]
             line[model] = float(np.mean(known)) if known else None
         shown.append(line)
     shown.sort(key=lambda line: -sum(line[model] or 0.0 for model in models))

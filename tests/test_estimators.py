@@ -356,6 +356,16 @@ def test_a_run_without_checks_has_no_pictures_of_them(tiny, ran, tmp_path, capsy
     capsys.readouterr()
 
 
+def test_an_estimator_that_one_model_alone_has_is_shown(ran, tmp_path, capsys):
+    """As with --quick, which judges fewer estimators on the large models."""
+    _, _, drawn, summary = ran
+    other = [{**row, "model": "iris_landmark"} for row in summary["rows"] if row["estimator"] in ("measured", "depth")]
+    rows = [*summary["rows"], *other]
+    written = {**summary, "rows": rows, "compact": estimators_report.compact(rows)}
+    estimators_report.write(tmp_path, written, drawn)
+    assert "local_rounding[4]" in capsys.readouterr().out and (tmp_path / "report.html").exists()
+
+
 def test_quick_judges_estimators_that_exist(tiny):
     evaluator = Evaluator(tiny)
     few, many = (
