@@ -115,7 +115,7 @@ def pose(*, count: int = 8, batch: int | None = None) -> Benchmark:
     available = len(crops.calibration.images)
     if not 1 <= count <= available:
         raise ValueError(f"The pose benchmark has {available} calibration crops, found count = {count}.")
-    base = _imported("pose_landmark_full", ("Identity",), data.SIZE)
+    base = imported("pose_landmark_full", ("Identity",), data.SIZE)
     take = np.linspace(0, available - 1, count).round().astype(int)
     arrays = (crops.calibration.images[take], _torsos(crops, base)[take])
     return Benchmark(
@@ -146,7 +146,7 @@ def iris(*, count: int = 8, batch: int | None = None) -> Benchmark:
         batch: crops in a batch, a divisor of `count`; the largest one up to 4 by default.
     """
     crops = eyes.eyes(count)
-    base = _imported("iris_landmark", _IRIS_OUTPUTS, eyes.EYE_SIZE)
+    base = imported("iris_landmark", _IRIS_OUTPUTS, eyes.EYE_SIZE)
     return Benchmark(
         name="iris_landmark",
         model=models.with_output(base, iris_in_eye_widths),
@@ -173,7 +173,7 @@ def face(*, count: int = 4, batch: int | None = None) -> Benchmark:
         batch: crops in a batch, a divisor of `count`; the largest one up to 4 by default.
     """
     crops = eyes.faces(count)
-    base = _imported("face_landmark", _FACE_OUTPUTS, eyes.FACE_SIZE)
+    base = imported("face_landmark", _FACE_OUTPUTS, eyes.FACE_SIZE)
     return Benchmark(
         name="face_landmark",
         model=models.with_output(base, face_in_eye_distances),
@@ -266,7 +266,7 @@ def _checked(low: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.nda
     return low, reference
 
 
-def _imported(name: str, outputs: tuple[str, ...], size: int) -> Model:
+def imported(name: str, outputs: tuple[str, ...], size: int) -> Model:
     imported = load_tflite(assets.fetch(name), outputs=outputs)
     return models.from_linen(imported.module, imported.variables, jnp.zeros((1, size, size, 3), jnp.float32))
 

@@ -1,12 +1,11 @@
 """What every experiment needs beside the library: where it ran, which sources made a piece, honest timing."""
 
 import hashlib
-import platform
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,26 @@ import numpy as np
 import mpjax
 from mpjax.files import Checkpoint, Piece
 from mpjax.ledger import Ledger
+from mpjax.timing import device_name as device_name  # what every experiment writes down
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def device_name() -> str:
-    """The device in words: the CPU's model name, or JAX's name of the accelerator."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return str(device.device_kind)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def piece_key(environment: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """What every finished piece of a run depends on: the sources, the versions, the machine, and `more`."""
+    versions = {name: environment[name] for name in ("python", "jax", "jaxlib", "flax", "device", "cores")}
+    return {"sources": source_digest(), **versions, **more}
+
+
+def check_models(models: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse no models, and unknown ones.
+
+    Raises:
+        SystemExit: with the names.
+    """
+    unknown = [name for name in models if name not in known]
+    if unknown or not models:
+        raise SystemExit(f"--models: expected some of {', '.join(known)}; found {', '.join(unknown) or 'none'}.")
 
 
 def source_digest() -> str:

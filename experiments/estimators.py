@@ -67,9 +67,7 @@ class Config:
     """Seed of probes, random rankings and random subsets."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.models if name not in MODELS]
-        if unknown or not self.models:
-            raise SystemExit(f"--models: expected some of {', '.join(MODELS)}; found {', '.join(unknown) or 'none'}.")
+        common.check_models(self.models, MODELS)
 
 
 def main(config: Config) -> None:
@@ -77,11 +75,7 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     folder = report.run_folder(config.results, "estimators")
     environment = report.environment(device=common.device_name())
-    key = {
-        "sources": common.source_digest(),
-        **{name: environment[name] for name in ("python", "jax", "jaxlib", "flax", "device", "cores")},
-        "seed": config.seed,
-    }
+    key = common.piece_key(environment, seed=config.seed)
     pieces = common.Pieces(folder / "pieces", key, fresh=config.fresh)
     sizes = QUICK if config.quick else FULL
     loaded = [benchmarks.load(name, sizes[name].examples) for name in config.models]

@@ -1,6 +1,5 @@
 """One model's part of the experiment: its estimators scored and searched, piece by piece, and the rows that come of it."""
 
-import hashlib
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from experiments.estimators_judge import (
     row_status,
 )
 from experiments.estimators_plan import Case, Sizes
-from mpjax import losses, metrics, report, sensitivity
+from mpjax import losses, metrics, plan, report, sensitivity
 from mpjax.files import Piece
 from mpjax.ledger import Ledger
 from mpjax.losses import Loss
@@ -247,10 +246,7 @@ def status_rows(bench: Bench, judged: Judged) -> list[dict[str, Any]]:
 
 def digest(benchmark: Benchmark) -> str:
     """A hash of the model's weights and the data."""
-    found = hashlib.sha256()
-    for leaf in jax.tree.leaves((benchmark.model.params, benchmark.batches, benchmark.labelled)):
-        found.update(np.asarray(leaf).tobytes())
-    return found.hexdigest()
+    return plan.digest(*jax.tree.leaves((benchmark.model.params, benchmark.batches, benchmark.labelled)))
 
 
 def _medians(counts: Sequence[Sequence[int | None]]) -> list[int | None]:

@@ -6,9 +6,7 @@ user is measured too: its least sensitive layers are lowered, as many as the ben
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,10 +14,10 @@ from scipy import stats
 
 from experiments.benchmarks import Benchmark
 from mpjax import emulate, metrics, search
-from mpjax.formats import parse_all
+from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
-from mpjax.losses import flat
 from mpjax.models import Batches
+from mpjax.scores import examples_in
 from mpjax.sensitivity import INDEFINITE, NOT_FINITE, OK, OVERFLOW, UNCONVERGED, ZERO
 
 FORMATS = ("float16_acc16", "bfloat16", "float8_e4m3fn")
@@ -119,7 +117,7 @@ class Evaluator:
         self.benchmark = benchmark
         self.calibration = emulate.calibrate(benchmark.model, benchmark.batches)
         self.evaluations = 0  # of this process
-        self._programs: dict[str, Callable[..., Any]] = {}
+        self._programs: dict[str, Evaluation] = {}
         self._references: dict[str, Floats] = {}
         self._errors: dict[tuple[str, bytes], float] = {}
         self._new: list[tuple[str, NDArray[np.bool_], float]] = []
@@ -173,18 +171,11 @@ class Evaluator:
         return len(self._programs)
 
     def _run(self, fmt: str, mask: NDArray[np.bool_]) -> Floats:
-        model = self.benchmark.model
+        model, batches = self.benchmark.model, self.benchmark.batches
         if fmt not in self._programs:
-            run = emulate.emulated(model, parse_all((fmt,)), calibration=self.calibration)
-            self._programs[fmt] = jax.jit(lambda params, index, *inputs: flat(run(params, index, *inputs)))
-        index = jnp.asarray(mask, jnp.int32)
-        parts = [self._programs[fmt](model.params, index, *batch) for batch in self.benchmark.batches]
-        return np.concatenate([np.float64(part) for part in parts])
-
-
-def examples_in(batches: Batches) -> int:
-    """Number of examples."""
-    return sum(batch[0].shape[0] for batch in batches)
+            self._programs[fmt] = Evaluation(model, batches, (fmt,), self.benchmark.error, calibration=self.calibration)
+        lowered = {layer: fmt for layer, low in zip(model.names, mask, strict=True) if low}
+        return self._programs[fmt].outputs(lowered)
 
 
 def first(batches: Batches, count: int, size: int | None = None) -> Batches:

@@ -118,14 +118,8 @@ def main(config: Config) -> None:
     calibration, evaluation = (split_of(each, base, run) for each in (crops.calibration, crops.evaluation))
     truth_ledger = Ledger(forward=len(calibration.torso) + len(evaluation.torso), compilations=1)
     environment = report.environment(device=common.device_name())
-    key = {
-        "sources": common.source_digest(),
-        **{name: environment[name] for name in ("python", "jax", "jaxlib", "flax", "device", "cores")},
-        "crops": float(
-            crops.calibration.images.astype(np.float64).sum() + crops.evaluation.images.astype(np.float64).sum()
-        ),
-        "seed": config.seed,
-    }
+    pixels = crops.calibration.images.astype(np.float64).sum() + crops.evaluation.images.astype(np.float64).sum()
+    key = common.piece_key(environment, crops=float(pixels), seed=config.seed)
     pieces = common.Pieces(folder / "pieces", key, fresh=config.fresh)
 
     parity = float(pieces.get("parity with LiteRT", lambda: litert_parity(path, base, evaluation)).meta["parity"])

@@ -74,9 +74,7 @@ class Config:
     """Seed of the random order and of the bootstrap."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.models if name not in MODELS]
-        if unknown or not self.models:
-            raise SystemExit(f"--models: expected some of {', '.join(MODELS)}; found {', '.join(unknown) or 'none'}.")
+        common.check_models(self.models, MODELS)
         if not self.tolerances or not all(0 < each <= 1 for each in self.tolerances):
             raise SystemExit(f"--tolerances: expected shares in (0, 1]; found {self.tolerances}.")
 
@@ -137,12 +135,7 @@ def main(config: Config) -> None:
     config = config.effective
     folder = report.run_folder(config.results, "searches")
     environment = report.environment(device=common.device_name())
-    key = {
-        "sources": common.source_digest(),
-        **{name: environment[name] for name in ("python", "jax", "jaxlib", "flax", "device", "cores")},
-        "scipy": scipy.__version__,
-        "seed": config.seed,
-    }
+    key = common.piece_key(environment, scipy=scipy.__version__, seed=config.seed)
     pieces = common.Pieces(folder / "pieces", key, fresh=config.fresh)
     tables: dict[str, list[dict[str, Any]]] = {
         name: [] for name in ("rows", "enumerated", "pareto", "latency", "costs", "scores", "solvers")

@@ -18,20 +18,19 @@ import numpy as np
 
 from experiments import benchmarks, data, digits, eyes, pose_landmark
 from experiments.benchmarks import Benchmark
-from experiments.estimators_judge import examples_in, first
+from experiments.estimators_judge import first
 from mpjax import emulate, sensitivity
 from mpjax.cost import Costs
 from mpjax.evaluation import Evaluation
-from mpjax.files import Piece
 from mpjax.ledger import Ledger
 from mpjax.models import Batches
 from mpjax.problem import Problem
+from mpjax.scores import examples_in
 
 FORMATS = ("bfloat16", "float8_e4m3fn", "float16_acc16")  # scored together
 SETS = (("bfloat16",), ("bfloat16", "float8_e4m3fn"), ("float16_acc16",))  # searched
 MODELS = ("pose_landmark_full", "iris_landmark", "digits_cnn")
 SUBSET = 12  # layers of the problem that is enumerated
-Blocks = np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +48,9 @@ class Task:
     """
 
     benchmark: Benchmark
-    blocks: Blocks
+    blocks: np.ndarray
     heldout: Batches
-    heldout_blocks: Blocks
+    heldout_blocks: np.ndarray
     scored: int
     costed: tuple[jax.Array, ...]
     enumerated: int
@@ -89,16 +88,14 @@ def _pose(quick: bool) -> Task:
     count = 4 if quick else 24
     benchmark = benchmarks.pose(count=count, batch=4)
     crops = data.pose_crops()
-    available = len(crops.calibration.images)
-    take = np.linspace(0, available - 1, count).round().astype(int)
-    base = pose_base()
+    base = benchmarks.imported("pose_landmark_full", ("Identity",), data.SIZE)
     run = jax.jit(lambda params, images: base.call(params, images)["Identity"])
     late = pose_landmark.split_of(crops.evaluation, base, run)
     judged = np.linspace(0, len(late.torso) - 1, 8 if quick else len(late.torso)).round().astype(int)
     images, torso = late.crops.images[judged], late.torso[judged]
     return Task(
         benchmark=benchmark,
-        blocks=crops.calibration.block[take],
+        blocks=crops.calibration.block[benchmark.facts["crops"]],
         heldout=[(jnp.asarray(images[i : i + 4]), jnp.asarray(torso[i : i + 4])) for i in range(0, len(judged), 4)],
         heldout_blocks=crops.evaluation.block[judged],
         scored=4 if quick else 8,
@@ -106,11 +103,6 @@ def _pose(quick: bool) -> Task:
         enumerated=4,
         subset=8 if quick else SUBSET,
     )
-
-
-def pose_base() -> Any:
-    """The pose model with its own outputs."""
-    return benchmarks._imported("pose_landmark_full", ("Identity",), data.SIZE)
 
 
 def _iris(quick: bool) -> Task:
@@ -229,4 +221,3 @@ def subset(predicted: Predicted, fmt: str, count: int = SUBSET) -> tuple[str, ..
 
 
 Compute = Callable[[], tuple[dict[str, Any], dict[str, Any], Ledger]]
-Get = Callable[[str, Compute], Piece]

@@ -22,6 +22,7 @@ from mpjax.ledger import Ledger
 from mpjax.losses import flat
 from mpjax.models import Batches, Model, check_batches
 from mpjax.problem import Measurement
+from mpjax.scores import examples_in
 
 Error = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -104,7 +105,7 @@ class Evaluation:
     def _set(self, batches: Batches, blocks: Sequence[Any] | np.ndarray | None) -> None:
         self.batches = check_batches(batches)
         self.blocks = None if blocks is None else np.asarray(blocks)
-        self.examples = sum(batch[0].shape[0] for batch in self.batches)
+        self.examples = examples_in(self.batches)
         self.evaluations = 0
         self._reference = None
         if self.blocks is not None and self.blocks.shape != (self.examples,):

@@ -74,15 +74,15 @@ def linear(problem: Problem, limit: float) -> Choice:
     rows = [] if math.isinf(limit) or not weights.any() else [_Row(weights, limit)]
     if rows and problem.objective == "cost_min" and not problem.edges:
         _fix(program, weights, limit)
-    found, rounds = program.within(program.objective(), rows, weights, limit)
+    objective = program.objective()
+    found, rounds = program.within(objective, rows, weights, limit)
     bound = found.bound + program.offset
     if problem.objective == "lower_max":
         bound = problem.objective_of(found.index)  # whole numbers: proved to less than a half
-        rows = [*rows, _Row(program.objective(), bound)]
+        rows = [*rows, _Row(objective, bound)]
         found, more = program.within(program.costs(), rows, weights, limit)
         rounds += more
     else:  # of equal costs the least penalty
-        objective = program.objective()
         least = program.minimise(weights, [*rows, _Row(objective, program.value(objective, found.index))])
         now, then = problem.objective_of(found.index), problem.objective_of(least.index)
         if then <= now + 1e-9 * abs(now) and _additive(problem, least.index) <= _additive(problem, found.index):
@@ -110,18 +110,18 @@ def within_budget(problem: Problem, budget: float) -> Choice:
     program = _Program(problem)
     costs = program.costs()
     cheapest = program.minimise(costs, [])
-    least = problem.cost_of(cheapest.index)
-    assert least is not None
+    least = _cost(problem, cheapest.index)
     slack = MARGIN * max(abs(budget), abs(least))
     if least > budget + slack:
         raise ValueError(f"no assignment costs at most {budget:.6g}: the cheapest costs {least:.6g}")
     saving = budget - program.constant
     found, rounds = program.within(program.penalties(), [_Row(costs, saving)], costs, saving, slack)
-    penalty = _additive(problem, found.index)
     if _cost(problem, found.index) > budget + slack:  # only where the cheapest barely fits
-        found, penalty = cheapest, _additive(problem, cheapest.index)
-    bound = min(found.bound, penalty)
-    return Choice(index=found.index, penalty=penalty, objective=penalty, bound=bound, rounds=1 + rounds)
+        found = cheapest
+    penalty = _additive(problem, found.index)
+    return Choice(
+        index=found.index, penalty=penalty, objective=penalty, bound=min(found.bound, penalty), rounds=1 + rounds
+    )
 
 
 def quadratic(problem: Problem, limit: float, *, time_limit: float = 5.0) -> Choice:
@@ -245,7 +245,6 @@ class _Found:
     index: Index
     bound: float
     solved: bool
-    exact: bool
 
 
 class _Program:
@@ -347,8 +346,8 @@ class _Program:
         if found.x is None:
             if found.status != 1:
                 raise RuntimeError(f"the integer program was not solved: {found.message}")
-            return _Found(index=np.zeros(self.layers, np.int64), bound=bound, solved=False, exact=False)
-        return _Found(index=self.rounded(found.x), bound=bound, solved=True, exact=found.status == 0)
+            return _Found(index=np.zeros(self.layers, np.int64), bound=bound, solved=False)
+        return _Found(index=self.rounded(found.x), bound=bound, solved=True)
 
     def _run(self, objective: Floats, rows: list[_Row], *, whole: bool, options: Any) -> Any:
         constraints = [LinearConstraint(self.equalities, self.right, self.right)]

@@ -79,7 +79,7 @@ class Timings:
 
     def __init__(self, folder: Path | None, *, rounds: int, options: Mapping[str, Any]) -> None:
         self.rounds, self.options = rounds, dict(options)
-        environment = report.environment(device=_device())
+        environment = report.environment(device=device_name())
         self.header = {name: environment[name] for name in ("device", "cores", "jax", "jaxlib")}
         self.header["xla_flags"] = os.environ.get("XLA_FLAGS", "")
         self.entries: dict[str, Entry] = {}
@@ -192,7 +192,7 @@ def _clock(run: Callable[[], Any], count: int) -> float:
     return time.perf_counter() - start
 
 
-def _device() -> str:
+def device_name() -> str:
     """The device in words; of a CPU, the processor's model, because jax calls them all alike."""
     kind = jax.devices()[0].device_kind
     if jax.default_backend() != "cpu":
