@@ -99,6 +99,25 @@ ASSETS: dict[str, Asset] = {
             sha256="d9a66417185647b112304b57093f0c180f37a768e6a14daca75ca541f3b78039",
             licence="BSD-3-Clause",
         ),
+        *(
+            Asset(
+                name=f"pose2sim_{scene.lower()}_{camera}",
+                requirement="pose2sim==0.10.49",
+                member=f"Pose2Sim/Demo_{scene}Person/videos/cam{camera:02}.mp4",
+                sha256=checksum,
+                licence="BSD-3-Clause",
+            )
+            for scene, camera, checksum in (
+                ("Single", 1, "cf4f2816c86bea4bfbea255333d8626ff32a3ecabdab8b0fb147cea9167fde3a"),
+                ("Single", 2, "94ff87cf978b8406e8aa36ab3c5362e72848994e87652f0dc7a33c315e8e0442"),
+                ("Single", 3, "b8b329f832f178f27ecb78d024d5026b96c6adb36c387bfe2c0af85eab8a11ca"),
+                ("Single", 4, "b5c0e7863fd70d008e7178d3c556b045b0ea5f78fcd61ca548a0b2e807e641f7"),
+                ("Multi", 1, "543cee6a4c2c2b52dc9eac9137ee63d14f1f84e706a9a7264769edcb11e5ea53"),
+                ("Multi", 2, "8895092a7cf26359205a427b7ac2f4a935c2e0bd36d9b7a5140cb33faa468a6b"),
+                ("Multi", 3, "d3daf48cdf9f5603868ddb99166ddaf9b12279e7ce968922926560d5fd3f0c99"),
+                ("Multi", 4, "1490149dc40e7301fa5ceae23862b044ba5c398a8b2a40df21ed894702728c09"),
+            )
+        ),
     )
 }
 

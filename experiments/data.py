@@ -8,7 +8,8 @@ presence falls to 0.8 or less is dropped and the person is no longer followed; t
 second.
 
 Calibration crops come from the first 40 % of the video, evaluation crops from the rest, 0.5 s between them
-left out. No crop is flipped, rotated or otherwise augmented.
+left out (`pose_crops`). For statements about samples of one population, half seconds of nine videos are dealt at random
+instead (`dealt_crops`). No crop is flipped, rotated or otherwise augmented.
 
 Made twice in one environment the crops are the same bit for bit, and so they were on jax 0.10 and 0.12.
 Other versions or CPUs may differ where rounding carries a region over a step of the grid that it is snapped to.
@@ -21,7 +22,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +35,10 @@ from experiments import assets
 from experiments.models.tflite_import import load_tflite
 
 SIZE = 256  # pixels, side of a crop
+VIDEOS = (
+    "sports2d_demo",
+    *(f"pose2sim_{scene}_{camera}" for scene in ("single", "multi") for camera in (1, 2, 3, 4)),
+)
 _VERSION = 2  # part of the cache key: raise it when the crops would change
 _SCALE = 1.25  # of MediaPipe's RectTransformationCalculator
 _GRID = 8.0  # pixels that centre and side of a region snap to
@@ -99,14 +104,14 @@ class CropSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Crops:
-    """Two splits of the crops of one video, separated by a gap in time.
+    """Two splits of the crops of videos.
 
     Attributes:
         calibration: what a search may look at.
         evaluation: looked at once, at the end.
-        fps: frames per second of the video.
-        gap: seconds without crops between the splits.
-        source: name of the video file.
+        fps: frames per second of the first video.
+        gap: seconds without crops between the splits; 0 where they are not split by time.
+        source: names of the video files.
     """
 
     calibration: CropSet
@@ -143,9 +148,47 @@ def pose_crops(*, video: Path | None = None, settings: CropSettings | None = Non
     path = Path(video) if video else assets.fetch("sports2d_demo")
     if not path.is_file():
         raise DataError(f"{path}: no such video file.")
-    key = asdict(settings) | {
+
+    def make() -> dict[str, np.ndarray]:
+        tracks, fps, frames = _follow(path, _runner(model), settings)
+        return _split(tracks, fps, frames, settings, path)
+
+    return _cached(make, asdict(settings), [path], model, gap=settings.gap)
+
+
+def dealt_crops(*, seconds: float = 0.5, per_block: int = 2, seed: int = 0) -> Crops:
+    """Person crops of nine videos, for which calibration and evaluation are samples of one population.
+
+    Each person's time in each video is cut into blocks of at least `seconds`; the blocks are dealt at random to the two splits,
+    and `per_block` crops, spread over each, are kept. The crops are ordered so that the first ones come from different blocks.
+    Neighbouring blocks may fall on different sides: what is found here holds for these videos, not for others.
+
+    Args:
+        seconds: least length of a block.
+        per_block: crops of a block.
+        seed: of the deal.
+
+    Raises:
+        DataError, experiments.assets.AssetError: as `pose_crops`.
+    """
+    model, settings = assets.fetch("pose_landmark_full"), CropSettings()
+    paths = [assets.fetch(name) for name in VIDEOS]
+
+    def make() -> dict[str, np.ndarray]:
+        run = _runner(model)
+        return _deal([_follow(path, run, settings) for path in paths], seconds, per_block, seed)
+
+    key = asdict(settings) | {"seconds": seconds, "per_block": per_block, "seed": seed}
+    return _cached(make, key, paths, model, gap=0.0)
+
+
+def _cached(
+    make: Callable[[], dict[str, np.ndarray]], key: dict[str, Any], paths: list[Path], model: Path, *, gap: float
+) -> Crops:
+    """The crops of that key, made if the cache does not have them."""
+    key = key | {
         "version": _VERSION,
-        "video": assets.file_sha256(path),
+        "video": [assets.file_sha256(path) for path in paths],
         "model": assets.file_sha256(model),
         "packages": [jax.__version__, cv2.__version__, np.__version__],
     }
@@ -153,8 +196,7 @@ def pose_crops(*, video: Path | None = None, settings: CropSettings | None = Non
     cached = assets.cache_dir() / "crops" / f"pose-{name}.npz"
     arrays = _load(cached)
     if arrays is None:
-        tracks, fps, frames = _follow(path, _runner(model), settings)
-        arrays = _split(tracks, fps, frames, settings, path)
+        arrays = make()
         _save(cached, arrays)
     calibration, evaluation = (
         CropSet(
@@ -167,8 +209,8 @@ def pose_crops(*, video: Path | None = None, settings: CropSettings | None = Non
         calibration=calibration,
         evaluation=evaluation,
         fps=float(arrays["fps"]),
-        gap=settings.gap,
-        source=path.name,
+        gap=gap,
+        source=", ".join(path.name for path in paths),
     )
 
 
@@ -361,19 +403,47 @@ def _split(
                 f" Ask for fewer (CropSettings.{split}) or give a longer video."
             )
         take = np.linspace(0, len(chosen) - 1, wanted).round().astype(int)
-        picked = [chosen[index] for index in take]
-        sightings = [observation.sighting for observation in picked]
-        arrays |= {
-            f"{split}_pixels": np.stack([sighting.pixels for sighting in sightings]),
-            f"{split}_frame": np.array([observation.frame for observation in picked], np.int32),
-            f"{split}_person": np.array([observation.person for observation in picked], np.int32),
-            f"{split}_block": np.array(numbers, np.int32)[take],
-            f"{split}_presence": np.array([sighting.presence for sighting in sightings], np.float32),
-            f"{split}_centre": np.array([sighting.region.centre for sighting in sightings], np.float32),
-            f"{split}_side": np.array([sighting.region.side for sighting in sightings], np.float32),
-            f"{split}_angle": np.array([sighting.region.angle for sighting in sightings], np.float32),
-        }
+        arrays |= _arrays(split, [chosen[index] for index in take], np.array(numbers, np.int32)[take])
     return arrays
+
+
+def _deal(
+    videos: list[tuple[list[_Observation], float, int]], seconds: float, per_block: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Blocks of all videos, dealt at random to the splits."""
+    blocks: list[list[_Observation]] = []
+    persons = 0
+    for observations, fps, _ in videos:
+        for person in sorted({observation.person for observation in observations}):
+            mine = [replace(o, person=persons) for o in observations if o.person == person]
+            count = int(len(mine) / fps / seconds + 1e-9)
+            persons += count > 0
+            for part in np.array_split(np.arange(len(mine)), count) if count else []:
+                blocks.append([mine[i] for i in part[np.linspace(0, len(part) - 1, per_block).round().astype(int)]])
+    if len(blocks) < 4:
+        raise DataError(f"{len(blocks)} blocks of {seconds} s found in {len(videos)} videos, at least 4 needed.")
+    order = np.random.default_rng(seed).permutation(len(blocks))
+    half = len(blocks) // 2
+    arrays: dict[str, np.ndarray] = {"fps": np.array(videos[0][1], np.float64)}
+    for split, chosen in (("calibration", order[:half]), ("evaluation", order[half : 2 * half])):
+        picked = [blocks[block][each] for each in range(per_block) for block in chosen]
+        arrays |= _arrays(split, picked, np.tile(chosen.astype(np.int32), per_block))
+    return arrays
+
+
+def _arrays(split: str, picked: list[_Observation], block: np.ndarray) -> dict[str, np.ndarray]:
+    """What the cache keeps of a split."""
+    sightings = [observation.sighting for observation in picked]
+    return {
+        f"{split}_pixels": np.stack([sighting.pixels for sighting in sightings]),
+        f"{split}_frame": np.array([observation.frame for observation in picked], np.int32),
+        f"{split}_person": np.array([observation.person for observation in picked], np.int32),
+        f"{split}_block": block,
+        f"{split}_presence": np.array([sighting.presence for sighting in sightings], np.float32),
+        f"{split}_centre": np.array([sighting.region.centre for sighting in sightings], np.float32),
+        f"{split}_side": np.array([sighting.region.side for sighting in sightings], np.float32),
+        f"{split}_angle": np.array([sighting.region.angle for sighting in sightings], np.float32),
+    }
 
 
 # --- the cache ------------------------------------------------------------------------------------

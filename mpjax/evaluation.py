@@ -45,7 +45,6 @@ class Evaluation:
         calibration: Calibration | None = None,
         blocks: Sequence[Any] | np.ndarray | None = None,
         confidence: float = 0.95,
-        seed: int = 0,
     ) -> None:
         """
         Args:
@@ -55,9 +54,8 @@ class Evaluation:
             error: (low (N, K), reference (N, K)) -> (N,): how far the flattened outputs of each example are from those in
                 float32, in the user's unit; lower is better.
             calibration: for scaled formats (`emulate.calibrate`).
-            blocks: (N,) which examples depend on each other (`metrics.bootstrap_interval`); None gives no interval.
+            blocks: (N,) which examples depend on each other (`metrics.mean_interval`); None gives no interval.
             confidence: of the interval.
-            seed: of the bootstrap.
 
         Raises:
             ValueError: ragged or empty batches, unknown formats, blocks of another length, a missing calibration.
@@ -65,7 +63,7 @@ class Evaluation:
         self.model = model
         self.formats = parse_all(formats)
         self.error = error
-        self.confidence, self.seed = confidence, seed
+        self.confidence = confidence
         self._set(batches, blocks)
         run = emulate.emulated(model, self.formats, calibration=calibration)
         self._run = jax.jit(lambda params, index, *inputs: flat(run(params, index, *inputs)))
@@ -97,7 +95,7 @@ class Evaluation:
         value = float(per_sample.mean())
         if self.blocks is None:
             return Measurement(value=value, per_sample=per_sample)
-        interval = metrics.bootstrap_interval(per_sample, self.blocks, confidence=self.confidence, seed=self.seed)
+        interval = metrics.mean_interval(per_sample, self.blocks, confidence=self.confidence)
         return Measurement(
             value=value, low=interval.low, high=interval.high, confidence=self.confidence, per_sample=per_sample
         )

@@ -1,4 +1,4 @@
-"""How far a low-precision model is from its reference, and how sure that number is. NumPy only.
+"""How far a low-precision model is from its reference, and how sure that number is. NumPy and SciPy only.
 
 The reference ("truth") is everywhere the *float32 output of the same model*, not a human label: these metrics
 measure what lowering the precision changed, not how good the model is.
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -64,8 +65,8 @@ def bootstrap_interval(
     """Percentile interval of the mean over samples, by resampling whole blocks with replacement.
 
     Samples of one block (a person in one second of video) depend on each other, so whole blocks are drawn, as
-    many as there are. With independent samples give each its own block. With fewer than about 20 blocks the
-    percentile interval is too narrow (it covers less often than `confidence`).
+    many as there are. With independent samples give each its own block. With fewer than about 20 blocks, or skewed values, the
+    percentile interval is too narrow (it covers less often than `confidence`): take `mean_interval`.
 
     Sources: Efron 1979, doi 10.1214/aos/1176344552 (bootstrap); Künsch 1989, doi 10.1214/aos/1176347265
     (blocks of dependent samples). The blocks here are given and disjoint; Künsch's are overlapping windows.
@@ -80,22 +81,53 @@ def bootstrap_interval(
     Raises:
         ValueError: shapes do not match, no samples, a single block, confidence outside (0, 1), no resamples.
     """
-    values, ids = np.asarray(per_sample, dtype=np.float64), np.asarray(blocks)
-    if values.ndim != 1 or values.shape != ids.shape:
-        raise ValueError(f"per_sample and blocks must both be (N,); got {values.shape} and {ids.shape}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie in (0, 1), e.g. 0.95; got {confidence}")
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be at least 1; got {num_resamples}")
-    names, block_of = np.unique(ids, return_inverse=True)
-    if len(names) < 2:
-        raise ValueError(f"an interval needs at least 2 blocks; got {len(names)} with {len(values)} samples")
-    sums = np.bincount(block_of, weights=values)
-    sizes = np.bincount(block_of)
-    drawn = np.random.default_rng(seed).integers(len(names), size=(num_resamples, len(names)))
+    sums, sizes = _blocks(per_sample, blocks, confidence)
+    drawn = np.random.default_rng(seed).integers(len(sums), size=(num_resamples, len(sums)))
     means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(low=float(low), high=float(high))
+
+
+def mean_interval(per_sample: ArrayLike, blocks: ArrayLike, *, confidence: float = 0.95) -> Interval:
+    """Interval of the mean over samples, for few blocks of dependent samples and skewed values.
+
+    Student's t over the blocks (their sums, linearised where sizes differ), corrected for skewness by Hall's transformation:
+    errors of a model are mostly small and now and then large, and then the upper end is too low without. It speaks of further
+    blocks of the same population. With 2 blocks it is Student's t with one degree of freedom, and very wide. What the blocks do
+    not show, a rare large error that none of them has, no interval knows.
+
+    Sources: Hall 1992, doi 10.1111/j.2517-6161.1992.tb01872.x (removal of skewness by transformation); Cochran 1977, Sampling
+    Techniques, chapter 9 (means over clusters of different size).
+
+    Args:
+        per_sample: (N,) values. A NaN or an infinite value makes the interval NaN.
+        blocks: (N,) block of each sample, integers or strings; sizes may differ. Independent samples have one each.
+        confidence: coverage aimed at, in (0, 1), half of the rest on each side.
+
+    Raises:
+        ValueError: shapes do not match, no samples, a single block, confidence outside (0, 1).
+    """
+    sums, sizes = _blocks(per_sample, blocks, confidence)
+    count, mean = len(sums), float(sums.sum() / sizes.sum())
+    with np.errstate(invalid="ignore"):
+        rest = (sums - mean * sizes) / sizes.mean()
+    deviation = float(np.sqrt((rest**2).mean()))
+    if not np.isfinite(deviation):
+        return Interval(low=float("nan"), high=float("nan"))
+    if deviation <= 1e-12 * abs(mean):
+        return Interval(low=mean, high=mean)
+    skewness, root = float((rest**3).mean()) / deviation**3, np.sqrt(count)
+    quantile = float(stats.t.ppf((1 + confidence) / 2, count - 1))
+    error = deviation / np.sqrt(count - 1)
+    ends = []
+    for t in (quantile, -quantile):
+        shift, slope = t - skewness / (6 * root), skewness / root
+        # Hall's g⁻¹; its limit without skewness is t
+        corrected = t if abs(slope) < 1e-6 else float(3 / slope * (np.cbrt(1 + slope * shift) - 1))
+        ends.append(mean - corrected * error)
+    return Interval(low=ends[0], high=ends[1])
 
 
 def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
@@ -142,6 +174,19 @@ def relative_error(a: ArrayLike, b: ArrayLike) -> float:
     if scale == 0:
         return 0.0 if difference == 0 else difference * float("inf")
     return difference / scale
+
+
+def _blocks(per_sample: ArrayLike, blocks: ArrayLike, confidence: float) -> tuple[Floats, Floats]:
+    """Sums and sizes of the blocks, checked."""
+    values, ids = np.asarray(per_sample, dtype=np.float64), np.asarray(blocks)
+    if values.ndim != 1 or values.shape != ids.shape:
+        raise ValueError(f"per_sample and blocks must both be (N,); got {values.shape} and {ids.shape}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), e.g. 0.95; got {confidence}")
+    names, block_of = np.unique(ids, return_inverse=True)
+    if len(names) < 2:
+        raise ValueError(f"an interval needs at least 2 blocks; got {len(names)} with {len(values)} samples")
+    return np.asarray(np.bincount(block_of, weights=values), np.float64), np.bincount(block_of).astype(np.float64)
 
 
 def _distances(predicted: ArrayLike, truth: ArrayLike, normaliser: ArrayLike) -> tuple[Floats, Floats]:

@@ -2,7 +2,8 @@
 
 Nothing is measured here; `strategies` measures what these functions propose. With additive penalties the problem is a
 multiple-choice knapsack and one mixed-integer linear program; with interactions, ½ xᵀGx ≤ limit is a convex quadratic
-constraint that a sequence of linear programs meets from outside, each cutting off the point that the last one found.
+constraint: branch and bound (`branch`), or, where casts cost something, a sequence of linear programs that meet it from outside,
+each cutting off the point that the last one found.
 
 Sources: multiple-choice knapsack: Sinha and Zoltners 1979, doi 10.1287/opre.27.3.503; outer approximation: Duran and
 Grossmann 1986, doi 10.1007/BF02592064; the use of an integer program for bit widths: Yao et al. (HAWQ-V3), arXiv 2011.10680;
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from mpjax import branch
 from mpjax.problem import Floats, Index, Problem
 
 MARGIN = 1e-9  # of the limit: how far a sum of penalties may lie above it by rounding
@@ -34,7 +36,7 @@ class Choice:
         objective: what was minimised: cost, minus the number of lowered layers, or the penalty under a budget.
         bound: no assignment within the limit has a smaller objective than this (proved). The solver stops within 1e-6 of the
             largest saving of one layer, and so far the bound of an optimum may lie below its objective.
-        rounds: integer programs that were solved.
+        rounds: integer programs that were solved; nodes that were bounded, where it was branched.
     """
 
     index: Index
@@ -127,8 +129,7 @@ def within_budget(problem: Problem, budget: float) -> Choice:
 def quadratic(problem: Problem, limit: float, *, time_limit: float = 5.0) -> Choice:
     """Best objective with ½ xᵀGx ≤ limit: exact where it ends before the time limit, else incumbent and bound.
 
-    Squares of a 0-1 vector are linear, so xᵀGx = dᵀx + xᵀRx with R positive semi-definite: only R needs tangents. How fast that
-    ends depends on how much errors can cancel: fractions of layers can cancel more than whole ones.
+    By branch and bound (`branch`); with casts on edges by linear programs that meet the limit from outside.
 
     Args:
         limit: of the predicted loss, ≥ 0; infinite for no limit.
@@ -143,52 +144,12 @@ def quadratic(problem: Problem, limit: float, *, time_limit: float = 5.0) -> Cho
     if math.isinf(limit):
         choice = linear(problem, limit)
         return replace(choice, penalty=problem.penalty_of(choice.index))
-    start, program = time.perf_counter(), _Program(problem)
-    gram = program.gram()
-    straight, rest = _split(gram)
-    objective = program.objective()
-    best = _grown(problem, np.zeros(len(problem.layers), np.int64), limit)
-    bound, cuts, rounds = -math.inf, [_Row(program.low(0.5 * straight), limit)], 0
-
-    def tangent(point: Floats) -> _Row:
-        slope = rest @ point
-        return _Row(program.low(0.5 * straight + slope), limit + 0.5 * max(0.0, float(point @ slope)))
-
-    def proved(bound: float) -> float:
-        return _whole(bound) if problem.objective == "lower_max" else bound + program.offset
-
-    def left() -> float:
-        return time_limit - (time.perf_counter() - start)
-
-    while rounds == 0 or (rounds < 60 and left() > 0.5 * time_limit):  # cheap, and its cuts hold for the whole problem
-        relaxed = program.relax(objective, cuts)
-        rounds += 1
-        bound = max(bound, proved(float(objective @ relaxed) - 1e-6 * _largest(objective)))
-        point = program.low_part(relaxed)
-        if 0.5 * float(point @ gram @ point) <= limit * (1 + 1e-3):
-            break
-        cuts.append(tangent(point))
-        repaired = _grown(problem, _repaired(problem, program.rounded(relaxed), limit), limit)
-        best = min(best, repaired, key=problem.rank)
-    while left() > 0:
-        found = program.minimise(objective, cuts, time_limit=left())
-        rounds += 1
-        bound = max(bound, proved(found.bound))
-        if not found.solved:
-            break
-        penalty = problem.penalty_of(found.index)
-        if penalty <= limit * (1 + MARGIN):
-            best = min(best, found.index, key=problem.rank)
-            break
-        cuts.append(tangent(program.low_part(program.point(found.index))))
-        if penalty <= limit * (1 + 1e-4):
-            cuts.append(program.without(found.index))  # so near that the tangent alone is within the solver's tolerance
-        best = min(best, _grown(problem, _repaired(problem, found.index, limit), limit), key=problem.rank)
-        if problem.objective_of(best) <= bound + 2e-6 * _largest(objective):
-            break
-    best = _swapped(problem, best, limit)
-    value = problem.objective_of(best)
-    return Choice(index=best, penalty=problem.penalty_of(best), objective=value, bound=min(bound, value), rounds=rounds)
+    index, bound, rounds = (_outer if problem.edges else _branched)(problem, limit, time_limit)
+    index = _swapped(problem, index, limit)
+    value = problem.objective_of(index)
+    return Choice(
+        index=index, penalty=problem.penalty_of(index), objective=value, bound=min(bound, value), rounds=rounds
+    )
 
 
 def steps(problem: Problem) -> list[tuple[int, int]]:
@@ -307,12 +268,6 @@ class _Program:
             rows.append(self.without(found.index))
         return replace(found, index=np.zeros(self.layers, np.int64)), 100  # a hundred equal sums at the very limit
 
-    def gram(self) -> Floats:
-        """(L F, L F), rows of what is not allowed set to 0."""
-        assert self.problem.interactions is not None
-        known = self.problem.allowed.ravel()
-        return np.where(known[:, None] & known[None, :], self.problem.interactions, 0.0)
-
     def low(self, values: Floats) -> Floats:
         """Coefficients (L F,) of the low formats as coefficients of all variables."""
         return self._wide(np.pad(values.reshape(self.layers, -1), ((0, 0), (1, 0))))
@@ -390,6 +345,88 @@ class _Program:
         return sparse.csr_array(entries, shape=(start, self.size)), np.concatenate(right)
 
 
+# --- the quadratic limit ----------------------------------------------------------------------------------------------
+
+
+def _branched(problem: Problem, limit: float, time_limit: float) -> tuple[Index, float, int]:
+    """Index, bound of the objective, nodes: branch and bound over the low formats of all layers."""
+    layers, formats = problem.penalty.shape
+    if problem.objective == "lower_max":
+        gain, step, offset = np.ones((layers, formats)), 1.0, 0.0
+    else:
+        assert problem.cost is not None and problem.float32_cost is not None
+        gain = problem.float32_cost[:, None] - problem.cost
+        step, offset = 1e-6 * _largest(gain[problem.allowed]), float(problem.float32_cost.sum())
+    units = np.eye(formats + 1, dtype=np.bool_)[:, 1:]
+
+    def index_of(point: NDArray[np.bool_]) -> Index:
+        taken = point.reshape(layers, formats)
+        return np.where(taken.any(axis=1), 1 + taken.argmax(axis=1), 0).astype(np.int64)
+
+    def improve(point: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return units[_grown(problem, _repaired(problem, index_of(point), limit), limit)].ravel()
+
+    found = branch.most(
+        np.where(problem.allowed, gain, -np.inf).ravel(),
+        _gram(problem),
+        limit,
+        improve(np.zeros(layers * formats, np.bool_)),
+        step=step,
+        groups=np.repeat(np.arange(layers), formats),
+        improve=improve,
+        time_limit=time_limit,
+    )
+    return index_of(found.point), offset - found.bound, found.nodes
+
+
+def _outer(problem: Problem, limit: float, time_limit: float) -> tuple[Index, float, int]:
+    """Index, bound of the objective, programs: each cuts off the point that the last one found (outer approximation)."""
+    start, program = time.perf_counter(), _Program(problem)
+    gram = _gram(problem)
+    straight, rest = branch.split(gram, start + time_limit / 4)
+    objective = program.objective()
+    best = _grown(problem, np.zeros(len(problem.layers), np.int64), limit)
+    bound, cuts, rounds = -math.inf, [_Row(program.low(0.5 * straight), limit)], 0
+
+    def tangent(point: Floats) -> _Row:
+        slope = rest @ point
+        return _Row(program.low(0.5 * straight + slope), limit + 0.5 * max(0.0, float(point @ slope)))
+
+    def proved(bound: float) -> float:
+        return _whole(bound) if problem.objective == "lower_max" else bound + program.offset
+
+    def left() -> float:
+        return time_limit - (time.perf_counter() - start)
+
+    while rounds == 0 or (rounds < 60 and left() > 0.5 * time_limit):  # cheap, and its cuts hold for the whole problem
+        relaxed = program.relax(objective, cuts)
+        rounds += 1
+        bound = max(bound, proved(float(objective @ relaxed) - 1e-6 * _largest(objective)))
+        point = program.low_part(relaxed)
+        if 0.5 * float(point @ gram @ point) <= limit * (1 + 1e-3):
+            break
+        cuts.append(tangent(point))
+        repaired = _grown(problem, _repaired(problem, program.rounded(relaxed), limit), limit)
+        best = min(best, repaired, key=problem.rank)
+    while left() > 0:
+        found = program.minimise(objective, cuts, time_limit=left())
+        rounds += 1
+        bound = max(bound, proved(found.bound))
+        if not found.solved:
+            break
+        penalty = problem.penalty_of(found.index)
+        if penalty <= limit * (1 + MARGIN):
+            best = min(best, found.index, key=problem.rank)
+            break
+        cuts.append(tangent(program.low_part(program.point(found.index))))
+        if penalty <= limit * (1 + 1e-4):
+            cuts.append(program.without(found.index))  # so near that the tangent alone is within the solver's tolerance
+        best = min(best, _grown(problem, _repaired(problem, found.index, limit), limit), key=problem.rank)
+        if problem.objective_of(best) <= bound + 2e-6 * _largest(objective):
+            break
+    return best, bound, rounds
+
+
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +474,13 @@ def _fix(program: _Program, weights: Floats, limit: float) -> None:
     program.forbid(np.concatenate([(usable & beyond).ravel(), np.zeros(program.size - program.choices, bool)]))
 
 
+def _gram(problem: Problem) -> Floats:
+    """(L F, L F), rows of what is not allowed set to 0."""
+    assert problem.interactions is not None
+    known = problem.allowed.ravel()
+    return np.where(known[:, None] & known[None, :], problem.interactions, 0.0)
+
+
 def _additive(problem: Problem, index: Index) -> float:
     """Σ penalties, also where the problem has interactions."""
     low = np.flatnonzero(index)
@@ -468,35 +512,6 @@ def _largest(values: Floats) -> float:
 def _whole(bound: float) -> float:
     """The next whole number that is not below a bound."""
     return float(math.ceil(bound - 1e-6)) if math.isfinite(bound) else bound
-
-
-def _split(gram: Floats) -> tuple[Floats, Floats]:
-    """(d, R): xᵀGx = dᵀx + xᵀRx for every 0-1 vector x, R positive semi-definite, Σ d about as large as it can be.
-
-    The larger d, the less a fractional x can gain. Maximises Σ d + μ log det R over the scaled matrix, one entry of d at a time
-    and in closed form, with μ falling. Source: Billionnet and Elloumi, Mathematical Programming 109 (2007), who solve it as a
-    semidefinite program.
-    """
-    diagonal = np.diagonal(gram)
-    used = np.flatnonzero(diagonal > 0)
-    straight = np.zeros(len(gram))
-    if not used.size:
-        return straight, gram.copy()
-    scale = np.sqrt(diagonal[used])
-    scaled = gram[np.ix_(used, used)] / scale[:, None] / scale[None, :]
-    taken = np.zeros(len(used))
-    rest = scaled + 1e-9 * np.eye(len(used))
-    for barrier in np.geomspace(1.0, 1e-4, 20):
-        inverse = np.linalg.inv(rest)
-        for i in range(len(used)):
-            step = 1.0 / inverse[i, i] - barrier
-            column = inverse[:, i].copy()
-            inverse += np.outer(column, column) * (step / (1.0 - step * column[i]))
-            rest[i, i] -= step
-            taken[i] += step
-    taken += min(0.0, float(np.linalg.eigvalsh(scaled - np.diag(taken)).min()))
-    straight[used] = taken * diagonal[used]
-    return straight, gram - np.diag(straight)
 
 
 def _repaired(problem: Problem, index: Index, limit: float) -> Index:

@@ -301,7 +301,7 @@ def _compared(measurement: Measurement, confidence: float | None) -> float:
     if confidence is None:
         return measurement.value
     if measurement.high is None:
-        raise ValueError(f"confidence={confidence} needs Measurement.high (metrics.bootstrap_interval); got None")
+        raise ValueError(f"confidence={confidence} needs Measurement.high (metrics.mean_interval); got None")
     if measurement.confidence not in (None, confidence):
         raise ValueError(f"the interval was measured at {measurement.confidence}, asked for is {confidence}")
     return measurement.high

@@ -38,9 +38,7 @@ def error(low, reference):
 def test_it_measures_the_emulated_model_and_compiles_once(net) -> None:
     model, batches, calibration = net
     blocks = np.repeat([0, 1, 2, 3], 2)
-    evaluate = Evaluation(
-        model, batches, FORMATS, error, calibration=calibration, blocks=blocks, confidence=0.9, seed=3
-    )
+    evaluate = Evaluation(model, batches, FORMATS, error, calibration=calibration, blocks=blocks, confidence=0.9)
     for assignment in ({"first": "bfloat16", "third": "float8_e4m3fn"}, {"second": "float8_e4m3fn"}, {}):
         found = evaluate(assignment)
         named = {name: parse(each) for name, each in assignment.items()}
@@ -56,7 +54,7 @@ def test_it_measures_the_emulated_model_and_compiles_once(net) -> None:
         )
         expected = error(np.float64(low), np.float64(plain))
         np.testing.assert_allclose(found.per_sample, expected, atol=2e-6)
-        interval = metrics.bootstrap_interval(found.per_sample, blocks, confidence=0.9, seed=3)
+        interval = metrics.mean_interval(found.per_sample, blocks, confidence=0.9)
         assert (found.low, found.high, found.confidence) == (interval.low, interval.high, 0.9)
     assert evaluate.ledger == Ledger(forward=4 * 8, evaluations=3, compilations=1)
     assert evaluate._run._cache_size() == 1

@@ -140,6 +140,57 @@ def test_an_interval_that_makes_no_sense_is_refused(change: dict, message: str) 
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_without_skewness_the_mean_interval_is_students(seed: int) -> None:
+    half = np.random.default_rng(seed).normal(size=7)
+    values = 3 + np.concatenate([half, -half])
+    interval = metrics.mean_interval(values, np.arange(14), confidence=0.9)
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.9)
+    np.testing.assert_allclose([interval.low, interval.high], [expected.low, expected.high], rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_ends_of_the_mean_interval_solve_halls_equation(seed: int) -> None:
+    """g(T) = T + a T² / √n + a² T³ / (3 n) + γ / (6 √n), a = γ / 3, at T = (mean - end) / error is the quantile of t."""
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(np.repeat(np.arange(9), rng.integers(1, 5, 9)))
+    values = rng.exponential(size=len(ids))
+    sums, sizes = (np.array([f(values[ids == b]) for b in range(9)]) for f in (np.sum, len))
+    mean = values.mean()
+    rest = (sums - mean * sizes) / sizes.mean()
+    gamma, error = (rest**3).mean() / (rest**2).mean() ** 1.5, np.sqrt((rest**2).mean() / 8)
+    interval = metrics.mean_interval(values, ids, confidence=0.9)
+    for end, quantile in ((interval.low, 0.95), (interval.high, 0.05)):
+        t, a = (mean - end) / error, gamma / 3
+        g = t + a * t**2 / 3 + a**2 * t**3 / 27 + gamma / 18
+        assert g == pytest.approx(scipy.stats.t.ppf(quantile, 8), rel=1e-9)
+    assert (interval.high - mean > mean - interval.low) == (gamma > 0)
+
+
+@pytest.mark.parametrize(("blocks", "least"), [(6, 0.88), (24, 0.93)])
+def test_few_skewed_blocks_are_covered_where_a_percentile_bootstrap_is_too_narrow(blocks: int, least: float) -> None:
+    """The upper end, which an acceptance looks at: it should lie below the mean in 2.5 % of the cases."""
+    rng, covered, percentile = np.random.default_rng(0), 0, 0
+    ids = np.repeat(np.arange(blocks), 2)
+    for i in range(600):
+        values = np.exp(0.7 * rng.normal(size=blocks)[ids] + 0.7 * rng.normal(size=2 * blocks))
+        covered += metrics.mean_interval(values, ids).high >= np.exp(0.49)
+        percentile += metrics.bootstrap_interval(values, ids, num_resamples=200, seed=i).high >= np.exp(0.49)
+    assert covered / 600 > least > percentile / 600 + 0.03
+
+
+def test_the_mean_interval_of_constants_of_nan_and_of_nonsense() -> None:
+    assert metrics.mean_interval([2.0] * 4, [0, 0, 1, 2]) == metrics.Interval(low=2.0, high=2.0)
+    assert metrics.mean_interval([0.0] * 4, [0, 0, 1, 2]) == metrics.Interval(low=0.0, high=0.0)
+    for bad in (np.nan, np.inf):
+        interval = metrics.mean_interval([1.0, bad, 2.0], [0, 1, 2])
+        assert np.isnan(interval.low) and np.isnan(interval.high)
+    with pytest.raises(ValueError, match="at least 2 blocks; got 1"):
+        metrics.mean_interval([1.0, 2.0], ["a", "a"])
+    with pytest.raises(ValueError, match="confidence must lie in"):
+        metrics.mean_interval([1.0, 2.0], [0, 1], confidence=95)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_spearman_agrees_with_scipy_with_ties_and_infinities(seed: int) -> None:
     rng = np.random.default_rng(seed)
     a = rng.integers(6, size=30).astype(float)
