@@ -14,26 +14,35 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from mpjax import lowering as ways
 from mpjax import partition
 from mpjax.emulate import Calibration, product_in
 from mpjax.formats import FLOAT32, Format, amax_scale, parse
 from mpjax.models import Array, Layer, Model, Override, Params, Product
 
 
-def apply(model: Model, assignment: Mapping[str, str], *, calibration: Calibration | None = None) -> Model:
+def apply(
+    model: Model,
+    assignment: Mapping[str, str],
+    *,
+    calibration: Calibration | None = None,
+    lowering: str | Mapping[str, str] = "xla",
+) -> Model:
     """The model with each layer stored and computed in its assigned format; `model` is untouched.
 
     Args:
         model: a float32 model.
         assignment: layer name -> format name; layers that it does not name stay float32.
         calibration: layer name -> largest activation magnitude, for scaled formats (`emulate.calibrate`).
+        lowering: how convolutions are computed: "xla", as the model does; "rule", a good way without timing; or layer -> way
+            (`lowering.WAYS`; `cost.measure` times them).
 
     Returns:
         A Model whose params are {"weights": the params with lowered kernels, "weight_scales", "input_scales"}.
 
     Raises:
         KeyError: an unknown layer (with the nearest known names).
-        ValueError: an unknown format, a model that is already mixed, or a missing activation range.
+        ValueError: an unknown format or way, a model that is already mixed, or a missing activation range.
     """
     if model.original is not None:
         raise ValueError("Expected a float32 model, found one made by apply: pass its .original.")
@@ -45,6 +54,7 @@ def apply(model: Model, assignment: Mapping[str, str], *, calibration: Calibrati
             f"The assignment names {len(unknown)} layers that the model has not: {', '.join(unknown[:5])}. Nearest "
             f"known to the first: {', '.join(near or model.names[:3])}."
         )
+    choose = ways.choose(model, lowering)
     kernels: dict[str, Array] = {}
     weight_scales: dict[str, Array] = {}
     input_scales: dict[str, Array] = {}
@@ -75,11 +85,10 @@ def apply(model: Model, assignment: Mapping[str, str], *, calibration: Calibrati
 
         def execute(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
             fmt = formats.get(layer.name, FLOAT32)
-            if not fmt.scaled:
-                return multiply(fmt, product, operand(fmt, lhs), rhs)
-            scale = mixed_params["input_scales"][layer.name]
-            both = scale * mixed_params["weight_scales"][layer.name]
-            return multiply(fmt, product, operand(fmt, lhs, scale), rhs, both)
+            scale = mixed_params["input_scales"][layer.name] if fmt.scaled else None
+            both = None if scale is None else scale * mixed_params["weight_scales"][layer.name]
+            lhs = operand(fmt, lhs, scale)
+            return multiply(fmt, choose(layer, product, lhs, rhs), lhs, rhs, both)
 
         return model.call(mixed_params["weights"], *inputs, override=execute)
 

@@ -152,7 +152,7 @@ def compile(model: Model, batches: Batches) -> Compiled:  # noqa: A001 - the des
         nudged = [function(weights, *map(_nudge, batch)) for batch in batches] if model.original else stepwise
     distance, spread = _largest_error(stepwise, truth), _largest_error(nudged, stepwise)
     limit = FLOAT32_LIMIT
-    if model.original:
+    if model.original and any(name != "float32" for name in (model.assignment or {}).values()):
         limit = max(FLOAT32_LIMIT / 10, distance / 4, min(2 * spread, 0.75 * distance))
     skipped: list[str] = []
     errors: list[str] = []

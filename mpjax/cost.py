@@ -23,8 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax import apply, compiled, graph, timing
+from mpjax import lowering as lowerings
 from mpjax.formats import FLOAT32, FORMATS, Format, parse_all
 from mpjax.models import Array, Model, check_batches
+
+_OWN = "model"  # the model's own function for a product
+_ORDER = (_OWN, *lowerings.WAYS)
 
 Progress = Callable[[int, int, str], None]  # (measured, of how many, layer)
 
@@ -44,6 +48,7 @@ class Costs:
         spread: (L, F) interquartile range of the same rounds, summed over the runs.
         cast_seconds: (L, F) the part of `seconds` that casts the input; 0 in float32.
         overhead: seconds that starting a program takes; `seconds` holds it once per run.
+        ways: (L, F) how each layer's convolution was computed (`lowering.WAYS`); None where as the model does.
         notes: what was not timed, and why.
     """
 
@@ -58,7 +63,29 @@ class Costs:
     spread: np.ndarray | None = None
     cast_seconds: np.ndarray | None = None
     overhead: float | None = None
+    ways: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+
+    def lowering(self, assignment: Mapping[str, str]) -> dict[str, str]:
+        """Layer -> way, as timed in its format: `apply.apply(model, assignment, lowering=costs.lowering(assignment))`.
+
+        Raises:
+            KeyError: an unknown layer.
+            ValueError: costs that were measured without ways, or a format that they lack.
+        """
+        if self.ways is None:
+            raise ValueError('Expected costs measured with lowering="rule" or "auto", found none with ways.')
+        rows, columns = self._columns(assignment)
+        return dict(zip(self.layers, self.ways[rows, columns].tolist(), strict=True))
+
+    def _columns(self, assignment: Mapping[str, str]) -> tuple[np.ndarray, list[int]]:
+        """Where the costs of each layer in its format stand."""
+        _known(assignment, self.layers)
+        unknown = sorted(set(assignment.values()) - set(self.formats))
+        if unknown:
+            raise ValueError(f"No costs for {', '.join(unknown)}; these are for {', '.join(self.formats)}.")
+        columns = [self.formats.index(assignment.get(name, FLOAT32.name)) for name in self.layers]
+        return np.arange(len(columns)), columns
 
     @property
     def product_seconds(self) -> np.ndarray:
@@ -111,6 +138,7 @@ def measure(
     model: Model,
     formats: Sequence[str | Format],
     *inputs: Array,
+    lowering: str = "xla",
     rounds: int = 9,
     cache: str | Path | None = None,
     progress: Progress | None = None,
@@ -123,6 +151,8 @@ def measure(
 
     Args:
         model, formats, *inputs: as in `static`; the shapes of `inputs`, batch included, are those that are timed.
+        lowering: "xla" times a convolution as the model computes it, "rule" in the way of `lowering.rule`, "auto" in every way
+            that covers it, and keeps the fastest for each layer and format (`Costs.lowering`).
         rounds: timings of each program.
         cache: a folder for timings, kept per device, jax and jaxlib version and number of cores, and saved after each product.
             Formats that come from it were timed at another moment than those that do not.
@@ -130,10 +160,12 @@ def measure(
         options: compiler options, by default those of `compiled.compile`.
 
     Raises:
-        ValueError: as in `static`, or `rounds` below 1.
+        ValueError: as in `static`, `rounds` below 1, or another word for `lowering`.
     """
     if rounds < 1:
         raise ValueError(f"Expected at least one round, found rounds={rounds}.")
+    if lowering not in ("xla", "rule", "auto"):
+        raise ValueError(f'lowering must be "xla", "rule" or "auto"; found {lowering!r}.')
     low = _with_float32(formats)
     calls = _calls(model, inputs)
     costs = _static(model, low, inputs, calls)
@@ -143,12 +175,14 @@ def measure(
     distinct: dict[tuple, graph.Call] = {}
     for call in calls:
         distinct.setdefault(_identity(call), call)
-    entries: dict[tuple, dict[str, timing.Entry | str]] = {}
+    entries: dict[tuple, dict[tuple[str, str], timing.Entry | str]] = {}
     for number, (identity, call) in enumerate(distinct.items(), start=1):
-        entries[identity] = kept.of({fmt.name: _programs(fmt, call) for fmt in timed})
+        wanted = {(fmt.name, way): _programs(fmt, call, way) for fmt in timed for way in _ways(call, lowering)}
+        entries[identity] = kept.of(wanted)
         if progress is not None:
             progress(number, len(distinct), call.layer)
     seconds, spread, casts = (np.full(costs.weight_bytes.shape, np.nan) for _ in range(3))
+    chosen = np.full(costs.weight_bytes.shape, "xla", object)
     notes = [
         f"{fmt.name} was not timed: no hardware accumulates in float16 here, XLA runs an emulation of it."
         for fmt in low
@@ -157,21 +191,32 @@ def measure(
     for (row, name), (column, fmt) in itertools.product(enumerate(costs.layers), enumerate(low)):
         if fmt not in timed:
             continue
-        own = [(call.runs, entries[_identity(call)][fmt.name]) for call in calls if call.layer == name]
-        failed = [entry for _, entry in own if isinstance(entry, str)]
-        if failed:
-            notes.append(f"{name} in {fmt.name} was not timed: {failed[0]}")
+        own = [(call.runs, entries[_identity(call)]) for call in calls if call.layer == name]
+        common = [way for way in _ORDER if all((fmt.name, way) in each for _, each in own)]
+        sums = {}
+        for way in common:
+            found = [(runs, each[fmt.name, way]) for runs, each in own]
+            good = [(runs, entry) for runs, entry in found if isinstance(entry, timing.Entry)]
+            if len(good) == len(found):
+                sums[way] = [
+                    sum(runs * getattr(entry, what) for runs, entry in good) for what in ("median", "spread", "cast")
+                ]
+        if not sums:
+            failed = next(
+                each[fmt.name, way] for _, each in own for way in common if isinstance(each[fmt.name, way], str)
+            )
+            notes.append(f"{name} in {fmt.name} was not timed: {failed}")
             continue
-        good = [(runs, entry) for runs, entry in own if isinstance(entry, timing.Entry)]
-        seconds[row, column] = sum(runs * entry.median for runs, entry in good)
-        spread[row, column] = sum(runs * entry.spread for runs, entry in good)
-        casts[row, column] = sum(runs * entry.cast for runs, entry in good)
+        best = min(sums, key=lambda way: sums[way][0])
+        chosen[row, column] = best
+        seconds[row, column], spread[row, column], casts[row, column] = sums[best]
     return replace(
         costs,
         seconds=seconds,
         spread=spread,
         cast_seconds=casts,
         overhead=overhead.median if isinstance(overhead, timing.Entry) else None,
+        ways=None if lowering == "xla" else chosen,
         notes=tuple(notes),
     )
 
@@ -188,12 +233,7 @@ def predicted(costs: Costs, assignment: Mapping[str, str], *, edges: Iterable[tu
         KeyError: an unknown layer.
         ValueError: a format that has no costs or was not timed, or costs that were not measured.
     """
-    _known(assignment, costs.layers)
-    unknown = sorted(set(assignment.values()) - set(costs.formats))
-    if unknown:
-        raise ValueError(f"No costs for {', '.join(unknown)}; these are for {', '.join(costs.formats)}.")
-    columns = [costs.formats.index(assignment.get(name, FLOAT32.name)) for name in costs.layers]
-    rows = np.arange(len(columns))
+    rows, columns = costs._columns(assignment)
     per_layer = (costs.product_seconds if edges is not None else costs._timed()[0])[rows, columns]
     if np.isnan(per_layer).any():
         row = int(np.flatnonzero(np.isnan(per_layer))[0])
@@ -296,7 +336,20 @@ def _describe(call: graph.Call) -> str:
     return f"{product.kind} {shape}{window}, {'no ' if call.bias is None else ''}bias, {function}"
 
 
-def _programs(fmt: Format, call: graph.Call) -> timing.Programs:
+def _ways(call: graph.Call, lowering: str) -> tuple[str, ...]:
+    """The ways to time a product in; XLA's in the model's own form where nothing is chosen."""
+    if lowering == "xla":
+        return (_OWN,)
+    if lowering == "rule":
+        return (lowerings.rule(call.product, call.lhs, call.rhs),)
+    return lowerings.ways(call.product, call.lhs, call.rhs)
+
+
+def _programs(fmt: Format, call: graph.Call, way: str) -> timing.Programs:
+    described = _describe(call)
+    if way != _OWN:
+        call = replace(call, product=lowerings.lowered(call.product, way))
+        described = f"{described} as {way}"
     rng = np.random.default_rng(0)
 
     def numbers(spec: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -315,7 +368,7 @@ def _programs(fmt: Format, call: graph.Call) -> timing.Programs:
 
     rest = (weights, bias, scale)
     narrow = None if fmt == FLOAT32 else (jax.jit(product), (lhs.astype(jnp.dtype(fmt.operand)), *rest))
-    return timing.Programs(name=f"{fmt.name}: {_describe(call)}", whole=(jax.jit(whole), (lhs, *rest)), product=narrow)
+    return timing.Programs(name=f"{fmt.name}: {described}", whole=(jax.jit(whole), (lhs, *rest)), product=narrow)
 
 
 # --- small things -------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mpjax.lowering import depthwise_conv
+from mpjax.depthwise import depthwise_conv
 from mpjax.models import Layer, Product
 
 # Positions of a depthwise convolution's output in one step of the sum. 16 to 64 are equally fast; with fewer terms XLA:CPU
@@ -36,11 +36,11 @@ def matrix_gradients(layer: Layer, product: Product, lhs: Array, rhs: Array) -> 
     """An override that changes no value, only how the gradient with respect to the weights is computed.
 
     Covered are convolutions of any rank, stride, padding and kernel dilation in Flax's layout, with one group or depthwise
-    (any multiplier), in float32 or float64, run by `lax.conv_general_dilated` or `lowering.depthwise_conv`. Everything else
+    (any multiplier), in float32 or float64, run by `lax.conv_general_dilated` or `depthwise.depthwise_conv`. Everything else
     (other groups, dots, whose own gradients are matrix products already, a hook of the module's own) is left as it is.
 
     Gradients with respect to activations are the product's own; but those of 1x1 convolutions are matrix products, too, and
-    those of 2-D depthwise ones are `lowering.depthwise_conv`'s.
+    those of 2-D depthwise ones are `depthwise.depthwise_conv`'s.
 
     Memory beside the gradient itself: the padded activations, and a tap's slice of them.
     """

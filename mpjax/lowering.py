@@ -1,27 +1,122 @@
-"""Ways to compute one product on a backend.
+"""Ways to compute a layer's convolution, each equal to XLA's up to float32 rounding, and a rule that picks one.
 
-So far one: the depthwise convolution as shifted multiply-adds, which XLA:CPU runs tens of times faster than
-its own grouped convolution.  A timed choice between several lowerings, per layer and format, comes later;
-until then a caller picks.
+| way | what it does | for |
+| --- | --- | --- |
+| `xla` | `lax.conv_general_dilated`, `lax.dot_general` | anything |
+| `dot` | pixels are the rows of a matrix product | 1x1 kernels |
+| `im2col` | all taps of a pixel side by side are the rows of a matrix product | any kernel |
+| `taps` | a matrix product to one plane for each tap and output channel, then a sum of shifted planes | few output channels |
+| `terms` | the sum over taps and input channels of a shifted plane times its weights | few input channels |
+| `shift` | the sum over taps of shifted slices times weights (`depthwise`) | depthwise convolutions |
+
+Operands keep their dtype where a matrix product takes them, accumulated in float32. They are converted up before they are padded,
+shifted or multiplied one by one: on a CPU narrow arithmetic outside a matrix product is emulated.
 """
+
+from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
+from mpjax.depthwise import depthwise_conv
+from mpjax.models import Array, Layer, Model, Product
+
+WAYS = ("xla", "dot", "im2col", "taps", "terms", "shift")
 _NHWC = ("NHWC", "HWIO", "NHWC")
+_MOST_TERMS = 64  # of `terms`: more are a long program
+_MOST_PLANES = 128  # of `taps`
 
 
-def depthwise_conv(
-    lhs: jax.Array,
-    rhs: jax.Array,
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """A 2-D convolution of (N, H, W, C) with (kh, kw, C, O), undilated input, one group."""
+
+    strides: tuple[int, int]
+    pads: tuple[tuple[int, int], tuple[int, int]]
+    dilation: tuple[int, int]
+    kernel: tuple[int, int]
+    out: tuple[int, int]
+
+
+def ways(product: Product, lhs: jax.ShapeDtypeStruct, rhs: jax.ShapeDtypeStruct) -> tuple[str, ...]:
+    """The ways that compute this product of operands of these shapes; `xla` first."""
+    if not _replaceable(product):
+        return ("xla",)
+    if _depthwise(product, lhs, rhs):
+        return ("xla", "shift")
+    window = _window(product, lhs, rhs)
+    if window is None:
+        return ("xla",)
+    taps, channels, outputs = window.kernel[0] * window.kernel[1], rhs.shape[2], rhs.shape[3]
+    found = ["xla", "dot" if taps == 1 else "im2col"]
+    if taps > 1 and taps * outputs <= _MOST_PLANES:
+        found.append("taps")
+    if 1 < taps * channels <= _MOST_TERMS and channels <= 8:
+        found.append("terms")
+    return tuple(found)
+
+
+def rule(product: Product, lhs: jax.ShapeDtypeStruct, rhs: jax.ShapeDtypeStruct) -> str:
+    """A good way without timing, for a CPU; on another backend XLA's own, whose libraries know convolutions."""
+    possible = ways(product, lhs, rhs)
+    if jax.default_backend() != "cpu":
+        return "xla"
+    for way in ("shift", "dot"):
+        if way in possible:
+            return way
+    if "taps" in possible and rhs.shape[3] <= 8 and set(product.window_strides) == {1}:
+        return "taps"
+    if "terms" in possible and rhs.shape[2] <= 4:
+        return "terms"
+    return "im2col" if "im2col" in possible else "xla"
+
+
+def lowered(product: Product, way: str) -> Product:
+    """The product, computed in a way; in XLA's where that way does not cover it.
+
+    Raises:
+        ValueError: an unknown way.
+    """
+    if way not in WAYS:
+        raise ValueError(f"Unknown way {way!r}. Known: {', '.join(WAYS)}.")
+    if not _replaceable(product):
+        return product
+    if product.kind == "dot":
+        return product
+    return replace(product, function=functools.partial(convolution, way))
+
+
+def choose(model: Model, lowering: str | Mapping[str, str]) -> Callable[[Layer, Product, Array, Array], Product]:
+    """What `apply` does with a layer's product: `"xla"`, `"rule"`, or a way for each layer by name (XLA's for the others).
+
+    Raises:
+        ValueError: another word, an unknown way.
+        KeyError: an unknown layer.
+    """
+    if isinstance(lowering, str):
+        if lowering not in ("xla", "rule"):
+            raise ValueError(f'lowering must be "xla", "rule" or layer -> way; found {lowering!r}.')
+        if lowering == "xla":
+            return lambda layer, product, lhs, rhs: product
+        return lambda layer, product, lhs, rhs: lowered(product, rule(product, _spec(lhs), _spec(rhs)))
+    for name, way in lowering.items():
+        model.layer(name)
+        if way not in WAYS:
+            raise ValueError(f"Layer {name!r}: unknown way {way!r}. Known: {', '.join(WAYS)}.")
+    return lambda layer, product, lhs, rhs: lowered(product, lowering.get(layer.name, "xla"))
+
+
+def convolution(
+    way: str,
+    lhs: Array,
+    rhs: Array,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     lhs_dilation: Sequence[int] | None = None,
@@ -31,28 +126,12 @@ def depthwise_conv(
     batch_group_count: int = 1,
     precision: Any = None,
     preferred_element_type: Any = None,
-) -> jax.Array:
-    """``jax.lax.conv_general_dilated``, fast for 2-D depthwise convolutions; fits Flax's hook of that name.
+) -> Array:
+    """`jax.lax.conv_general_dilated`, computed in a way; what that does not cover goes to lax unchanged.
 
-    A depthwise convolution has ``feature_group_count`` equal to its input channels C.  It is computed as pad,
-    a barrier (else XLA pads anew for each tap), and the sum over the taps of a strided slice times that tap's
-    weights.  Floats narrower than 32 bits are converted up before padding and accumulated in fp32, so the
-    products of two bf16 or fp16 numbers are exact; the result has the dtype that ``lax`` would give.
-    ``precision`` has no effect: the multiply-adds run in full precision.
-
-    What it does not cover (other groups, layouts or ranks, lhs dilation, integers, an empty result) goes to
-    ``lax`` unchanged.
-
-    Args:
-        lhs: activations (N, H, W, C).
-        rhs: weights (kh, kw, 1, C·M), multiplier M ≥ 1; output channel c·M + m belongs to input channel c.
-        window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
-            batch_group_count, precision, preferred_element_type: as in ``jax.lax.conv_general_dilated``.
-
-    Returns:
-        (N, H', W', C·M).
+    Arguments after the first, shapes and result dtype as in lax. Sums are accumulated in float32 at least.
     """
-    options = dict(
+    options: dict[str, Any] = dict(
         lhs_dilation=lhs_dilation,
         rhs_dilation=rhs_dilation,
         dimension_numbers=dimension_numbers,
@@ -61,148 +140,150 @@ def depthwise_conv(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+    if way == "shift":
+        return depthwise_conv(lhs, rhs, window_strides, padding, **options)
+    window = None
+    if way != "xla" and batch_group_count == 1:
+        window = _geometry(
+            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count
+        )
+    if window is None or (way == "dot" and window.kernel != (1, 1)):
+        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
+    result = jnp.dtype(preferred_element_type or lhs.dtype)
+    accumulate = max((jnp.dtype(jnp.float32), lhs.dtype, result), key=lambda dtype: dtype.itemsize)
+    compute = {"dot": _dot, "im2col": _im2col, "taps": _taps, "terms": _terms}[way]
+    return compute(lhs, rhs, window, accumulate, precision).astype(result)
+
+
+# --- the ways ---------------------------------------------------------------------------------------------------------
+
+
+def _dot(lhs: Array, rhs: Array, window: _Window, accumulate: Any, precision: Any) -> Array:
+    x = _padded(lhs, window)
+    if x.shape[1:3] != window.out:
+        (x,) = _slices(x, window)
+    return _matmul(x, rhs.reshape(rhs.shape[2:]), accumulate, precision)
+
+
+def _im2col(lhs: Array, rhs: Array, window: _Window, accumulate: Any, precision: Any) -> Array:
+    columns = jnp.concatenate(list(_slices(_padded(lhs, window), window)), axis=3)
+    return _matmul(columns, rhs.reshape(-1, rhs.shape[3]), accumulate, precision)
+
+
+def _taps(lhs: Array, rhs: Array, window: _Window, accumulate: Any, precision: Any) -> Array:
+    outputs = rhs.shape[3]
+    weights = jnp.moveaxis(rhs, 2, 0).reshape(rhs.shape[2], -1)
+    # A barrier: otherwise XLA pads anew for each tap.
+    planes = lax.optimization_barrier(_padded(_matmul(lhs, weights, accumulate, precision), window))
+    shifted = enumerate(_slices(planes, window))
+    return functools.reduce(jnp.add, [part[..., n * outputs : (n + 1) * outputs] for n, part in shifted])
+
+
+def _terms(lhs: Array, rhs: Array, window: _Window, accumulate: Any, precision: Any) -> Array:
+    x = lax.optimization_barrier(_padded(lhs.astype(accumulate), window))
+    weights = rhs.astype(accumulate)
+    taps = itertools.product(*map(range, window.kernel))
+    return functools.reduce(
+        jnp.add,
+        [
+            part[..., c : c + 1] * weights[None, i : i + 1, j : j + 1, c]
+            for (i, j), part in zip(taps, _slices(x, window), strict=True)
+            for c in range(rhs.shape[2])
+        ],
+    )
+
+
+def _matmul(x: Array, weights: Array, accumulate: Any, precision: Any) -> Array:
+    """(N, H, W, C) times (C, O) -> (N, H, W, O)."""
+    flat = x.reshape(-1, x.shape[3])
+    out = lax.dot_general(
+        flat, weights, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=accumulate
+    )
+    return out.reshape(*x.shape[:3], weights.shape[1])
+
+
+def _padded(x: Array, window: _Window) -> Array:
+    if not any(map(any, window.pads)):
+        return x
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in window.pads), (0, 0, 0)])
+
+
+def _slices(x: Array, window: _Window) -> Iterator[Array]:
+    """Of the padded input, what each tap meets, (N, H', W', C)."""
+    span = [(size - 1) * step + 1 for size, step in zip(window.out, window.strides, strict=True)]
+    for i, j in itertools.product(*map(range, window.kernel)):
+        top, left = i * window.dilation[0], j * window.dilation[1]
+        stop = (x.shape[0], top + span[0], left + span[1], x.shape[3])
+        yield lax.slice(x, (0, top, left, 0), stop, (1, *window.strides, 1))
+
+
+# --- what is covered --------------------------------------------------------------------------------------------------
+
+
+def _geometry(
+    lhs: Any,
+    rhs: Any,
+    strides: Sequence[int],
+    padding: Any,
+    lhs_dilation: Sequence[int] | None,
+    rhs_dilation: Sequence[int] | None,
+    dimension_numbers: Any,
+    groups: int,
+) -> _Window | None:
+    """The window of a convolution that the ways cover; None for other layouts, ranks, groups, dtypes and empty results."""
     covered = (
-        lhs.ndim == rhs.ndim == 4
+        len(lhs.shape) == len(rhs.shape) == 4
         and lhs.dtype == rhs.dtype
         and jnp.issubdtype(lhs.dtype, jnp.floating)
-        and (preferred_element_type is None or jnp.issubdtype(preferred_element_type, jnp.floating))
+        and groups == 1
+        and all(step == 1 for step in lhs_dilation or ())
         and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
         == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
-        and feature_group_count == lhs.shape[3]
-        and rhs.shape[2] == 1
-        and rhs.shape[3] % lhs.shape[3] == 0
-        and batch_group_count == 1
-        and all(step == 1 for step in lhs_dilation or ())
     )
     if not covered:
-        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
-
-    kernel = rhs.shape[:2]
-    dilation = tuple(rhs_dilation or (1, 1))
+        return None
+    kernel, dilation = (int(rhs.shape[0]), int(rhs.shape[1])), tuple(map(int, rhs_dilation or (1, 1)))
     extent = [(size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True)]
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
-    padded_size = [size + sum(pads) for size, pads in zip(lhs.shape[1:3], padding, strict=True)]
-    out_size = [(p - e) // s + 1 for p, e, s in zip(padded_size, extent, window_strides, strict=True)]
-    if min(*kernel, *out_size) < 1:
-        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
-
-    result = jnp.dtype(preferred_element_type or lhs.dtype)
-    compute = max((jnp.dtype(jnp.float32), lhs.dtype, result), key=lambda dtype: dtype.itemsize)
+        padding = lax.padtype_to_pads(lhs.shape[1:3], extent, strides, padding)
     pads = tuple((int(low), int(high)) for low, high in padding)
-    out = _depthwise_p.bind(
-        lhs.astype(compute),
-        rhs.astype(compute),
-        strides=tuple(map(int, window_strides)),
-        pads=pads,
-        dilation=tuple(map(int, dilation)),
-        out_size=tuple(map(int, out_size)),
+    padded = [size + low + high for size, (low, high) in zip(lhs.shape[1:3], pads, strict=True)]
+    out = tuple((size - e) // step + 1 for size, e, step in zip(padded, extent, strides, strict=True))
+    if min(*kernel, *out, *lhs.shape, *rhs.shape) < 1:
+        return None
+    return _Window(strides=tuple(map(int, strides)), pads=pads, dilation=dilation, kernel=kernel, out=out)  # type: ignore[arg-type]
+
+
+def _window(product: Product, lhs: Any, rhs: Any) -> _Window | None:
+    if product.kind != "conv":
+        return None
+    return _geometry(
+        lhs,
+        rhs,
+        product.window_strides,
+        product.padding,
+        product.lhs_dilation,
+        product.rhs_dilation,
+        product.dimension_numbers,
+        product.feature_group_count,
     )
-    return out.astype(result)
 
 
-# Inlined when traced from outside; run op by op it is one program, as a convolution of lax is.
-@functools.partial(jax.jit, static_argnames=("strides", "pads", "dilation", "out_size"), inline=True)
-def _shifted_sum(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    *,
-    strides: tuple[int, ...],
-    pads: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
-    out_size: tuple[int, ...],
-) -> jax.Array:
-    """(N, H, W, C), (kh, kw, 1, C·M) -> (N, H', W', C·M): pad, sum the strided slices times weights."""
-    padded = lax.pad(lhs, jnp.zeros((), lhs.dtype), [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)])
-    if rhs.shape[3] > lhs.shape[3]:
-        padded = jnp.repeat(padded, rhs.shape[3] // lhs.shape[3], axis=3)
-    padded = lax.optimization_barrier(padded)
-    span = [(size - 1) * step + 1 for size, step in zip(out_size, strides, strict=True)]
-    taps = []
-    for i, j in itertools.product(range(rhs.shape[0]), range(rhs.shape[1])):
-        top, left = i * dilation[0], j * dilation[1]
-        stop = (padded.shape[0], top + span[0], left + span[1], padded.shape[3])
-        taps.append(lax.slice(padded, (0, top, left, 0), stop, (1, *strides, 1)) * rhs[i : i + 1, j : j + 1])
-    return functools.reduce(jnp.add, taps)
+def _depthwise(product: Product, lhs: Any, rhs: Any) -> bool:
+    return (
+        product.kind == "conv"
+        and len(lhs.shape) == 4
+        and product.feature_group_count == lhs.shape[3] > 1
+        and rhs.shape[2] == 1
+        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, product.dimension_numbers)
+        == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
+    )
 
 
-# The transpose of a sum of slices is a sum of padded arrays, which XLA:CPU computes about five times slower than the sum
-# itself. So the product is a primitive of its own, bilinear, whose transpose with respect to the activations is again
-# made of depthwise convolutions: of the cotangent with the flipped kernel, one for each phase of the stride.
+def _replaceable(product: Product) -> bool:
+    """Whether the product is XLA's or ours: a hook of the model's author stays."""
+    return product.function in (lax.dot_general, lax.conv_general_dilated, depthwise_conv)
 
 
-def _transpose_lhs(
-    cotangent: Any,
-    lhs: Any,
-    rhs: jax.Array,
-    *,
-    strides: tuple[int, ...],
-    pads: tuple[tuple[int, int], ...],
-    dilation: tuple[int, ...],
-    out_size: tuple[int, ...],
-) -> Any:
-    if type(cotangent) is ad.Zero:
-        return ad.Zero(lhs.aval)
-    shape = lhs.aval.shape
-    if dilation != (1, 1):
-        options = dict(strides=strides, pads=pads, dilation=dilation, out_size=out_size)
-        zeros = jnp.zeros(shape, lhs.aval.dtype)
-        return jax.linear_transpose(lambda x: _shifted_sum(x, rhs, **options), zeros)(cotangent)[0]
-    sizes = tuple(-(-size // step) for size, step in zip(shape[1:3], strides, strict=True))
-    rows = []
-    for top in range(strides[0]):
-        across = []
-        for left in range(strides[1]):
-            taps, edges = rhs, []
-            for axis, phase in enumerate((top, left)):
-                step, low = strides[axis], pads[axis][0]
-                # Input phase + step · q meets outputs q + shift − k through the taps first + step · k.
-                first = (phase + low) % step
-                shift = (phase + low - first) // step
-                taps = taps[(slice(None),) * axis + (slice(first, None, step),)]
-                edges.append((taps.shape[axis] - 1 - shift, sizes[axis] + shift - out_size[axis]))
-            if taps.size == 0:  # a stride larger than the kernel
-                out = jnp.zeros((shape[0], *sizes, rhs.shape[3]), cotangent.dtype)
-            else:
-                out = _depthwise_p.bind(
-                    cotangent,
-                    taps[::-1, ::-1],
-                    strides=(1, 1),
-                    pads=tuple(edges),
-                    dilation=(1, 1),
-                    out_size=sizes,
-                )
-            across.append(out.reshape(*out.shape[:3], shape[3], -1).sum(-1))
-        rows.append(jnp.stack(across, axis=3))
-    whole = jnp.stack(rows, axis=2)  # (N, Q, stride, Q', stride', C)
-    whole = whole.reshape(shape[0], sizes[0] * strides[0], sizes[1] * strides[1], shape[3])
-    return whole[:, : shape[1], : shape[2]]
-
-
-def _transpose_rhs(cotangent: Any, lhs: jax.Array, rhs: Any, **options: Any) -> Any:
-    if type(cotangent) is ad.Zero:
-        return ad.Zero(rhs.aval)
-    zeros = jnp.zeros(rhs.aval.shape, rhs.aval.dtype)
-    (out,) = jax.linear_transpose(lambda w: _shifted_sum(lhs, w, **options), zeros)(cotangent)
-    return out
-
-
-def _batch(arrays: Sequence[jax.Array], axes: Sequence[Any], **options: Any) -> tuple[jax.Array, int]:
-    lhs, rhs = arrays
-    if axes[1] is None:  # more examples of the same convolution
-        lhs = jnp.moveaxis(lhs, axes[0], 0)
-        out = _depthwise_p.bind(lhs.reshape(-1, *lhs.shape[2:]), rhs, **options)
-        return out.reshape(*lhs.shape[:2], *out.shape[1:]), 0
-    return jax.vmap(functools.partial(_shifted_sum, **options), in_axes=tuple(axes))(lhs, rhs), 0
-
-
-def _shape(lhs: Any, rhs: Any, *, out_size: tuple[int, ...], **_: Any) -> Any:
-    return jax.core.ShapedArray((lhs.shape[0], *out_size, rhs.shape[3]), lhs.dtype)
-
-
-_depthwise_p = Primitive("depthwise_conv")
-_depthwise_p.def_impl(_shifted_sum)
-_depthwise_p.def_abstract_eval(_shape)
-ad.defbilinear(_depthwise_p, _transpose_lhs, _transpose_rhs)
-batching.primitive_batchers[_depthwise_p] = _batch
-mlir.register_lowering(_depthwise_p, mlir.lower_fun(_shifted_sum, multiple_results=False))
+def _spec(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)

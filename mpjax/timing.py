@@ -12,16 +12,18 @@ import platform
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from mpjax import compiled, report
 from mpjax.files import write_json
+
+Name = TypeVar("Name", bound=Hashable)
 
 _SHORTEST = 1e-3  # seconds; a shorter run is repeated until one timing takes that long
 _VERSION = 1  # of the file
@@ -90,10 +92,10 @@ class Timings:
             self.path = folder / (re.sub(r"[^\w.]+", "-", " ".join(map(str, words))) + ".json")
             self.entries = self._read(self.path)
 
-    def of(self, wanted: Mapping[str, Programs]) -> dict[str, Entry | str]:
+    def of(self, wanted: Mapping[Name, Programs]) -> dict[Name, Entry | str]:
         """The entries by the same names; a text, in place of an entry, says why a program could not be compiled."""
-        found: dict[str, Entry | str] = {}
-        missing: dict[str, tuple[str, list[Callable[[], Any]]]] = {}
+        found: dict[Name, Entry | str] = {}
+        missing: dict[Name, tuple[str, list[Callable[[], Any]]]] = {}
         for name, programs in wanted.items():
             pair = [each for each in (programs.whole, programs.product) if each is not None]
             try:

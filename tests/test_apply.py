@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpjax import apply, emulate, formats, models
-from mpjax.lowering import depthwise_conv
+from mpjax.depthwise import depthwise_conv
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -91,3 +91,27 @@ def test_clear_errors(small):
         apply.apply(mixed, {"head": "bfloat16"})
     with pytest.raises(ValueError, match="takes no override"):
         mixed.call(mixed.params, x, override=lambda layer, product, lhs, rhs: product(lhs, rhs))
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float8_e4m3fn", "float16_acc16"])
+@pytest.mark.parametrize("lowering", ["rule", {"stem": "im2col", "depthwise": "shift"}, {"stem": "terms"}])
+def test_another_way_gives_the_same_numbers(small, name, lowering):
+    model, x = small
+    ranges = emulate.calibrate(model, [(x,)])
+    everything = dict.fromkeys(model.names, name)
+    plain = apply.apply(model, everything, calibration=ranges)
+    other = apply.apply(model, everything, calibration=ranges, lowering=lowering)
+    expected, found = plain.call(plain.params, x), other.call(other.params, x)
+    distance = float(jnp.abs(expected - model.call(model.params, x)).max())
+    # sums in another order: float32 rounding, which may flip a narrow rounding further on
+    assert float(jnp.abs(found - expected).max()) <= 1e-6 + 0.25 * distance
+    if name != "float16_acc16" and lowering != {
+        "stem": "terms"
+    }:  # the accumulation is emulated; one layer is left to XLA
+        assert "conv_general_dilated" not in str(jax.make_jaxpr(other.call)(other.params, x))
+
+
+def test_a_way_for_a_layer_that_is_not_there_is_refused(small):
+    model, _ = small
+    with pytest.raises(KeyError, match="Unknown layer 'stam'"):
+        apply.apply(model, {}, lowering={"stam": "dot"})

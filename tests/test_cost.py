@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpjax import cost, graph, models, timing
-from mpjax.lowering import depthwise_conv
+from mpjax.depthwise import depthwise_conv
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -328,3 +328,49 @@ def test_misuse_is_refused_before_anything_runs(small, made, function):
         with pytest.raises(ValueError, match="at least one round, found rounds=0"):
             function(small, ("float16",), X, rounds=0)
     assert made == {"compiled": 0, "timed": 0}
+
+
+def test_auto_times_every_way_and_keeps_the_fastest(small, monkeypatch):
+    """Made-up seconds by the program's name: terms first for the stem in float32, im2col in bfloat16."""
+    fast = {"float32: conv 2x8x8x3 * 3x3x3x8": "terms", "bfloat16: conv 2x8x8x3 * 3x3x3x8": "im2col"}
+    seen = []
+
+    def of(self, wanted):
+        seen.extend(each.name for each in wanted.values())
+        made = {}
+        for name, each in wanted.items():
+            best = next((way for start, way in fast.items() if each.name.startswith(start)), "shift")
+            made[name] = timing.Entry(
+                seconds=(0.001 if each.name.endswith(f" as {best}") else 0.002,), product_seconds=()
+            )
+        return made
+
+    monkeypatch.setattr(timing.Timings, "of", of)
+    costs = cost.measure(small, ("bfloat16",), X, lowering="auto", rounds=1)
+    assert costs.ways is not None and costs.seconds is not None
+    np.testing.assert_array_equal(costs.ways[:2], [["terms", "im2col"], ["shift", "shift"]])
+    assert set(costs.ways[2:].ravel()) == {"xla"}
+    np.testing.assert_allclose(costs.seconds[:2], 0.001)
+    assert costs.lowering({"stem": "bfloat16"}) == {
+        **dict.fromkeys(NAMES, "xla"),
+        "stem": "im2col",
+        "depthwise": "shift",
+    }
+    assert any("as im2col" in name for name in seen) and not any("stem as dot" in name for name in seen)
+    by_rule = cost.measure(small, ("bfloat16",), X, lowering="rule", rounds=1)
+    assert by_rule.ways is not None and by_rule.ways[0, 0] == "terms" and by_rule.ways[1, 0] == "shift"
+    with pytest.raises(ValueError, match='lowering must be "xla", "rule" or "auto"'):
+        cost.measure(small, ("bfloat16",), X, lowering="fast")
+    with pytest.raises(ValueError, match="none with ways"):
+        cost.static(small, ("bfloat16",), X).lowering({})
+
+
+def test_a_way_is_what_is_timed(small):
+    """Really compiled: the lowered program of each way is its own."""
+    (stem,) = (call for call in graph.calls(small, X) if call.layer == "stem")
+    texts = {}
+    for way in ("xla", "im2col", "terms"):
+        function, arguments = cost._programs(cost.FLOAT32, stem, way).whole
+        texts[way] = function.lower(*arguments).as_text()
+    assert "convolution" in texts["xla"] and "dot_general" in texts["im2col"] and len(set(texts.values())) == 3
+    assert "convolution" not in texts["terms"] and "dot_general" not in texts["terms"]

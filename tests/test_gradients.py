@@ -9,8 +9,8 @@ from flax import nnx
 from jax import lax
 
 from mpjax import models
+from mpjax.depthwise import depthwise_conv
 from mpjax.gradients import matrix_gradients
-from mpjax.lowering import depthwise_conv
 from mpjax.models import Product
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")

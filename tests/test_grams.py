@@ -8,8 +8,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from mpjax import curvature, grams, models, partition
+from mpjax.depthwise import depthwise_conv
 from mpjax.gradients import matrix_gradients
-from mpjax.lowering import depthwise_conv
 from mpjax.partition import Block
 
 SEEDS = (0, 1, 2)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from mpjax import apply, graph, models
-from mpjax.lowering import depthwise_conv
+from mpjax.depthwise import depthwise_conv
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mpjax"
 
 LAYERS = {
     **dict.fromkeys(("ledger", "metrics", "files", "pages"), 0),
-    **dict.fromkeys(("formats", "partition", "problem", "hlo", "report", "losses"), 1),
+    **dict.fromkeys(("formats", "partition", "problem", "hlo", "report", "losses", "depthwise"), 1),
     **dict.fromkeys(("models", "curvature", "branch", "plan"), 2),
     **dict.fromkeys(("predicted", "estimate", "lowering", "emulate", "grams", "graph"), 3),
     **dict.fromkeys(("strategies", "scores", "gradients", "apply"), 4),

@@ -1,138 +1,145 @@
-"""depthwise_conv against jax.lax.conv_general_dilated, the slow and obvious one."""
+"""Each way against jax.lax.conv_general_dilated, for any geometry and dtype; what the rule and `apply` make of them."""
 
-import itertools
+import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import lax
 
-from mpjax.lowering import depthwise_conv
+from mpjax import lowering, models
+from mpjax.depthwise import depthwise_conv
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-TOLERANCE = {
-    "float16": 1e-3,
-    "bfloat16": 8e-3,
-    "float32": 2e-6,
-    "float64": 1e-14,
-}  # relative to max |reference|
-
-
-def _inputs(channels=6, multiplier=1, kernel=(3, 3), size=(9, 8), batch=2, dtype="float32"):
-    keys = jax.random.split(jax.random.key(0), 2)
-    lhs = jax.random.normal(keys[0], (batch, *size, channels), jnp.float32).astype(dtype)
-    rhs = jax.random.normal(keys[1], (*kernel, 1, channels * multiplier), jnp.float32).astype(dtype)
-    return lhs, rhs
-
-
-def _close(value, reference, dtype, slack=1):
-    assert value.dtype == reference.dtype
-    assert value.shape == reference.shape
-    value, reference = np.asarray(value, "float64"), np.asarray(reference, "float64")
-    assert np.abs(value - reference).max() <= slack * TOLERANCE[dtype] * np.abs(reference).max()
-
-
-@pytest.mark.parametrize(
-    ("strides", "padding", "dilation", "multiplier"),
-    list(itertools.product([(1, 1), (2, 3)], ["SAME", "VALID", ((2, 1), (-1, 3))], [None, (2, 1)], [1, 3])),
+PADS = st.one_of(
+    st.sampled_from(["SAME", "VALID"]), st.tuples(*(st.tuples(st.integers(-1, 3), st.integers(-1, 3)) for _ in "hw"))
 )
-def test_equals_lax(strides, padding, dilation, multiplier):
-    lhs, rhs = _inputs(multiplier=multiplier, kernel=(3, 2))
-    options = dict(rhs_dilation=dilation, dimension_numbers=NHWC, feature_group_count=6)
-    value, reference = (
-        jax.jit(lambda lhs, rhs, conv=conv: conv(lhs, rhs, strides, padding, **options))(lhs, rhs)
-        for conv in (depthwise_conv, lax.conv_general_dilated)
+
+
+def operands(seed, batch, size, kernel, channels, outputs, dtype):
+    """Numbers that every dtype here holds exactly, so that only sums round."""
+    rng = np.random.default_rng(seed)
+    lhs = rng.integers(-8, 9, (batch, *size, channels)) / 8
+    rhs = rng.integers(-8, 9, (*kernel, channels, outputs)) / 8
+    return jnp.asarray(lhs, jnp.float32).astype(dtype), jnp.asarray(rhs, jnp.float32).astype(dtype)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(3, 9), st.integers(3, 9)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    strides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    padding=PADS,
+    channels=st.integers(1, 5),
+    outputs=st.integers(1, 5),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16", "float8_e4m3fn"]),
+    preferred=st.booleans(),
+    way=st.sampled_from(lowering.WAYS),
+)
+def test_any_convolution_equals_lax(
+    seed, batch, size, kernel, strides, dilation, padding, channels, outputs, dtype, preferred, way
+):
+    lhs, rhs = operands(seed, batch, size, kernel, channels, outputs, dtype)
+    options = dict(rhs_dilation=dilation, dimension_numbers=NHWC)
+    options["preferred_element_type"] = jnp.float32 if preferred or dtype.startswith("float8") else None
+    found = jax.jit(lambda a, b: lowering.convolution(way, a, b, strides, padding, **options))(lhs, rhs)
+    exact = lax.conv_general_dilated(
+        lhs.astype(jnp.float32), rhs.astype(jnp.float32), strides, padding, rhs_dilation=dilation,
+        dimension_numbers=NHWC, precision="highest",
+    )  # fmt: skip
+    assert found.shape == exact.shape and found.dtype == (options["preferred_element_type"] or jnp.dtype(dtype))
+    # sums of multiples of 1/64 below 46: float32 holds them exactly, whatever their order
+    np.testing.assert_array_equal(np.float32(found), np.float32(exact.astype(found.dtype)))
+
+
+@pytest.mark.parametrize("way", [way for way in lowering.WAYS if way != "shift"])
+@pytest.mark.parametrize("seed", range(3))
+def test_on_real_numbers_within_float32_rounding(way, seed):
+    rng = np.random.default_rng(seed)
+    lhs, rhs = rng.normal(size=(2, 9, 8, 7)), rng.normal(size=((1, 1) if way == "dot" else (3, 3)) + (7, 5))
+    with jax.enable_x64(True):
+        exact = lax.conv_general_dilated(lhs, rhs, (2, 1), "SAME", dimension_numbers=NHWC)
+    found = lowering.convolution(
+        way, jnp.float32(lhs), jnp.float32(rhs), (2, 1), "SAME", dimension_numbers=NHWC, precision="highest"
     )
-    _close(value, reference, "float32")
+    np.testing.assert_allclose(found, exact, atol=2e-6 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("way", lowering.WAYS)
 @pytest.mark.parametrize(
-    ("dtype", "preferred"),
+    ("shapes", "options"),
     [
-        ("float16", None),
-        ("float16", "float32"),
-        ("bfloat16", None),
-        ("bfloat16", "float32"),
-        ("float32", None),
-        ("float32", "float64"),
-        ("float64", None),
+        (((1, 8, 8, 6), (3, 3, 2, 6)), dict(dimension_numbers=NHWC, feature_group_count=3)),  # grouped
+        (((1, 6, 8, 8), (4, 6, 3, 3)), dict()),  # NCHW
+        (((1, 8, 8, 6), (3, 3, 6, 4)), dict(dimension_numbers=NHWC, lhs_dilation=(2, 2))),
+        (((1, 2, 2, 6), (3, 3, 6, 4)), dict(dimension_numbers=NHWC)),  # an empty result
+        (((1, 8, 8, 6), (3, 3, 1, 12)), dict(dimension_numbers=NHWC, feature_group_count=6)),  # depthwise
     ],
 )
-@pytest.mark.parametrize("batch", [1, 3])
-def test_dtypes(dtype, preferred, batch):
-    with jax.enable_x64(True):
-        lhs, rhs = _inputs(dtype=dtype, batch=batch)
-        options = dict(
-            dimension_numbers=NHWC,
-            feature_group_count=6,
-            preferred_element_type=preferred and jnp.dtype(preferred),
-        )
-        reference = lax.conv_general_dilated(lhs, rhs, (1, 1), "SAME", **options)
-        _close(depthwise_conv(lhs, rhs, (1, 1), "SAME", **options), reference, preferred or dtype)
+def test_what_a_way_does_not_cover_is_still_right(way, shapes, options):
+    lhs, rhs = (jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape) % 5 for shape in shapes)
+    expected = lax.conv_general_dilated(lhs, rhs, (1, 1), ((0, 0), (0, 0)), **options)
+    found = lowering.convolution(way, lhs, rhs, (1, 1), ((0, 0), (0, 0)), **options)
+    np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize(("strides", "dilation"), [((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 1), (2, 2))])
-def test_derivatives_and_vmap(dtype, strides, dilation):
-    with jax.enable_x64(True):
-        lhs, rhs = _inputs(dtype=dtype, multiplier=2)
-        options = dict(rhs_dilation=dilation, dimension_numbers=NHWC, feature_group_count=6)
-
-        def functions(conv):
-            def f(lhs, rhs):
-                return jnp.tanh(conv(lhs, rhs, strides, "SAME", **options))
-
-            def loss(lhs, rhs):
-                return jnp.sum(f(lhs, rhs))
-
-            def hvp(lhs, rhs):
-                return jax.jvp(lambda rhs: jax.grad(loss, 1)(lhs, rhs), (rhs,), (rhs,))[1]
-
-            stacked = jnp.stack([lhs, lhs * lhs]), jnp.stack([rhs, rhs * rhs])
-            return (
-                *jax.grad(loss, (0, 1))(lhs, rhs),
-                jax.jvp(f, (lhs, rhs), (lhs, rhs))[1],
-                hvp(lhs, rhs),
-                jax.vmap(f)(*stacked),
-                jax.vmap(jax.grad(loss, 1), in_axes=(0, None))(stacked[0], rhs),
-            )
-
-        pairs = (jax.jit(lambda conv=conv: functions(conv))() for conv in (depthwise_conv, lax.conv_general_dilated))
-        for value, reference in zip(*pairs, strict=True):
-            _close(value, reference, dtype, slack=20)  # sums of about a hundred terms, some of them cancelling
+def product(kind="conv", **changes):
+    fields = dict(
+        kind=kind, function=lax.conv_general_dilated, dimension_numbers=NHWC, window_strides=(1, 1), padding="SAME",
+        lhs_dilation=(1, 1), rhs_dilation=(1, 1),
+    )  # fmt: skip
+    return models.Product(**(fields | changes))
 
 
-def test_no_convolution_is_left_in_the_program():
-    lhs, rhs = _inputs()
-    options = dict(dimension_numbers=NHWC, feature_group_count=6)
-    jaxpr = jax.make_jaxpr(lambda *a: depthwise_conv(*a, (1, 1), "SAME", **options))(lhs, rhs)
-    assert "conv_general_dilated" not in str(jaxpr)
+def spec(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 @pytest.mark.parametrize(
-    ("lhs", "rhs", "options"),
+    ("changes", "lhs", "rhs", "expected", "rule"),
     [
-        ((1, 8, 8, 6), (3, 3, 6, 4), dict(dimension_numbers=NHWC)),  # dense
-        ((1, 8, 8, 6), (3, 3, 2, 6), dict(dimension_numbers=NHWC, feature_group_count=3)),  # grouped
-        ((1, 6, 8, 8), (6, 1, 3, 3), dict(feature_group_count=6)),  # NCHW
+        ({}, (1, 16, 16, 24), (1, 1, 24, 48), ("xla", "dot"), "dot"),
+        ({"window_strides": (2, 2)}, (1, 64, 64, 3), (3, 3, 3, 24), ("xla", "im2col", "terms"), "terms"),
+        ({}, (1, 64, 64, 8), (3, 3, 8, 1), ("xla", "im2col", "taps"), "taps"),
+        ({}, (1, 16, 16, 64), (3, 3, 64, 64), ("xla", "im2col"), "im2col"),
+        ({"feature_group_count": 24}, (1, 16, 16, 24), (3, 3, 1, 24), ("xla", "shift"), "shift"),
+        ({"feature_group_count": 3}, (1, 16, 16, 24), (3, 3, 8, 24), ("xla",), "xla"),
         (
-            (1, 8, 8, 6),
-            (3, 3, 1, 6),
-            dict(dimension_numbers=NHWC, feature_group_count=6, lhs_dilation=(2, 2)),
-        ),
-        ((1, 2, 2, 6), (3, 3, 1, 6), dict(dimension_numbers=NHWC, feature_group_count=6)),  # empty result
+            {"function": lambda *a, **k: None},
+            (1, 16, 16, 24),
+            (1, 1, 24, 48),
+            ("xla",),
+            "xla",
+        ),  # the author's hook stays
+        ({"kind": "dot", "function": lax.dot_general}, (1, 24), (24, 48), ("xla",), "xla"),
     ],
 )
-def test_what_it_does_not_cover_goes_to_lax(lhs, rhs, options):
-    lhs, rhs = jnp.ones(lhs, jnp.float32), jnp.ones(rhs, jnp.float32)
-    padding = ((0, 0), (0, 0))
-    reference = lax.conv_general_dilated(lhs, rhs, (1, 1), padding, **options)
-    np.testing.assert_array_equal(depthwise_conv(lhs, rhs, (1, 1), padding, **options), reference)
+def test_ways_and_rule(changes, lhs, rhs, expected, rule):
+    each = product(**changes)
+    assert lowering.ways(each, spec(*lhs), spec(*rhs)) == expected
+    assert lowering.rule(each, spec(*lhs), spec(*rhs)) == rule
 
 
-def test_integers_go_to_lax():
-    lhs, rhs = jnp.ones((1, 4, 4, 2), jnp.int32), jnp.ones((3, 3, 1, 2), jnp.int32)
-    options = dict(dimension_numbers=NHWC, feature_group_count=2)
-    reference = lax.conv_general_dilated(lhs, rhs, (1, 1), "SAME", **options)
-    np.testing.assert_array_equal(depthwise_conv(lhs, rhs, (1, 1), "SAME", **options), reference)
+def test_an_author_s_hook_is_kept_and_a_wrong_word_refused():
+    own = product(function=lambda *a, **k: None)
+    assert lowering.lowered(own, "dot") is own
+    assert isinstance(lowering.lowered(product(), "dot").function, functools.partial)
+    assert lowering.lowered(product(function=depthwise_conv), "shift").function.args == ("shift",)
+    with pytest.raises(ValueError, match="Unknown way 'dots'"):
+        lowering.lowered(product(), "dots")
+    x = jnp.zeros((1, 4, 4, 2), jnp.float32)
+    module = nn.Conv(3, (1, 1), name="only")
+    model = models.from_linen(module, module.init(jax.random.key(0), x), x)
+    with pytest.raises(ValueError, match='"xla", "rule" or layer -> way'):
+        lowering.choose(model, "fast")
+    with pytest.raises(KeyError, match="Unknown layer"):
+        lowering.choose(model, {"nly": "dot"})
+    with pytest.raises(ValueError, match="unknown way 'dots'"):
+        lowering.choose(model, {model.names[0]: "dots"})

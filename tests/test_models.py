@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from mpjax import models
-from mpjax.lowering import depthwise_conv
+from mpjax.depthwise import depthwise_conv
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 

@@ -3,7 +3,7 @@
 ``load_tflite(path)`` reads the operators (``tflite_graph``) and interprets them in execution order.
 Convolutions and dense layers are ``nn.Conv`` and ``nn.Dense`` submodules named by kind and running number
 (``conv_00``, ``depthwise_01`` …), the same names whatever outputs are kept; each is called once.  Depthwise
-convolutions go through ``mpjax.lowering``.
+convolutions go through ``mpjax.depthwise``.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from experiments.models.tflite_graph import LAYERS, Graph, Op, TFLiteError, read
-from mpjax.lowering import depthwise_conv
+from mpjax.depthwise import depthwise_conv
 
 __all__ = ["Imported", "TFLiteError", "TFLiteModule", "load_tflite"]
 
