@@ -78,7 +78,7 @@ class Benchmark:
             )
 
         def cut(batches: Batches) -> Batches:
-            return _batches([jnp.concatenate(arrays) for arrays in zip(*batches, strict=True)], size)
+            return in_batches([jnp.concatenate(arrays) for arrays in zip(*batches, strict=True)], size)
 
         labelled = None if self.labelled is None else cut(self.labelled)
         return replace(self, batches=cut(self.batches), labelled=labelled)
@@ -121,7 +121,7 @@ def pose(*, count: int = 8, batch: int | None = None) -> Benchmark:
     return Benchmark(
         name="pose_landmark_full",
         model=models.with_output(base, pose_landmark.in_torso_units),
-        batches=_batches(arrays, batch or _divisor(count, 4)),
+        batches=in_batches(arrays, batch or _divisor(count, 4)),
         error=landmark_error(33),
         error_name="NME",
         facts={
@@ -150,7 +150,7 @@ def iris(*, count: int = 8, batch: int | None = None) -> Benchmark:
     return Benchmark(
         name="iris_landmark",
         model=models.with_output(base, iris_in_eye_widths),
-        batches=_batches((crops.images, crops.unit), batch or _divisor(count, 4)),
+        batches=in_batches((crops.images, crops.unit), batch or _divisor(count, 4)),
         error=landmark_error(76),
         error_name="NME",
         facts={
@@ -177,7 +177,7 @@ def face(*, count: int = 4, batch: int | None = None) -> Benchmark:
     return Benchmark(
         name="face_landmark",
         model=models.with_output(base, face_in_eye_distances),
-        batches=_batches((crops.images, crops.unit), batch or _divisor(count, 4)),
+        batches=in_batches((crops.images, crops.unit), batch or _divisor(count, 4)),
         error=landmark_error(468),
         error_name="NME",
         facts={
@@ -209,8 +209,8 @@ def digits(*, count: int = TRAIN, batch: int | None = None) -> Benchmark:
     return Benchmark(
         name="digits_cnn",
         model=models.from_linen(DigitsCNN(), {"params": params}, example),
-        batches=_batches((images,), size),
-        labelled=_batches((images, labels), size),
+        batches=in_batches((images,), size),
+        labelled=in_batches((images, labels), size),
         error=kl_error,
         error_name="KL",
         facts={
@@ -307,7 +307,7 @@ def _divisor(count: int, limit: int) -> int:
     return next(size for size in range(min(count, limit), 0, -1) if count % size == 0)
 
 
-def _batches(arrays: Sequence[Any], size: int) -> Batches:
+def in_batches(arrays: Sequence[Any], size: int) -> Batches:
     """Arrays (N, …) as batches of `size`."""
     count = len(arrays[0])
     if size < 1 or count % size:

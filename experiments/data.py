@@ -39,7 +39,7 @@ VIDEOS = (
     "sports2d_demo",
     *(f"pose2sim_{scene}_{camera}" for scene in ("single", "multi") for camera in (1, 2, 3, 4)),
 )
-_VERSION = 2  # part of the cache key: raise it when the crops would change
+_VERSION = 3  # part of the cache key: raise it when the crops would change
 _SCALE = 1.25  # of MediaPipe's RectTransformationCalculator
 _GRID = 8.0  # pixels that centre and side of a region snap to
 _ANGLE_GRID = 1 / 32  # radians
@@ -78,14 +78,14 @@ class CropSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CropSet:
-    """Crops of one split, ordered by person and then by time; N crops.
+    """Crops of one split, ordered by person and then by time (`pose_crops`), or one of each block first (`dealt_crops`); N crops.
 
     Attributes:
         images: (N, 256, 256, 3) float32 RGB in [0, 1].
-        frame: (N,) index of the video frame.
+        frame: (N,) index of the frame in its video.
         person: (N,) number of the track; a person who is lost and found again counts anew.
-        block: (N,) number of the person × at-least-one-second of video that the crop lies in; unique over
-            both splits.
+        block: (N,) number of the person × stretch of video that the crop lies in, at least a second long where they are split
+            by time; unique over both splits.
         presence: (N,) the model's probability that a person is present.
         centre: (N, 2) centre of the crop in the frame, pixels.
         side: (N,) side of the crop in the frame, pixels.
@@ -161,7 +161,8 @@ def dealt_crops(*, seconds: float = 0.5, per_block: int = 2, seed: int = 0) -> C
 
     Each person's time in each video is cut into blocks of at least `seconds`; the blocks are dealt at random to the two splits,
     and `per_block` crops, spread over each, are kept. The crops are ordered so that the first ones come from different blocks.
-    Neighbouring blocks may fall on different sides: what is found here holds for these videos, not for others.
+    Neighbouring blocks, and cameras that see one moment, may fall on different sides: what is found here holds for these videos,
+    not for others.
 
     Args:
         seconds: least length of a block.
@@ -169,8 +170,11 @@ def dealt_crops(*, seconds: float = 0.5, per_block: int = 2, seed: int = 0) -> C
         seed: of the deal.
 
     Raises:
-        DataError, experiments.assets.AssetError: as `pose_crops`.
+        ValueError: no time or no crops asked for.
+        DataError, experiments.assets.AssetError: as `pose_crops`, or fewer frames in a block than crops wanted.
     """
+    if not seconds > 0 or per_block < 1:
+        raise ValueError(f"Expected blocks of positive length and at least one crop; found {seconds} s, {per_block}.")
     model, settings = assets.fetch("pose_landmark_full"), CropSettings()
     paths = [assets.fetch(name) for name in VIDEOS]
 
@@ -419,7 +423,10 @@ def _deal(
             count = int(len(mine) / fps / seconds + 1e-9)
             persons += count > 0
             for part in np.array_split(np.arange(len(mine)), count) if count else []:
-                blocks.append([mine[i] for i in part[np.linspace(0, len(part) - 1, per_block).round().astype(int)]])
+                if len(part) < per_block:
+                    raise DataError(f"{per_block} crops wanted of a block of {len(part)} frames: take longer blocks.")
+                inside = ((np.arange(per_block) + 0.5) / per_block * len(part)).astype(int)  # away from its neighbours
+                blocks.append([mine[i] for i in part[inside]])
     if len(blocks) < 4:
         raise DataError(f"{len(blocks)} blocks of {seconds} s found in {len(videos)} videos, at least 4 needed.")
     order = np.random.default_rng(seed).permutation(len(blocks))

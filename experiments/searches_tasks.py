@@ -3,7 +3,7 @@
 | model | calibration | held out | independent |
 | --- | --- | --- | --- |
 | `pose_landmark_full` | 3 crops each of 24 half seconds of a person, from nine videos | the same of 24 others | half seconds |
-| `iris_landmark` | 32 crops of two eyes, moved, scaled and turned at random | 32 others | crops |
+| `iris_landmark` | 32 crops of two eyes, moved, scaled and turned at random | 32 others | crops, of these two eyes |
 | `digits_cnn` | 178 of the digits that the network was not trained on | 178 others | digits |
 
 Both parts of a model are samples of one population, dealt at random: a confidence interval speaks of nothing else. The
@@ -92,16 +92,16 @@ def _pose(quick: bool) -> Task:
     base = benchmarks.imported("pose_landmark_full", ("Identity",), data.SIZE)
     run = jax.jit(lambda params, images: base.call(params, images)["Identity"])
     parts = [pose_landmark.split_of(crops.calibration, base, run), pose_landmark.split_of(crops.evaluation, base, run)]
-    count = 4 if quick else len(parts[0].torso)  # the first crops come from different blocks
-    batches, heldout = (_batches((part.crops.images[:count], part.torso[:count]), 2) for part in parts)
+    count = 4 if quick else len(parts[0].torso) // 2 * 2  # the first crops come from different blocks
+    batches, heldout = (benchmarks.in_batches((part.crops.images[:count], part.torso[:count]), 2) for part in parts)
     facts = {
         **benchmark.facts,
         "source": f"person crops of {crops.source}",
         "examples": count,
-        "persons": len(set(crops.calibration.person[:count].tolist())),
+        "tracks": len(set(crops.calibration.person[:count].tolist())),
         "dependent": "crops of one person in one half second",
     }
-    del facts["crops"]
+    del facts["crops"], facts["persons"]
     return Task(
         benchmark=replace(benchmark, batches=batches, facts=facts),
         blocks=crops.calibration.block[:count],
@@ -116,15 +116,20 @@ def _pose(quick: bool) -> Task:
 
 def _iris(quick: bool) -> Task:
     count = 8 if quick else 32
-    benchmark = benchmarks.iris(count=count, batch=4)
-    more = eyes.eyes(2 * count)
+    more = eyes.eyes(2 * count + 2)  # the first two are the unmoved regions, which are no random ones
+    parts = [
+        benchmarks.in_batches((more.images[start : start + count], more.unit[start : start + count]), 4)
+        for start in (2, 2 + count)
+    ]
+    benchmark = benchmarks.iris(count=2)
+    facts = {**benchmark.facts, "examples": count, "dependent": "nothing, as crops of these two eyes"}
     return Task(
-        benchmark=benchmark,
+        benchmark=replace(benchmark, batches=parts[0], facts=facts),
         blocks=np.arange(count),
-        heldout=_batches((more.images[count:], more.unit[count:]), 4),
+        heldout=parts[1],
         heldout_blocks=np.arange(count),
         scored=8,
-        costed=tuple(each[:1] for each in benchmark.batches[0]),
+        costed=tuple(each[:1] for each in parts[0][0]),
         enumerated=4,
         subset=8 if quick else SUBSET,
     )
@@ -136,19 +141,16 @@ def _digits(quick: bool) -> Task:
     _, test = digits.split(digits.Settings().seed)
     facts = {**benchmark.facts, "source": "scikit-learn's handwritten digits, test split", "examples": count}
     return Task(
-        benchmark=replace(benchmark, batches=_batches((test.images[:count],), count // 2), labelled=None, facts=facts),
+        benchmark=replace(
+            benchmark, batches=benchmarks.in_batches((test.images[:count],), count // 2), labelled=None, facts=facts
+        ),
         blocks=np.arange(count),
-        heldout=_batches((test.images[count : 2 * count],), count // 2),
+        heldout=benchmarks.in_batches((test.images[count : 2 * count],), count // 2),
         heldout_blocks=np.arange(count),
         scored=count,
         costed=(jnp.asarray(test.images[: count // 2]),),
         enumerated=count,
     )
-
-
-def _batches(arrays: Sequence[np.ndarray], size: int) -> Batches:
-    """Arrays (N, …) as batches of `size`."""
-    return [tuple(jnp.asarray(array[i : i + size]) for array in arrays) for i in range(0, len(arrays[0]), size)]
 
 
 # --- predicted losses and costs ---------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,7 +46,7 @@ def most(
     limit: float,
     start: Points,
     *,
-    step: float,
+    whole: bool,
     groups: NDArray[np.int64],
     improve: Callable[[Points], Points],
     time_limit: float,
@@ -56,15 +55,25 @@ def most(
 
     Args:
         gain: (n,) a. A variable with an infinite negative gain is never taken.
-        gram: (n, n) G, positive semi-definite.
+        gram: (n, n) G, symmetric and positive semi-definite.
         limit: t ≥ 0.
-        start: (n,) a point within the limit.
-        step: the least gain that matters: a better point gains at least this much more, 1 where gains are whole numbers.
-        groups: (n,) number of each variable's group.
+        start: (n,) a point within the limit, to begin with.
+        whole: all gains are whole numbers, and so is the bound; otherwise points that gain less than a millionth of the largest
+            gain more are not told apart.
+        groups: (n,) number of each variable's group, ascending.
         improve: makes a point near the given one that is within the limit.
         time_limit: seconds.
+
+    Raises:
+        ValueError: a limit that is negative or not a number, groups that do not ascend, gains that are not numbers.
     """
-    search = _Search(gain, gram, limit * (1 + MARGIN), step, groups, improve, time_limit)
+    if not limit >= 0:
+        raise ValueError(f"limit must be ≥ 0; got {limit}")
+    if (np.diff(groups) < 0).any():
+        raise ValueError("groups must ascend: the variables of a group stand side by side")
+    if np.isnan(gain).any() or np.isposinf(gain).any():
+        raise ValueError("gains must be numbers, minus infinity for a variable that is never taken")
+    search = _Search(gain, gram, limit, whole, groups, improve, time_limit)
     search.offer(start)
     return search.run()
 
@@ -135,7 +144,7 @@ class _Quadratic:
     def __init__(self, linear: Floats, rest: Floats, constant: float, gain: Floats, groups: NDArray[np.int64]) -> None:
         self.linear, self.rest, self.constant, self.gain = linear, rest, constant, gain
         self.curvature = np.diagonal(rest)
-        self.least = 1e-12 * max(float(np.abs(rest).max(initial=0.0)), 1e-300)
+        self.least = max(1e-12 * float(np.abs(rest).max(initial=0.0)), 1e-150)
         self.starts = np.flatnonzero(np.diff(groups, prepend=-1))
         self.sizes = np.diff(self.starts, append=len(groups))
         same = (groups[:, None] == groups[None, :]) & ~np.eye(len(groups), dtype=np.bool_)
@@ -156,6 +165,7 @@ class _Quadratic:
         for _ in range(prices):
             for _ in range(sweeps):
                 self.sweep(x, slope, price, boxes)
+            slope = x @ self.rest + self.linear  # anew: the sweeps' sums round
             gained = x @ self.gain
             tilted = slope - price[:, None] * self.gain
             end, at_one, at_zero = self.ends(tilted, boxes)
@@ -222,18 +232,23 @@ class _Search:
         gain: Floats,
         gram: Floats,
         limit: float,
-        step: float,
+        whole: bool,
         groups: NDArray[np.int64],
         improve: Callable[[Points], Points],
         time_limit: float,
     ) -> None:
-        self.gain, self.gram, self.limit, self.step, self.groups = gain, gram, limit, step, groups
-        self.improve = improve
+        self.gain, self.gram, self.groups, self.improve = gain, gram, groups, improve
+        largest = float(np.abs(gram).max(initial=0.0))
+        self.accepted = limit * (1 + MARGIN)
+        self.limit = (
+            self.accepted + 1e-13 * len(gain) * largest
+        )  # what a bound is compared with, which rounds as sums of G do
+        finite = np.abs(gain[np.isfinite(gain)])
+        self.whole, self.step = whole, 1.0 if whole else 1e-6 * float(finite.max(initial=0.0)) or 1.0
+        self.least_price = max(1e-9 * largest, 1e-150)
         now = time.perf_counter()
-        self.deadline, self.end = (
-            now + 0.8 * time_limit,
-            now + 0.95 * time_limit,
-        )  # the bound of what is left takes a while
+        self.deadline = now + 0.8 * time_limit
+        self.end = now + 0.95 * time_limit  # of the bound of what is left
         self.best = np.zeros(len(gain), np.bool_)
         self.gained = 0.0
         self.nodes = 0
@@ -253,31 +268,32 @@ class _Search:
     def offer(self, point: Points) -> None:
         """Keeps a point within the limit if it gains more."""
         gained = float(self.gain[point].sum())
-        if gained > self.gained and 0.5 * float(self.gram[np.ix_(point, point)].sum()) <= self.limit:
+        if gained > self.gained and 0.5 * float(self.gram[np.ix_(point, point)].sum()) <= self.accepted:
             self.best, self.gained = point, gained
 
     def run(self) -> Found:
         quadratic, root = self.probed()
-        open_ = None if root is None else self.branched(quadratic, root)
-        proved = self.gained if self.step >= 1 else self.gained + self.step  # whole numbers: a better one gains 1 more
-        if root is not None and open_ is not None and len(open_.loss):
-            proved = max(proved, min(self.reach(open_), self.farthest(quadratic, root)))
-        if self.step >= 1:
-            proved = math.floor(proved + 1e-6)
-        return Found(point=self.best, bound=proved, nodes=self.nodes)
+        beyond = -math.inf
+        if root is not None:
+            loss, boxes = self.branched(quadratic, root)
+            if len(loss):
+                beyond = min(self.reach(loss, boxes), self.farthest(quadratic, root))
+        proved = max(self.gained, beyond)
+        # No other point gains as much as the best one and a step.
+        proved = math.floor(proved + 1e-6) if self.whole else max(proved, self.gained + self.step)
+        return Found(point=self.best, bound=float(proved), nodes=self.nodes)
 
-    def reach(self, bounds: _Bounds) -> float:
+    def reach(self, loss: Floats, boxes: _Boxes) -> float:
         """The most that the boxes can gain: a point within the limit satisfies λ (gain - needed) ≤ limit - loss."""
-        price = np.maximum(bounds.boxes.price, 1e-300)
         with np.errstate(over="ignore"):
-            most = self.needed + (self.limit - bounds.loss) / price
-        every = np.maximum(self.gain[self.free], 0.0) @ bounds.boxes.high.T
+            most = self.needed + (self.limit - loss) / np.maximum(boxes.price, 1e-300)
+        every = np.maximum(self.gain[self.free], 0.0) @ boxes.high.T
         return float(np.minimum(most, every).max()) + float(self.gain[self.taken].sum())
 
     def farthest(self, quadratic: _Quadratic, root: _Bounds) -> float:
         """As `reach`, of all points that are left: the gain that the bound of the whole box allows, by bisection."""
         fixed = float(self.gain[self.taken].sum())
-        possible, beyond = self.needed, self.reach(root) - fixed
+        possible, beyond = self.needed, self.reach(root.loss, root.boxes) - fixed
         for _ in range(8):
             if time.perf_counter() > self.end:
                 break
@@ -299,29 +315,31 @@ class _Search:
 
     def probed(self) -> tuple[_Quadratic, _Bounds | None]:
         """Fixes variables until nothing more follows; None where no better point is left, else the bound of the whole box."""
-        price = max(self.limit / max(self.gained, self.step), 1e-9 * float(np.abs(self.gram).max(initial=0.0)))
+        price = max(self.limit / max(self.gained, self.step), self.least_price)
         while True:
             count = len(self.free)
             quadratic = self.quadratic()
             if not count:
+                self.offer(self.rounded(np.zeros(0)))
                 return quadratic, None
             box = _Boxes(np.zeros((1, count)), np.ones((1, count)), np.full((1, count), 0.5), np.full(1, price))
             root = quadratic.bounds(box, self.needed, prices=_PRICES, sweeps=_SWEEPS, deadline=self.deadline)
             before = self.gained
-            self.offer(self.improve(self.whole(root.boxes.point[0])))
+            self.offer(self.improve(self.rounded(root.boxes.point[0])))
             if self.gained > before and self.left:
                 continue
             if root.loss[0] > self.limit:
                 return quadratic, None
             not_one, not_zero = self.probes(quadratic, root)
-            if (not_one & not_zero).any():
+            groups = self.groups[self.free]
+            if (not_one & not_zero).any() or (np.bincount(groups[not_zero]) > 1).any():
                 return quadratic, None
-            not_one |= np.isin(self.groups[self.free], self.groups[self.free[not_zero]]) & ~not_zero
+            not_one |= np.isin(groups, groups[not_zero]) & ~not_zero
             if not (not_one | not_zero).any() or not self.left:
                 return quadratic, root
             self.taken = np.concatenate([self.taken, self.free[not_zero]])
             self.free = self.free[~(not_one | not_zero)]
-            price = float(root.boxes.price[0])
+            price = max(float(root.boxes.price[0]), self.least_price)
 
     def probes(self, quadratic: _Quadratic, root: _Bounds) -> tuple[Points, Points]:
         """Which free variables cannot be 1, and which cannot be 0, in a better point; while there is time."""
@@ -341,7 +359,7 @@ class _Search:
                 beyond[0 if value else 1, each] = found.loss > self.limit
         return beyond[0], beyond[1]
 
-    def whole(self, values: Floats) -> Points:
+    def rounded(self, values: Floats) -> Points:
         """A point from values of the free variables, the larger half of them taken, one of a group."""
         point = np.zeros(len(self.gain), np.bool_)
         point[self.taken] = True
@@ -351,22 +369,23 @@ class _Search:
         point[order[firsts]] = True
         return point
 
-    def branched(self, quadratic: _Quadratic, root: _Bounds) -> _Bounds:
+    def branched(self, quadratic: _Quadratic, root: _Bounds) -> tuple[Floats, _Boxes]:
         """Branches until nothing is open; returns what is when time is up."""
         size = np.sqrt(np.maximum(np.diagonal(quadratic.rest), 0.0)) + 1e-300
         same = self.groups[self.free]
         same = (same[:, None] == same[None, :]) & ~np.eye(len(same), dtype=np.bool_)
-        open_ = root
-        while len(open_.loss) and self.left and len(open_.loss) < _MOST:
-            order = np.argsort(open_.loss, kind="stable")
+        loss, boxes = root.loss, root.boxes
+        while len(loss) and self.left and len(loss) < _MOST:
+            order = np.argsort(loss, kind="stable")
             now, later = order[:_BATCH], order[_BATCH:]
-            children = self.children(open_.boxes.take(now), size, same)
+            children = self.children(boxes.take(now), size, same)
             found = quadratic.bounds(children, self.needed, prices=5, sweeps=2, deadline=self.deadline)
             self.nodes += len(found.loss)
             for best in np.argsort(found.loss)[:2]:
-                self.offer(self.improve(self.whole(found.boxes.point[best])))
-            open_ = _joined(open_.take(later), self.fixed(found, same))
-        return open_
+                self.offer(self.improve(self.rounded(found.boxes.point[best])))
+            new_loss, new_boxes = self.fixed(found, same)
+            loss, boxes = np.concatenate([loss[later], new_loss]), _joined(boxes.take(later), new_boxes)
+        return loss, boxes
 
     def children(self, boxes: _Boxes, size: Floats, same: NDArray[np.bool_]) -> _Boxes:
         """Two of each box: the variable between its ends that weighs most, at 1 (the others of its group at 0), and at 0."""
@@ -380,7 +399,7 @@ class _Search:
         zero.high[each, variable] = 0.0
         return _joined(one, zero)
 
-    def fixed(self, found: _Bounds, same: NDArray[np.bool_]) -> _Bounds:
+    def fixed(self, found: _Bounds, same: NDArray[np.bool_]) -> tuple[Floats, _Boxes]:
         """Without the boxes that are done with; in the others variables are fixed that cannot leave their end."""
         found = found.take(found.loss <= self.limit)
         boxes, room = found.boxes, (self.limit - found.loss)[:, None]
@@ -388,15 +407,12 @@ class _Search:
         low = np.where(undecided & (found.at_zero > room), 1.0, boxes.low)
         high = np.where(undecided & (found.at_one > room), 0.0, boxes.high)
         high = np.where(low @ same > 0, 0.0, high)  # one of a group
-        found = replace(found, boxes=replace(boxes, low=low, high=high)).take(np.asarray((low <= high).all(axis=1)))
-        decided = (found.boxes.low == found.boxes.high).all(axis=1)
-        for point in found.boxes.low[decided]:
-            self.offer(self.whole(point))
-        return found.take(~decided)
+        possible, decided = (low <= high).all(axis=1), (low == high).all(axis=1)
+        for point in low[possible & decided]:
+            self.offer(self.rounded(point))
+        kept = possible & ~decided
+        return found.loss[kept], replace(boxes, low=low, high=high).take(kept)
 
 
-def _joined(first: Any, second: Any) -> Any:
-    """Two `_Boxes`, or two `_Bounds`, as one."""
-    if isinstance(first, np.ndarray):
-        return np.concatenate([first, second])
-    return type(first)(*(_joined(getattr(first, name), getattr(second, name)) for name in vars(first)))
+def _joined(first: _Boxes, second: _Boxes) -> _Boxes:
+    return _Boxes(*(np.concatenate([getattr(first, name), getattr(second, name)]) for name in vars(first)))

@@ -63,6 +63,8 @@ class Evaluation:
         self.model = model
         self.formats = parse_all(formats)
         self.error = error
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must lie in (0, 1), e.g. 0.95; got {confidence}")
         self.confidence = confidence
         self._set(batches, blocks)
         run = emulate.emulated(model, self.formats, calibration=calibration)
@@ -109,6 +111,10 @@ class Evaluation:
         if self.blocks is not None and self.blocks.shape != (self.examples,):
             raise ValueError(
                 f"Expected one block for each of {self.examples} examples, found shape {self.blocks.shape}."
+            )
+        if self.blocks is not None and len(np.unique(self.blocks)) < 2:
+            raise ValueError(
+                "An interval needs at least 2 blocks of dependent examples, found one: pass blocks=None without."
             )
 
     @property

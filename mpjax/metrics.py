@@ -113,12 +113,13 @@ def mean_interval(per_sample: ArrayLike, blocks: ArrayLike, *, confidence: float
     count, mean = len(sums), float(sums.sum() / sizes.sum())
     with np.errstate(invalid="ignore"):
         rest = (sums - mean * sizes) / sizes.mean()
-    deviation = float(np.sqrt((rest**2).mean()))
-    if not np.isfinite(deviation):
+    largest = float(np.abs(rest).max())
+    if not np.isfinite(largest):
         return Interval(low=float("nan"), high=float("nan"))
-    if deviation <= 1e-12 * abs(mean):
+    if largest <= 1e-12 * abs(mean):
         return Interval(low=mean, high=mean)
-    skewness, root = float((rest**3).mean()) / deviation**3, np.sqrt(count)
+    deviation = largest * float(np.sqrt(((rest / largest) ** 2).mean()))
+    skewness, root = float(((rest / deviation) ** 3).mean()), float(np.sqrt(count))
     quantile = float(stats.t.ppf((1 + confidence) / 2, count - 1))
     error = deviation / np.sqrt(count - 1)
     ends = []
@@ -126,7 +127,7 @@ def mean_interval(per_sample: ArrayLike, blocks: ArrayLike, *, confidence: float
         shift, slope = t - skewness / (6 * root), skewness / root
         # Hall's g⁻¹; its limit without skewness is t
         corrected = t if abs(slope) < 1e-6 else float(3 / slope * (np.cbrt(1 + slope * shift) - 1))
-        ends.append(mean - corrected * error)
+        ends.append(float(mean - corrected * error))
     return Interval(low=ends[0], high=ends[1])
 
 

@@ -129,7 +129,8 @@ def within_budget(problem: Problem, budget: float) -> Choice:
 def quadratic(problem: Problem, limit: float, *, time_limit: float = 5.0) -> Choice:
     """Best objective with ½ xᵀGx ≤ limit: exact where it ends before the time limit, else incumbent and bound.
 
-    By branch and bound (`branch`); with casts on edges by linear programs that meet the limit from outside.
+    By branch and bound (`branch`); with casts on edges by linear programs that meet the limit from outside. Of equally good
+    assignments (as many layers, "lower_max") any.
 
     Args:
         limit: of the predicted loss, ≥ 0; infinite for no limit.
@@ -352,11 +353,10 @@ def _branched(problem: Problem, limit: float, time_limit: float) -> tuple[Index,
     """Index, bound of the objective, nodes: branch and bound over the low formats of all layers."""
     layers, formats = problem.penalty.shape
     if problem.objective == "lower_max":
-        gain, step, offset = np.ones((layers, formats)), 1.0, 0.0
+        gain, offset = np.ones((layers, formats)), 0.0
     else:
         assert problem.cost is not None and problem.float32_cost is not None
-        gain = problem.float32_cost[:, None] - problem.cost
-        step, offset = 1e-6 * _largest(gain[problem.allowed]), float(problem.float32_cost.sum())
+        gain, offset = problem.float32_cost[:, None] - problem.cost, float(problem.float32_cost.sum())
     units = np.eye(formats + 1, dtype=np.bool_)[:, 1:]
 
     def index_of(point: NDArray[np.bool_]) -> Index:
@@ -371,7 +371,7 @@ def _branched(problem: Problem, limit: float, time_limit: float) -> tuple[Index,
         _gram(problem),
         limit,
         improve(np.zeros(layers * formats, np.bool_)),
-        step=step,
+        whole=problem.objective == "lower_max",
         groups=np.repeat(np.arange(layers), formats),
         improve=improve,
         time_limit=time_limit,
@@ -478,7 +478,8 @@ def _gram(problem: Problem) -> Floats:
     """(L F, L F), rows of what is not allowed set to 0."""
     assert problem.interactions is not None
     known = problem.allowed.ravel()
-    return np.where(known[:, None] & known[None, :], problem.interactions, 0.0)
+    gram = np.where(known[:, None] & known[None, :], problem.interactions, 0.0)
+    return np.asarray(0.5 * (gram + gram.T))
 
 
 def _additive(problem: Problem, index: Index) -> float:

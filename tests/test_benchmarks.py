@@ -68,8 +68,8 @@ def _toy(count, size):
     return Benchmark(
         name="toy",
         model=None,
-        batches=benchmarks._batches((images,), size),
-        labelled=benchmarks._batches((images, labels), size),
+        batches=benchmarks.in_batches((images,), size),
+        labelled=benchmarks.in_batches((images, labels), size),
         error=benchmarks.kl_error,
         error_name="KL",
     )

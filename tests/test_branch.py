@@ -27,11 +27,11 @@ def losses(every: np.ndarray, gram: np.ndarray) -> np.ndarray:
     return 0.5 * np.einsum("bi,ij,bj->b", 1.0 * every, gram, 1.0 * every)
 
 
-def solved(gain, gram, groups, limit, *, step=1e-6, time_limit=60.0) -> branch.Found:
+def solved(gain, gram, groups, limit, *, whole=False, time_limit=60.0) -> branch.Found:
     """From nothing, without any help."""
     start = np.zeros(len(gain), np.bool_)
     return branch.most(
-        gain, gram, limit, start, step=step, groups=groups, improve=lambda point: point, time_limit=time_limit
+        gain, gram, limit, start, whole=whole, groups=groups, improve=lambda point: point, time_limit=time_limit
     )
 
 
@@ -50,6 +50,89 @@ def test_the_most_gain_equals_that_of_all_points(seed: int, group: int, rank: in
     assert gain @ found.point == pytest.approx(best, abs=2e-6) and best <= found.bound <= gain @ found.point + 2e-6
 
 
+def nasty(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Few variables: equal, opposite and zero rows of G, groups of uneven size, and a limit at the very loss of a point."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(1, 8))
+    effects = rng.normal(size=(size, int(rng.integers(1, 4)))) * 10.0 ** rng.uniform(-2, 0, size=(size, 1))
+    for row in range(1, size):
+        effects[row] = {0: 0.0, 1: effects[row - 1], 2: -effects[row - 1]}.get(int(rng.integers(6)), effects[row])
+    gram = effects @ effects.T
+    groups = np.sort(rng.integers(0, max(1, size // 2 + 1), size)) if seed % 2 else np.arange(size)
+    gain = rng.uniform(-0.3, 1.0, size) * 10.0 ** rng.integers(0, 3, size)
+    every = losses(points(size, groups), gram)
+    return gain, gram, groups, 0.0 if seed % 7 == 0 else float(every[rng.integers(len(every))])
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("whole", [False, True])
+def test_nasty_problems_are_solved_and_bounded(part: int, whole: bool) -> None:
+    for seed in range(100 * part, 100 * part + 100):
+        gain, gram, groups, limit = nasty(seed)
+        gain = np.ones_like(gain) if whole else gain
+        every = points(len(gain), groups)
+        loss = losses(every, gram)
+        # within what rounding makes of G either answer is right
+        strict, loose = ((every @ gain)[loss <= limit + sign * 1e-9 * np.abs(gram).max()] for sign in (-1, 1))
+        found = solved(gain, gram, groups, limit, whole=whole, time_limit=20.0)
+        slack = 0.0 if whole else 2e-6 * np.abs(gain).max()
+        got = float(gain @ found.point)
+        assert strict.max(initial=0.0) - slack <= got <= loose.max(initial=0.0) + 1e-12, seed
+        assert found.bound >= strict.max(initial=0.0) and found.bound <= loose.max(initial=0.0) + slack, seed
+        assert all(found.point[groups == g].sum() <= 1 for g in groups), seed
+
+
+def test_near_cancellation_is_not_pruned_away() -> None:
+    """Pairs of nearly opposite errors: the loss of all is far below the size of G."""
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        first = rng.normal(size=(4, 3))
+        effects = np.concatenate([first, -first + 1e-5 * rng.normal(size=(4, 3))])
+        gram = effects @ effects.T
+        every = points(8, np.arange(8))
+        loss = losses(every, gram)
+        limit = float(np.sort(loss)[rng.integers(1, 30)]) + 1e-13
+        best = every.sum(axis=1)[loss <= limit - 0.9e-13].max()  # sums round by 1e-15
+        assert solved(np.ones(8), gram, np.arange(8), limit, whole=True).bound >= best, seed
+
+
+def test_a_saving_of_millions_is_no_whole_number() -> None:
+    gain = np.array([4e7, *np.linspace(1.2, 59.7, 7)])
+    _, gram, groups = problem(3, 8, 4)
+    every = points(8, groups)
+    loss = losses(every, gram)
+    for limit in np.quantile(loss, [0.2, 0.5, 0.8]):
+        best = (every @ gain)[loss <= limit * (1 + branch.MARGIN)].max()
+        found = solved(gain, gram, groups, float(limit))
+        assert gain @ found.point <= best + 1e-6 and best - 1e-6 <= found.bound <= best + 81.0
+
+
+@pytest.mark.parametrize("stop", [3, 10, 40, 160])
+@pytest.mark.parametrize("seed", range(3))
+def test_stopped_in_the_middle_the_bound_holds(seed: int, stop: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that jumps after so many looks at it."""
+    looks = iter(range(10**9))
+    monkeypatch.setattr(branch.time, "perf_counter", lambda: 0.0 if next(looks) < stop else 3.0)
+    monkeypatch.setattr(branch, "_BATCH", 2)
+    gain, gram, groups = problem(seed, 13, 4, 1 + seed)
+    every = points(13, groups)
+    limit = 0.1 * losses(np.ones((1, 13)), gram)[0]
+    best = (every @ gain)[losses(every, gram) <= limit].max()
+    found = solved(gain, gram, groups, limit, time_limit=3.0)
+    assert gain @ found.point <= best + 1e-12 and best <= found.bound + 1e-9
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    gain, gram, groups = problem(0, 4, 3)
+    for limit in (-1.0, np.nan):
+        with pytest.raises(ValueError, match="limit must be ≥ 0"):
+            solved(gain, gram, groups, limit)
+    with pytest.raises(ValueError, match="groups must ascend"):
+        solved(gain, gram, groups[::-1], 1.0)
+    with pytest.raises(ValueError, match="gains must be numbers"):
+        solved(np.array([1.0, np.nan, 0.0, 0.0]), gram, groups, 1.0)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_whole_gains_are_proved_exactly(seed: int) -> None:
     _, gram, groups = problem(seed, 14, 6)
@@ -57,7 +140,7 @@ def test_whole_gains_are_proved_exactly(seed: int) -> None:
     gain[3] = -np.inf  # never taken
     limit = 0.1 * losses(np.ones((1, 14)), gram)[0]
     best = (every @ np.ones(14))[(losses(every, gram) <= limit) & ~every[:, 3]].max()
-    found = solved(gain, gram, groups, limit, step=1.0)
+    found = solved(gain, gram, groups, limit, whole=True)
     assert found.point.sum() == found.bound == best and not found.point[3]
 
 

@@ -183,3 +183,56 @@ def test_making_crops_anew_gives_the_same(video, tmp_path, monkeypatch):
     for split in ("calibration", "evaluation"):
         for name in ("images", "frame", "person", "block"):
             np.testing.assert_array_equal(getattr(getattr(fresh, split), name), getattr(getattr(known, split), name))
+
+
+@pytest.mark.slow
+def test_dealt_blocks_are_whole_and_on_one_side_each(video):
+    crops = data.dealt_crops(per_block=3)
+    calibration, evaluation = crops.calibration, crops.evaluation
+    assert len(calibration.images) == len(evaluation.images) >= 60
+    assert not set(calibration.block) & set(evaluation.block)
+    for split in (calibration, evaluation):
+        blocks, counts = np.unique(split.block, return_counts=True)
+        assert set(counts) == {3}
+        np.testing.assert_array_equal(np.sort(split.block[: len(blocks)]), blocks)  # first one crop of each
+        assert split.presence.min() > 0.8
+        for block in blocks:
+            mine = split.block == block
+            assert len(set(split.person[mine])) == 1 and np.ptp(split.frame[mine]) < 60  # within a second
+    again = data.dealt_crops(per_block=3)
+    np.testing.assert_array_equal(calibration.images, again.calibration.images)
+    other = data.dealt_crops(per_block=3, seed=1)
+    assert set(other.calibration.block) != set(calibration.block)
+
+
+def observations(person: int, frames: int) -> list:
+    sighting = data._Sighting(
+        pixels=np.zeros((2, 2, 3), np.uint8),
+        presence=0.9,
+        region=data._Region(centre=(0.0, 0.0), side=1.0, angle=0.0),
+        next_region=data._Region(centre=(0.0, 0.0), side=1.0, angle=0.0),
+    )
+    return [data._Observation(frame=frame, person=person, sighting=sighting) for frame in range(frames)]
+
+
+def test_the_deal_cuts_each_persons_time_and_leaves_out_who_is_seen_too_shortly():
+    videos = [
+        (observations(0, 25) + observations(1, 4), 10.0, 25),
+        (observations(0, 21), 10.0, 21),
+    ]
+    arrays = data._deal(videos, seconds=0.5, per_block=2, seed=0)
+    blocks = np.concatenate([arrays["calibration_block"], arrays["evaluation_block"]])
+    persons = np.concatenate([arrays["calibration_person"], arrays["evaluation_person"]])
+    assert len(arrays["calibration_block"]) == len(arrays["evaluation_block"]) == 8  # 4 of 9 blocks, 2 crops each
+    assert set(persons) == {0, 1} and len(set(blocks)) == 8
+    for person, first in ((0, 0), (1, 5)):  # 5 blocks of the one, 4 of the other; the one seen for 0.4 s has none
+        assert set(blocks[persons == person]) <= set(range(first, first + 5 - person))
+    for person in (0, 1):
+        frames = np.concatenate([arrays["calibration_frame"], arrays["evaluation_frame"]])[persons == person]
+        assert np.diff(np.sort(frames)).min() >= 2  # no two crops of one moment
+    with pytest.raises(data.DataError, match="10 crops wanted of a block of 5"):
+        data._deal(videos, seconds=0.5, per_block=10, seed=0)
+    with pytest.raises(ValueError, match="at least one crop"):
+        data.dealt_crops(per_block=0)
+    with pytest.raises(data.DataError, match="2 blocks"):
+        data._deal([(observations(0, 10), 10.0, 10)], seconds=0.5, per_block=2, seed=0)

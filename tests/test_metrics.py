@@ -181,6 +181,10 @@ def test_few_skewed_blocks_are_covered_where_a_percentile_bootstrap_is_too_narro
 def test_the_mean_interval_of_constants_of_nan_and_of_nonsense() -> None:
     assert metrics.mean_interval([2.0] * 4, [0, 0, 1, 2]) == metrics.Interval(low=2.0, high=2.0)
     assert metrics.mean_interval([0.0] * 4, [0, 0, 1, 2]) == metrics.Interval(low=0.0, high=0.0)
+    plain = metrics.mean_interval([1.0, 2.0, 4.0, 3.0], [0, 1, 2, 3])
+    for scale in (1e-200, 1e200):
+        scaled = metrics.mean_interval(scale * np.array([1.0, 2.0, 4.0, 3.0]), [0, 1, 2, 3])
+        assert (scaled.low / scale, scaled.high / scale) == pytest.approx((plain.low, plain.high))
     for bad in (np.nan, np.inf):
         interval = metrics.mean_interval([1.0, bad, 2.0], [0, 1, 2])
         assert np.isnan(interval.low) and np.isnan(interval.high)

@@ -243,8 +243,18 @@ def test_cancelling_errors_of_many_layers_are_solved(seed: int, common: float) -
     assert found.objective == found.bound < -10 and found.penalty <= 0.02 * float(penalty.sum()) * (1 + 1e-6)
 
 
-def test_many_variables_end_in_time_with_a_bound() -> None:
-    p = made(2, 60, 4, "cost_min", cost=True, edges=False, gram=True)
-    limit = 0.05 * p.penalty_of(np.ones(60, np.int64))
+@pytest.mark.parametrize("edges", [False, True])
+def test_without_time_there_is_an_incumbent_and_a_bound(edges: bool) -> None:
+    p = made(2, 30, 3, "cost_min", cost=True, edges=edges, gram=True)
+    limit = 0.05 * p.penalty_of(np.ones(30, np.int64))
     found = predicted.quadratic(p, limit, time_limit=0.0)
     assert found.penalty <= limit * (1 + 1e-6) and found.bound <= found.objective and math.isfinite(found.bound)
+
+
+def test_interactions_of_nothing_usable_leave_all_in_float32() -> None:
+    p = Problem(
+        layers=("a", "b"), formats=("f",), penalty=[[np.nan], [np.nan]], interactions=np.full((2, 2), np.nan),
+        objective="cost_min", cost=[[1.0], [1.0]], float32_cost=[2.0, 2.0],
+    )  # fmt: skip
+    found = predicted.quadratic(p, 1.0)
+    assert found.index.tolist() == [0, 0] and found.objective == 4.0
