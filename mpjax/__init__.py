@@ -5,9 +5,11 @@ The package exports modules, not names: `import mpjax as mp; mp.sensitivity.loca
 
 from mpjax import (
     apply,
+    branch,
     compiled,
     cost,
     curvature,
+    depthwise,
     emulate,
     estimate,
     evaluation,
@@ -35,9 +37,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "apply",
+    "branch",
     "compiled",
     "cost",
     "curvature",
+    "depthwise",
     "emulate",
     "estimate",
     "evaluation",

@@ -153,7 +153,7 @@ def exhaustive() -> Strategy:
 # --- by prediction, then measured -------------------------------------------------------------------------------------
 
 
-def ilp(*, rounds: int = 10, extend: int = 6) -> Strategy:
+def ilp(*, rounds: int = 10, extend: int = 6, exchange: int = 0) -> Strategy:
     """Predict, verify, rescale: the exact optimum within a limit on Σ penalties, over any number of formats and casts.
 
     The limit starts from the measured loss of the unlimited optimum (loss ∝ √penalty) and is then interpolated, in logarithms,
@@ -163,11 +163,14 @@ def ilp(*, rounds: int = 10, extend: int = 6) -> Strategy:
     Args:
         rounds: limits that are tried at most.
         extend: failures that end the last part; 0 leaves it out.
+        exchange: how often, at most, the lowered layer without which the measured loss is least goes back to float32 and others
+            are tried in its place: an evaluation for each lowered layer and each one tried. It finds what the prediction does not
+            know of: one layer that tips the output over.
     """
-    return _verified(predicted.linear, "ilp", rounds, extend)
+    return _verified(predicted.linear, "ilp", rounds, extend, exchange)
 
 
-def quadratic(*, rounds: int = 10, extend: int = 6, time_limit: float = 5.0) -> Strategy:
+def quadratic(*, rounds: int = 10, extend: int = 6, exchange: int = 0, time_limit: float = 5.0) -> Strategy:
     """As `ilp`, with ½ xᵀGx for the predicted loss: needs a problem with interactions.
 
     Args:
@@ -177,17 +180,17 @@ def quadratic(*, rounds: int = 10, extend: int = 6, time_limit: float = 5.0) -> 
     def choose(problem: Problem, limit: float) -> Choice:
         return predicted.quadratic(problem, limit, time_limit=time_limit)
 
-    return _verified(choose, "quadratic", rounds, extend)
+    return _verified(choose, "quadratic", rounds, extend, exchange)
 
 
-def greedy(*, rounds: int = 10, extend: int = 6) -> Strategy:
+def greedy(*, rounds: int = 10, extend: int = 6, exchange: int = 0) -> Strategy:
     """As `ilp`, with the greedy choice: most gain per additional predicted loss first, computed anew with interactions."""
-    return _verified(predicted.greedy, "greedy", rounds, extend)
+    return _verified(predicted.greedy, "greedy", rounds, extend, exchange)
 
 
-def _verified(choose: Choose, name: str, rounds: int, extend: int) -> Strategy:
-    if rounds < 1 or extend < 0:
-        raise ValueError(f"{name}: expected rounds ≥ 1 and extend ≥ 0; got {rounds} and {extend}")
+def _verified(choose: Choose, name: str, rounds: int, extend: int, exchange: int) -> Strategy:
+    if rounds < 1 or extend < 0 or exchange < 0:
+        raise ValueError(f"{name}: expected rounds ≥ 1, extend and exchange ≥ 0; got {rounds}, {extend} and {exchange}")
 
     def strategy(problem: Problem, probe: Probe) -> None:
         if problem.kind != "loss":
@@ -221,7 +224,12 @@ def _verified(choose: Choose, name: str, rounds: int, extend: int) -> Strategy:
                     low, floor = (choice.penalty, trial.value), limit
                 else:
                     high = choice.penalty, trial.value
-        _extend(problem, probe, best, extend)
+        best = _extend(problem, probe, best, extend)
+        for _ in range(exchange):
+            other = _exchanged(problem, probe, best, extend)
+            if not problem.rank(other)[:2] < problem.rank(best)[:2]:
+                return
+            best = other
 
     return strategy
 
@@ -247,17 +255,18 @@ def _next_limit(
     return float(min(max(guess, below * span**0.05), below * span**0.95))
 
 
-def _extend(problem: Problem, probe: Probe, index: Index, failures: int) -> None:
+def _extend(problem: Problem, probe: Probe, index: Index, failures: int, left_out: Sequence[int] = ()) -> Index:
     """Lowers single layers further, the least predicted loss per gain first, and keeps what passes."""
     tried: set[tuple[int, int]] = set()
     while failures > 0:
         loss, value = problem.changes(index)
         rate = np.where((value < 0) & np.isfinite(loss), loss / np.where(value < 0, -value, 1.0), np.inf)
+        rate[list(left_out)] = np.inf
         for move in tried:
             rate[move] = np.inf
         layer, low = divmod(int(np.argmin(rate)), rate.shape[1])
         if not math.isfinite(rate[layer, low]):
-            return
+            return index
         tried.add((layer, low))
         other = index.copy()
         other[layer] = low
@@ -266,6 +275,23 @@ def _extend(problem: Problem, probe: Probe, index: Index, failures: int) -> None
             index = other
         else:
             failures -= 1
+    return index
+
+
+def _exchanged(problem: Problem, probe: Probe, index: Index, failures: int) -> Index:
+    """Without the lowered layer that the measured loss is least without, and lowered further; `index` where that fails."""
+    trials: dict[int, Trial] = {}
+    for layer in np.flatnonzero(index).tolist():
+        other = index.copy()
+        other[layer] = 0
+        trials[layer] = probe(problem.assignment(other), f"without {problem.layers[layer]}")
+    passed = {layer: trial.value for layer, trial in trials.items() if trial.accepted}
+    if not passed:
+        return index
+    out = min(passed, key=lambda layer: passed[layer])
+    other = index.copy()
+    other[out] = 0
+    return _extend(problem, probe, other, failures, left_out=[out])
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

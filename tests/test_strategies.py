@@ -282,7 +282,7 @@ def test_quadratic_finds_what_cancels(seed: int) -> None:
 def test_what_cannot_be_added_up(make) -> None:
     with pytest.raises(ValueError, match="not a ranking; take binary"):
         solve(problem([1, 2], kind="ranking"), make(), evaluate=Additive([1, 1]), tolerance=1)
-    with pytest.raises(ValueError, match="rounds ≥ 1 and extend ≥ 0"):
+    with pytest.raises(ValueError, match="expected rounds ≥ 1"):
         make(rounds=0)
     metric = Additive([1, 1, 1])
     result = solve(problem([np.nan, 2, 1]), make(), evaluate=metric, tolerance=2)
@@ -368,3 +368,32 @@ def test_a_layer_that_feeds_itself_pays_no_cast_to_itself() -> None:
     )
     for strategy in (ilp(), greedy()):
         assert solve(p, strategy, evaluate=Additive([0]), tolerance=1).assignment.lowered == lowered(0)
+
+
+# exchange
+
+
+def test_exchange_finds_the_layer_that_the_prediction_misjudges() -> None:
+    """layer/1 is predicted to be nearly harmless, and takes the place of three others."""
+    penalty = np.array([0.01, 0.02, 0.3, 0.31, 0.32, 5.0])
+    harm = np.array([0.01, 0.9, 0.3, 0.31, 0.32, 5.0])
+    plain, other = Additive(harm), Additive(harm)
+    before = solve(problem(penalty), ilp(extend=6), evaluate=plain, tolerance=1.0)
+    after = solve(problem(penalty), ilp(extend=6, exchange=2), evaluate=other, tolerance=1.0)
+    assert before.assignment.lowered == lowered(0, 1)
+    assert after.assignment.lowered == lowered(0, 2, 3, 4)
+    assert {step.note for step in after.trail} >= {"without layer/1"}
+    assert len(other.asked) == after.ledger.evaluations > before.ledger.evaluations
+    with pytest.raises(ValueError, match="extend and exchange ≥ 0"):
+        ilp(exchange=-1)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_exchange_never_ends_with_less(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    penalty, harm = rng.exponential(size=12), rng.exponential(size=12)
+    counts = [
+        len(solve(problem(penalty), ilp(exchange=times), evaluate=Additive(harm), tolerance=2.0).assignment.lowered)
+        for times in (0, 3)
+    ]
+    assert counts[0] <= counts[1]
