@@ -11,12 +11,13 @@ Writes docs/search/by_time.csv: one row per interval, set of formats and toleran
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,12 +25,12 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import benchmarks, data, pose_landmark, searches_tasks  # noqa: E402
 from experiments.searches import TOLERANCES  # noqa: E402
-from experiments.searches_tasks import FORMATS, SETS, Predicted, Task  # noqa: E402
+from experiments.searches_tasks import FORMATS, SETS, Task  # noqa: E402
 from mpjax import cost, metrics, search  # noqa: E402
 from mpjax.evaluation import Evaluation  # noqa: E402
 from mpjax.files import write_bytes  # noqa: E402
 from mpjax.pages import Column, csv_table  # noqa: E402
-from mpjax.problem import Assignment, Measurement  # noqa: E402
+from mpjax.problem import Assignment, Measurement, Problem  # noqa: E402
 
 COLUMNS = tuple(
     Column(key=key, title=key)
@@ -70,7 +71,7 @@ def main(config: Config) -> None:
     )
     names = benchmark.model.names
     gram = searches_tasks.score(task, jax.random.key(0))[0]["gram"]
-    predicted = Predicted(gram=gram, costs=cost.static(benchmark.model, FORMATS, *task.costed), edges=())
+    weights = cost.static(benchmark.model, FORMATS, *task.costed).weight_bytes
     rows: list[dict[str, Any]] = []
     for formats in SETS:
         evaluation = task.evaluation(formats)
@@ -84,8 +85,12 @@ def main(config: Config) -> None:
             ends = metrics.bootstrap_interval(found.per_sample, task.blocks, confidence=CONFIDENCE, seed=0)
             return Measurement(value=found.value, low=ends.low, high=ends.high, confidence=CONFIDENCE)
 
-        objective = "layers" if len(formats) == 1 else "bytes"
-        problem = searches_tasks.problem_of(predicted, names, formats, objective=objective, interactions=False)
+        columns = [FORMATS.index(fmt) for fmt in formats]
+        penalty = 0.5 * np.diagonal(gram).reshape(-1, len(FORMATS))[:, columns]
+        problem = Problem(layers=names, formats=formats, penalty=penalty)
+        if len(formats) > 1:  # bytes of the weights, as there
+            low = weights[:, [1 + column for column in columns]]
+            problem = replace(problem, objective="cost_min", cost=low, float32_cost=weights[:, 0])
         for name, evaluate in (("mean_interval", evaluation), ("bootstrap", by_bootstrap)):
             for tolerance in TOLERANCES:
                 result = search.solve(
