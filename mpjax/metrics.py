@@ -98,8 +98,8 @@ def mean_interval(per_sample: ArrayLike, blocks: ArrayLike, *, confidence: float
     blocks of the same population. With 2 blocks it is Student's t with one degree of freedom, and very wide. What the blocks do
     not show, a rare large error that none of them has, no interval knows.
 
-    Sources: Hall 1992, doi 10.1111/j.2517-6161.1992.tb01872.x (removal of skewness by transformation); Cochran 1977, Sampling
-    Techniques, chapter 9 (means over clusters of different size).
+    Sources: Hall 1992, On the removal of skewness by transformation, Journal of the Royal Statistical Society B 54, 221-228;
+    Cochran 1977, Sampling Techniques, chapter 9 (means over clusters of different size).
 
     Args:
         per_sample: (N,) values. A NaN or an infinite value makes the interval NaN.

@@ -1,6 +1,6 @@
 """What a confidence does not protect from: the pose model calibrated on the first 40 % of a video, held out its rest.
 
-    .venv/bin/python scripts/confidence_by_time.py        (about 8 minutes on 2 cores)
+    .venv/bin/python scripts/confidence_by_time.py        (about 6 minutes on 2 cores)
 
 experiments/searches.py deals calibration and held-out data from one population, as an interval assumes. Here the 48 held-out
 crops come later in the video than the 24 calibration crops (`data.pose_crops`), which lie in 3 blocks of a person × a second.
