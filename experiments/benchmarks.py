@@ -267,8 +267,9 @@ def _checked(low: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def imported(name: str, outputs: tuple[str, ...], size: int) -> Model:
-    imported = load_tflite(assets.fetch(name), outputs=outputs)
-    return models.from_linen(imported.module, imported.variables, jnp.zeros((1, size, size, 3), jnp.float32))
+    """A fetched .tflite model with some of its outputs, for crops of `size` pixels."""
+    found = load_tflite(assets.fetch(name), outputs=outputs)
+    return models.from_linen(found.module, found.variables, jnp.zeros((1, size, size, 3), jnp.float32))
 
 
 def _xy(landmarks: jax.Array) -> jax.Array:
@@ -288,10 +289,15 @@ def _torsos(crops: data.Crops, base: Model) -> np.ndarray:
     piece = kept.load("pose torso")
     if piece is not None:
         return piece.arrays["torso"]
-    run = jax.jit(lambda params, images: base.call(params, images)["Identity"])
-    torso = pose_landmark.split_of(crops.calibration, base, run).torso
+    torso = torsos(crops.calibration, base)
     kept.save("pose torso", {"torso": torso})
     return torso
+
+
+def torsos(crops: data.CropSet, base: Model) -> np.ndarray:
+    """(N,) float32 torso lengths in pixels, by the float32 pose model."""
+    run = jax.jit(lambda params, images: base.call(params, images)["Identity"])
+    return pose_landmark.split_of(crops, base, run).torso
 
 
 def _photograph_facts(name: str, count: int) -> dict[str, Any]:

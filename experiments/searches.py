@@ -1,7 +1,7 @@
 """Every search strategy on the same models, scores, tolerances and budget, with an exact optimum to compare against.
 
-    python -m experiments.searches            (about 60 minutes on 2 cores; again: under 1)
-    python -m experiments.searches --quick    (about 5: fewer examples, two models, two tolerances)
+    python -m experiments.searches            (about 50 minutes on 2 cores; again: under 1)
+    python -m experiments.searches --quick    (about 4: fewer examples, two models, two tolerances)
 
 Models: pose landmarks (72 layers), iris landmarks (81) and a small network on digits (10). A strategy may measure the user's
 error (NME, KL) on calibration data, at most 150 assignments; its result is then measured once on held-out data and reported as it

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import benchmarks, data, digits, eyes, pose_landmark
+from experiments import benchmarks, data, digits, eyes
 from experiments.benchmarks import Benchmark
 from experiments.estimators_judge import first
 from mpjax import emulate, sensitivity
@@ -90,10 +90,9 @@ def _pose(quick: bool) -> Task:
     crops = data.dealt_crops(per_block=3)
     benchmark = benchmarks.pose(count=1)
     base = benchmarks.imported("pose_landmark_full", ("Identity",), data.SIZE)
-    run = jax.jit(lambda params, images: base.call(params, images)["Identity"])
-    parts = [pose_landmark.split_of(crops.calibration, base, run), pose_landmark.split_of(crops.evaluation, base, run)]
-    count = 4 if quick else len(parts[0].torso) // 2 * 2  # the first crops come from different blocks
-    batches, heldout = (benchmarks.in_batches((part.crops.images[:count], part.torso[:count]), 2) for part in parts)
+    parts = [(split.images, benchmarks.torsos(split, base)) for split in (crops.calibration, crops.evaluation)]
+    count = 4 if quick else len(parts[0][1]) // 2 * 2  # the first crops come from different blocks
+    batches, heldout = (benchmarks.in_batches((images[:count], torso[:count]), 2) for images, torso in parts)
     facts = {
         **benchmark.facts,
         "source": f"person crops of {crops.source}",
@@ -199,8 +198,8 @@ def problem_of(
     penalty = 0.5 * np.diagonal(gram).reshape(len(rows), len(formats))
     fields: dict[str, Any] = {"objective": "lower_max"}
     if objective != "layers":
-        tables = {"bytes": costs.weight_bytes, "latency": costs.seconds, "latency with casts": costs.product_seconds}
-        table = tables[objective]
+        tables = {"bytes": "weight_bytes", "latency": "seconds", "latency with casts": "product_seconds"}
+        table = getattr(costs, tables[objective])
         assert table is not None
         columns = [costs.formats.index(fmt) for fmt in formats]
         fields = {

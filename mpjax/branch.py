@@ -147,8 +147,8 @@ class _Quadratic:
         self.least = max(1e-12 * float(np.abs(rest).max(initial=0.0)), 1e-150)
         self.starts = np.flatnonzero(np.diff(groups, prepend=-1))
         self.sizes = np.diff(self.starts, append=len(groups))
-        same = (groups[:, None] == groups[None, :]) & ~np.eye(len(groups), dtype=np.bool_)
-        self.others = [np.flatnonzero(row) for row in same]
+        self.same = (groups[:, None] == groups[None, :]) & ~np.eye(len(groups), dtype=np.bool_)
+        self.others = [np.flatnonzero(row) for row in self.same]
 
     def bounds(self, boxes: _Boxes, needed: float, *, prices: int, sweeps: int, deadline: float = math.inf) -> _Bounds:
         """Of the boxes' points that gain at least `needed`: a few sweeps of coordinate descent at each of a few multipliers.
@@ -215,8 +215,8 @@ class _Quadratic:
         chosen = usable == first_each
         without = np.where(chosen, np.inf, usable)
         second = np.minimum(np.minimum.reduceat(without, self.starts, axis=1), nothing)
-        rise = np.where(np.isfinite(second), second, np.inf) - first
-        rise = np.where(np.add.reduceat(chosen, self.starts, axis=1, dtype=np.int64) > 1, 0.0, rise)  # of equals any
+        equals = np.add.reduceat(chosen, self.starts, axis=1, dtype=np.int64) > 1
+        rise = np.where(equals, 0.0, second - first)  # of equals any
         at_zero = np.where(chosen, np.repeat(rise, self.sizes, axis=1), 0.0)
         return first.sum(axis=1), usable - first_each, at_zero
 
@@ -240,9 +240,8 @@ class _Search:
         self.gain, self.gram, self.groups, self.improve = gain, gram, groups, improve
         largest = float(np.abs(gram).max(initial=0.0))
         self.accepted = limit * (1 + MARGIN)
-        self.limit = (
-            self.accepted + 1e-13 * len(gain) * largest
-        )  # what a bound is compared with, which rounds as sums of G do
+        # What a bound is compared with, which rounds as sums of G do.
+        self.limit = self.accepted + 1e-13 * len(gain) * largest
         finite = np.abs(gain[np.isfinite(gain)])
         self.whole, self.step = whole, 1.0 if whole else 1e-6 * float(finite.max(initial=0.0)) or 1.0
         self.least_price = max(1e-9 * largest, 1e-150)
@@ -372,18 +371,16 @@ class _Search:
     def branched(self, quadratic: _Quadratic, root: _Bounds) -> tuple[Floats, _Boxes]:
         """Branches until nothing is open; returns what is when time is up."""
         size = np.sqrt(np.maximum(np.diagonal(quadratic.rest), 0.0)) + 1e-300
-        same = self.groups[self.free]
-        same = (same[:, None] == same[None, :]) & ~np.eye(len(same), dtype=np.bool_)
         loss, boxes = root.loss, root.boxes
         while len(loss) and self.left and len(loss) < _MOST:
             order = np.argsort(loss, kind="stable")
             now, later = order[:_BATCH], order[_BATCH:]
-            children = self.children(boxes.take(now), size, same)
+            children = self.children(boxes.take(now), size, quadratic.same)
             found = quadratic.bounds(children, self.needed, prices=5, sweeps=2, deadline=self.deadline)
             self.nodes += len(found.loss)
             for best in np.argsort(found.loss)[:2]:
                 self.offer(self.improve(self.rounded(found.boxes.point[best])))
-            new_loss, new_boxes = self.fixed(found, same)
+            new_loss, new_boxes = self.fixed(found, quadratic.same)
             loss, boxes = np.concatenate([loss[later], new_loss]), _joined(boxes.take(later), new_boxes)
         return loss, boxes
 

@@ -4,7 +4,6 @@ With derivatives of its own, that are as fast.
 """
 
 import functools
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-_NHWC = ("NHWC", "HWIO", "NHWC")
+from mpjax import windows
 
 
 def depthwise_conv(
@@ -59,42 +58,27 @@ def depthwise_conv(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+    found = windows.window(
+        lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, preferred_element_type
+    )
     covered = (
-        lhs.ndim == rhs.ndim == 4
-        and lhs.dtype == rhs.dtype
-        and jnp.issubdtype(lhs.dtype, jnp.floating)
-        and (preferred_element_type is None or jnp.issubdtype(preferred_element_type, jnp.floating))
-        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-        == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
+        found is not None
         and feature_group_count == lhs.shape[3]
         and rhs.shape[2] == 1
         and rhs.shape[3] % lhs.shape[3] == 0
         and batch_group_count == 1
-        and all(step == 1 for step in lhs_dilation or ())
     )
-    if not covered:
+    if found is None or not covered:
         return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
-
-    kernel = rhs.shape[:2]
-    dilation = tuple(rhs_dilation or (1, 1))
-    extent = [(size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True)]
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], extent, window_strides, padding)
-    padded_size = [size + sum(pads) for size, pads in zip(lhs.shape[1:3], padding, strict=True)]
-    out_size = [(p - e) // s + 1 for p, e, s in zip(padded_size, extent, window_strides, strict=True)]
-    if min(*kernel, *out_size) < 1:
-        return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
-
     result = jnp.dtype(preferred_element_type or lhs.dtype)
-    compute = max((jnp.dtype(jnp.float32), lhs.dtype, result), key=lambda dtype: dtype.itemsize)
-    pads = tuple((int(low), int(high)) for low, high in padding)
+    compute = windows.accumulator(lhs.dtype, result)
     out = _depthwise_p.bind(
         lhs.astype(compute),
         rhs.astype(compute),
-        strides=tuple(map(int, window_strides)),
-        pads=pads,
-        dilation=tuple(map(int, dilation)),
-        out_size=tuple(map(int, out_size)),
+        strides=found.strides,
+        pads=found.pads,
+        dilation=found.dilation,
+        out_size=found.out,
     )
     return out.astype(result)
 
@@ -111,16 +95,12 @@ def _shifted_sum(
     out_size: tuple[int, ...],
 ) -> jax.Array:
     """(N, H, W, C), (kh, kw, 1, C·M) -> (N, H', W', C·M): pad, sum the strided slices times weights."""
-    padded = lax.pad(lhs, jnp.zeros((), lhs.dtype), [(0, 0, 0), *((low, high, 0) for low, high in pads), (0, 0, 0)])
+    padded = windows.padded(lhs, pads)
     if rhs.shape[3] > lhs.shape[3]:
         padded = jnp.repeat(padded, rhs.shape[3] // lhs.shape[3], axis=3)
     padded = lax.optimization_barrier(padded)
-    span = [(size - 1) * step + 1 for size, step in zip(out_size, strides, strict=True)]
-    taps = []
-    for i, j in itertools.product(range(rhs.shape[0]), range(rhs.shape[1])):
-        top, left = i * dilation[0], j * dilation[1]
-        stop = (padded.shape[0], top + span[0], left + span[1], padded.shape[3])
-        taps.append(lax.slice(padded, (0, top, left, 0), stop, (1, *strides, 1)) * rhs[i : i + 1, j : j + 1])
+    parts = windows.slices(padded, rhs.shape[:2], strides, dilation, out_size)
+    taps = [part * rhs[i : i + 1, j : j + 1] for (i, j), part in parts]
     return functools.reduce(jnp.add, taps)
 
 

@@ -16,43 +16,30 @@ shifted or multiplied one by one: on a CPU narrow arithmetic outside a matrix pr
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mpjax import windows
 from mpjax.depthwise import depthwise_conv
 from mpjax.models import Array, Layer, Model, Product
+from mpjax.windows import Window
 
 WAYS = ("xla", "dot", "im2col", "taps", "terms", "shift")
-_NHWC = ("NHWC", "HWIO", "NHWC")
 _MOST_TERMS = 64  # of `terms`: more are a long program
 _MOST_PLANES = 128  # of `taps`
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Window:
-    """A 2-D convolution of (N, H, W, C) with (kh, kw, C, O), undilated input, one group."""
-
-    strides: tuple[int, int]
-    pads: tuple[tuple[int, int], tuple[int, int]]
-    dilation: tuple[int, int]
-    kernel: tuple[int, int]
-    out: tuple[int, int]
-
-
-def ways(product: Product, lhs: jax.ShapeDtypeStruct, rhs: jax.ShapeDtypeStruct) -> tuple[str, ...]:
+def ways(product: Product, lhs: Array | jax.ShapeDtypeStruct, rhs: Array | jax.ShapeDtypeStruct) -> tuple[str, ...]:
     """The ways that compute this product of operands of these shapes; `xla` first."""
-    if not _replaceable(product):
-        return ("xla",)
-    if _depthwise(product, lhs, rhs):
+    window = _window(product, lhs, rhs) if product.kind == "conv" and _replaceable(product) else None
+    if window is not None and product.feature_group_count == lhs.shape[3] > 1 and rhs.shape[2] == 1:
         return ("xla", "shift")
-    window = _window(product, lhs, rhs)
-    if window is None:
+    if window is None or product.feature_group_count > 1:
         return ("xla",)
     taps, channels, outputs = window.kernel[0] * window.kernel[1], rhs.shape[2], rhs.shape[3]
     found = ["xla", "dot" if taps == 1 else "im2col"]
@@ -63,7 +50,7 @@ def ways(product: Product, lhs: jax.ShapeDtypeStruct, rhs: jax.ShapeDtypeStruct)
     return tuple(found)
 
 
-def rule(product: Product, lhs: jax.ShapeDtypeStruct, rhs: jax.ShapeDtypeStruct) -> str:
+def rule(product: Product, lhs: Array | jax.ShapeDtypeStruct, rhs: Array | jax.ShapeDtypeStruct) -> str:
     """A good way without timing, for a CPU; on another backend XLA's own, whose libraries know convolutions."""
     possible = ways(product, lhs, rhs)
     if jax.default_backend() != "cpu":
@@ -86,9 +73,7 @@ def lowered(product: Product, way: str) -> Product:
     """
     if way not in WAYS:
         raise ValueError(f"Unknown way {way!r}. Known: {', '.join(WAYS)}.")
-    if not _replaceable(product):
-        return product
-    if product.kind == "dot":
+    if product.kind == "dot" or not _replaceable(product):
         return product
     return replace(product, function=functools.partial(convolution, way))
 
@@ -105,7 +90,7 @@ def choose(model: Model, lowering: str | Mapping[str, str]) -> Callable[[Layer, 
             raise ValueError(f'lowering must be "xla", "rule" or layer -> way; found {lowering!r}.')
         if lowering == "xla":
             return lambda layer, product, lhs, rhs: product
-        return lambda layer, product, lhs, rhs: lowered(product, rule(product, _spec(lhs), _spec(rhs)))
+        return lambda layer, product, lhs, rhs: lowered(product, rule(product, lhs, rhs))
     for name, way in lowering.items():
         model.layer(name)
         if way not in WAYS:
@@ -143,14 +128,14 @@ def convolution(
     if way == "shift":
         return depthwise_conv(lhs, rhs, window_strides, padding, **options)
     window = None
-    if way != "xla" and batch_group_count == 1:
-        window = _geometry(
-            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count
+    if way != "xla" and feature_group_count == batch_group_count == 1:
+        window = windows.window(
+            lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, preferred_element_type
         )
     if window is None or (way == "dot" and window.kernel != (1, 1)):
         return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
     result = jnp.dtype(preferred_element_type or lhs.dtype)
-    accumulate = max((jnp.dtype(jnp.float32), lhs.dtype, result), key=lambda dtype: dtype.itemsize)
+    accumulate = windows.accumulator(lhs.dtype, result)
     compute = {"dot": _dot, "im2col": _im2col, "taps": _taps, "terms": _terms}[way]
     return compute(lhs, rhs, window, accumulate, precision).astype(result)
 
@@ -158,36 +143,36 @@ def convolution(
 # --- the ways ---------------------------------------------------------------------------------------------------------
 
 
-def _dot(lhs: Array, rhs: Array, window: _Window, accumulate: Any, precision: Any) -> Array:
-    x = _padded(lhs, window)
+def _dot(lhs: Array, rhs: Array, window: Window, accumulate: Any, precision: Any) -> Array:
+    x = windows.padded(lhs, window.pads)
     if x.shape[1:3] != window.out:
-        (x,) = _slices(x, window)
+        ((_, x),) = _slices(x, window)
     return _matmul(x, rhs.reshape(rhs.shape[2:]), accumulate, precision)
 
 
-def _im2col(lhs: Array, rhs: Array, window: _Window, accumulate: Any, precision: Any) -> Array:
-    columns = jnp.concatenate(list(_slices(_padded(lhs, window), window)), axis=3)
+def _im2col(lhs: Array, rhs: Array, window: Window, accumulate: Any, precision: Any) -> Array:
+    parts = _slices(windows.padded(lhs, window.pads), window)
+    columns = jnp.concatenate([part for _, part in parts], axis=3)
     return _matmul(columns, rhs.reshape(-1, rhs.shape[3]), accumulate, precision)
 
 
-def _taps(lhs: Array, rhs: Array, window: _Window, accumulate: Any, precision: Any) -> Array:
+def _taps(lhs: Array, rhs: Array, window: Window, accumulate: Any, precision: Any) -> Array:
     outputs = rhs.shape[3]
     weights = jnp.moveaxis(rhs, 2, 0).reshape(rhs.shape[2], -1)
     # A barrier: otherwise XLA pads anew for each tap.
-    planes = lax.optimization_barrier(_padded(_matmul(lhs, weights, accumulate, precision), window))
-    shifted = enumerate(_slices(planes, window))
-    return functools.reduce(jnp.add, [part[..., n * outputs : (n + 1) * outputs] for n, part in shifted])
+    planes = lax.optimization_barrier(windows.padded(_matmul(lhs, weights, accumulate, precision), window.pads))
+    parts = enumerate(_slices(planes, window))
+    return functools.reduce(jnp.add, [part[..., n * outputs : (n + 1) * outputs] for n, (_, part) in parts])
 
 
-def _terms(lhs: Array, rhs: Array, window: _Window, accumulate: Any, precision: Any) -> Array:
-    x = lax.optimization_barrier(_padded(lhs.astype(accumulate), window))
+def _terms(lhs: Array, rhs: Array, window: Window, accumulate: Any, precision: Any) -> Array:
+    x = lax.optimization_barrier(windows.padded(lhs.astype(accumulate), window.pads))
     weights = rhs.astype(accumulate)
-    taps = itertools.product(*map(range, window.kernel))
     return functools.reduce(
         jnp.add,
         [
             part[..., c : c + 1] * weights[None, i : i + 1, j : j + 1, c]
-            for (i, j), part in zip(taps, _slices(x, window), strict=True)
+            for (i, j), part in _slices(x, window)
             for c in range(rhs.shape[2])
         ],
     )
@@ -202,62 +187,15 @@ def _matmul(x: Array, weights: Array, accumulate: Any, precision: Any) -> Array:
     return out.reshape(*x.shape[:3], weights.shape[1])
 
 
-def _padded(x: Array, window: _Window) -> Array:
-    if not any(map(any, window.pads)):
-        return x
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *((low, high, 0) for low, high in window.pads), (0, 0, 0)])
-
-
-def _slices(x: Array, window: _Window) -> Iterator[Array]:
-    """Of the padded input, what each tap meets, (N, H', W', C)."""
-    span = [(size - 1) * step + 1 for size, step in zip(window.out, window.strides, strict=True)]
-    for i, j in itertools.product(*map(range, window.kernel)):
-        top, left = i * window.dilation[0], j * window.dilation[1]
-        stop = (x.shape[0], top + span[0], left + span[1], x.shape[3])
-        yield lax.slice(x, (0, top, left, 0), stop, (1, *window.strides, 1))
+def _slices(x: Array, window: Window) -> Iterator[tuple[tuple[int, int], Array]]:
+    return windows.slices(x, window.kernel, window.strides, window.dilation, window.out)
 
 
 # --- what is covered --------------------------------------------------------------------------------------------------
 
 
-def _geometry(
-    lhs: Any,
-    rhs: Any,
-    strides: Sequence[int],
-    padding: Any,
-    lhs_dilation: Sequence[int] | None,
-    rhs_dilation: Sequence[int] | None,
-    dimension_numbers: Any,
-    groups: int,
-) -> _Window | None:
-    """The window of a convolution that the ways cover; None for other layouts, ranks, groups, dtypes and empty results."""
-    covered = (
-        len(lhs.shape) == len(rhs.shape) == 4
-        and lhs.dtype == rhs.dtype
-        and jnp.issubdtype(lhs.dtype, jnp.floating)
-        and groups == 1
-        and all(step == 1 for step in lhs_dilation or ())
-        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers)
-        == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
-    )
-    if not covered:
-        return None
-    kernel, dilation = (int(rhs.shape[0]), int(rhs.shape[1])), tuple(map(int, rhs_dilation or (1, 1)))
-    extent = [(size - 1) * step + 1 for size, step in zip(kernel, dilation, strict=True)]
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(lhs.shape[1:3], extent, strides, padding)
-    pads = tuple((int(low), int(high)) for low, high in padding)
-    padded = [size + low + high for size, (low, high) in zip(lhs.shape[1:3], pads, strict=True)]
-    out = tuple((size - e) // step + 1 for size, e, step in zip(padded, extent, strides, strict=True))
-    if min(*kernel, *out, *lhs.shape, *rhs.shape) < 1:
-        return None
-    return _Window(strides=tuple(map(int, strides)), pads=pads, dilation=dilation, kernel=kernel, out=out)  # type: ignore[arg-type]
-
-
-def _window(product: Product, lhs: Any, rhs: Any) -> _Window | None:
-    if product.kind != "conv":
-        return None
-    return _geometry(
+def _window(product: Product, lhs: Any, rhs: Any) -> Window | None:
+    return windows.window(
         lhs,
         rhs,
         product.window_strides,
@@ -265,25 +203,9 @@ def _window(product: Product, lhs: Any, rhs: Any) -> _Window | None:
         product.lhs_dilation,
         product.rhs_dilation,
         product.dimension_numbers,
-        product.feature_group_count,
-    )
-
-
-def _depthwise(product: Product, lhs: Any, rhs: Any) -> bool:
-    return (
-        product.kind == "conv"
-        and len(lhs.shape) == 4
-        and product.feature_group_count == lhs.shape[3] > 1
-        and rhs.shape[2] == 1
-        and lax.conv_dimension_numbers(lhs.shape, rhs.shape, product.dimension_numbers)
-        == lax.conv_dimension_numbers(lhs.shape, rhs.shape, _NHWC)
     )
 
 
 def _replaceable(product: Product) -> bool:
     """Whether the product is XLA's or ours: a hook of the model's author stays."""
     return product.function in (lax.dot_general, lax.conv_general_dilated, depthwise_conv)
-
-
-def _spec(array: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)

@@ -23,7 +23,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from mpjax import branch
 from mpjax.problem import Floats, Index, Problem
 
-MARGIN = 1e-9  # of the limit: how far a sum of penalties may lie above it by rounding
+MARGIN = branch.MARGIN  # also for sums of penalties
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,26 +11,24 @@ Writes docs/search/by_time.csv: one row per interval, set of formats and toleran
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import benchmarks, data, pose_landmark, searches_tasks  # noqa: E402
+from experiments import benchmarks, data, searches_tasks  # noqa: E402
 from experiments.searches import TOLERANCES  # noqa: E402
-from experiments.searches_tasks import FORMATS, SETS, Task  # noqa: E402
+from experiments.searches_tasks import FORMATS, SETS, Predicted, Task  # noqa: E402
 from mpjax import cost, metrics, search  # noqa: E402
 from mpjax.evaluation import Evaluation  # noqa: E402
 from mpjax.files import write_bytes  # noqa: E402
 from mpjax.pages import Column, csv_table  # noqa: E402
-from mpjax.problem import Assignment, Measurement, Problem  # noqa: E402
+from mpjax.problem import Assignment, Measurement  # noqa: E402
 
 COLUMNS = tuple(
     Column(key=key, title=key)
@@ -54,12 +52,8 @@ def main(config: Config) -> None:
     """Search, measure on the later crops, write the table."""
     benchmark, crops = benchmarks.pose(count=24, batch=2), data.pose_crops()
     base = benchmarks.imported("pose_landmark_full", ("Identity",), data.SIZE)
-    run = jax.jit(lambda params, images: base.call(params, images)["Identity"])
-    late = pose_landmark.split_of(crops.evaluation, base, run)
-    heldout = [
-        (jnp.asarray(late.crops.images[i : i + 2]), jnp.asarray(late.torso[i : i + 2]))
-        for i in range(0, len(late.torso), 2)
-    ]
+    torso = benchmarks.torsos(crops.evaluation, base)
+    heldout = benchmarks.in_batches((crops.evaluation.images, torso), 2)
     task = Task(
         benchmark=benchmark,
         blocks=crops.calibration.block[benchmark.facts["crops"]],
@@ -71,7 +65,7 @@ def main(config: Config) -> None:
     )
     names = benchmark.model.names
     gram = searches_tasks.score(task, jax.random.key(0))[0]["gram"]
-    weights = cost.static(benchmark.model, FORMATS, *task.costed).weight_bytes
+    predicted = Predicted(gram=gram, costs=cost.static(benchmark.model, FORMATS, *task.costed), edges=())
     rows: list[dict[str, Any]] = []
     for formats in SETS:
         evaluation = task.evaluation(formats)
@@ -85,12 +79,8 @@ def main(config: Config) -> None:
             ends = metrics.bootstrap_interval(found.per_sample, task.blocks, confidence=CONFIDENCE, seed=0)
             return Measurement(value=found.value, low=ends.low, high=ends.high, confidence=CONFIDENCE)
 
-        columns = [FORMATS.index(fmt) for fmt in formats]
-        penalty = 0.5 * np.diagonal(gram).reshape(-1, len(FORMATS))[:, columns]
-        problem = Problem(layers=names, formats=formats, penalty=penalty)
-        if len(formats) > 1:  # bytes of the weights, as there
-            low = weights[:, [1 + column for column in columns]]
-            problem = replace(problem, objective="cost_min", cost=low, float32_cost=weights[:, 0])
+        objective = "layers" if len(formats) == 1 else "bytes"
+        problem = searches_tasks.problem_of(predicted, names, formats, objective=objective, interactions=False)
         for name, evaluate in (("mean_interval", evaluation), ("bootstrap", by_bootstrap)):
             for tolerance in TOLERANCES:
                 result = search.solve(
