@@ -5,6 +5,7 @@ The package exports modules, not names: `import mpjax as mp; mp.sensitivity.loca
 
 from mpjax import (
     apply,
+    autotune,
     branch,
     compiled,
     cost,
@@ -13,6 +14,7 @@ from mpjax import (
     emulate,
     estimate,
     evaluation,
+    executable,
     formats,
     gradients,
     grams,
@@ -28,15 +30,18 @@ from mpjax import (
     plan,
     predicted,
     problem,
+    profiling,
     report,
     search,
     sensitivity,
+    verification,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "apply",
+    "autotune",
     "branch",
     "compiled",
     "cost",
@@ -45,6 +50,7 @@ __all__ = [
     "emulate",
     "estimate",
     "evaluation",
+    "executable",
     "formats",
     "gradients",
     "graph",
@@ -60,7 +66,9 @@ __all__ = [
     "plan",
     "predicted",
     "problem",
+    "profiling",
     "report",
     "search",
     "sensitivity",
+    "verification",
 ]

@@ -8,7 +8,7 @@ Weights are stored in the assigned dtype and the product is computed on operands
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mpjax import lowering as ways
 from mpjax import partition
 from mpjax.emulate import Calibration, product_in
-from mpjax.formats import FLOAT32, Format, amax_scale, parse
+from mpjax.formats import FLOAT32, Format, amax_scale, narrowed, parse
 from mpjax.models import Array, Layer, Model, Override, Params, Product
 
 
@@ -26,7 +26,8 @@ def apply(
     assignment: Mapping[str, str],
     *,
     calibration: Calibration | None = None,
-    lowering: str | Mapping[str, str] = "xla",
+    lowering: str | Mapping[str, str] = "own",
+    activations: str = "float32",
 ) -> Model:
     """The model with each layer stored and computed in its assigned format; `model` is untouched.
 
@@ -34,8 +35,10 @@ def apply(
         model: a float32 model.
         assignment: layer name -> format name; layers that it does not name stay float32.
         calibration: layer name -> largest activation magnitude, for scaled formats (`emulate.calibrate`).
-        lowering: how convolutions are computed: "xla", as the model does; "rule", a good way without timing; or layer -> way
-            (`lowering.WAYS`; `cost.measure` times them).
+        lowering: how products are computed: "own", as the model does; "xla", by lax, whatever the model does; "rule", a good way
+            without timing; "auto", the rule until `compiled.compile` times the ways; or layer -> way (`lowering.WAYS`).
+        activations: dtype in which lowered layers hand on their outputs. "float32" is the definition of every format; a narrower
+            one rounds once more, and saves memory traffic on a GPU. The layers after it compute as Flax promotes.
 
     Returns:
         A Model whose params are {"weights": the params with lowered kernels, "weight_scales", "input_scales"}.
@@ -54,7 +57,7 @@ def apply(
             f"The assignment names {len(unknown)} layers that the model has not: {', '.join(unknown[:5])}. Nearest "
             f"known to the first: {', '.join(near or model.names[:3])}."
         )
-    choose = ways.choose(model, lowering)
+    call = _call(model, formats, lowering, activations)
     kernels: dict[str, Array] = {}
     weight_scales: dict[str, Array] = {}
     input_scales: dict[str, Array] = {}
@@ -79,6 +82,38 @@ def apply(
         "input_scales": input_scales,
     }
 
+    complete = {name: formats.get(name, FLOAT32).name for name in model.names}
+    return replace(
+        model, params=params, call=call, original=model, assignment=complete, lowering=lowering, activations=activations
+    )
+
+
+def lowered(model: Model, lowering: str | Mapping[str, str], *, activations: str | None = None) -> Model:
+    """The model with its products computed in other ways: the same weights, the same formats.
+
+    Args:
+        model: float32 or made by `apply`.
+        lowering, activations: as in `apply`; None keeps the model's.
+
+    Raises:
+        KeyError, ValueError: as in `apply`.
+    """
+    activations = activations or model.activations
+    if model.original is None:
+        return apply(model, {}, lowering=lowering, activations=activations)
+    formats = {name: parse(each) for name, each in (model.assignment or {}).items()}
+    call = _call(model.original, formats, lowering, activations)
+    return replace(model, call=call, lowering=lowering, activations=activations)
+
+
+def _call(
+    model: Model, formats: Mapping[str, Format], lowering: str | Mapping[str, str], activations: str
+) -> Callable[..., Any]:
+    """What the mixed model computes, from params as `apply` makes them."""
+    if activations not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f'activations must be "float32", "bfloat16" or "float16"; found {activations!r}.')
+    way = ways.choose(model, lowering)
+
     def call(mixed_params: Params, *inputs: Array, override: Override | None = None) -> Any:
         if override is not None:
             raise ValueError("A mixed model takes no override: its products are already overridden. Use its .original.")
@@ -88,12 +123,18 @@ def apply(
             scale = mixed_params["input_scales"][layer.name] if fmt.scaled else None
             both = None if scale is None else scale * mixed_params["weight_scales"][layer.name]
             lhs = operand(fmt, lhs, scale)
-            return multiply(fmt, choose(layer, product, lhs, rhs), lhs, rhs, both)
+            out = multiply(fmt, ways.lowered(product, way(layer, product, lhs, rhs)), lhs, rhs, both)
+            return out if fmt == FLOAT32 or activations == "float32" else narrowed(out, activations)
 
         return model.call(mixed_params["weights"], *inputs, override=execute)
 
-    complete = {name: formats.get(name, FLOAT32).name for name in model.names}
-    return replace(model, params=params, call=call, original=model, assignment=complete)
+    return call
+
+
+def kernels(model: Model, params: Params) -> dict[str, Any]:
+    """Layer -> its kernel's leaf in a tree shaped like the model's params, float32 or mixed."""
+    weights = params if model.original is None else params["weights"]
+    return {layer.name: partition.select(weights, layer.block)[layer.kernel] for layer in model.layers}
 
 
 def operand(fmt: Format, lhs: Array, scale: Array | None = None) -> Array:
@@ -128,4 +169,4 @@ def _cast(x: Array, dtype: str, fmt: Format) -> Array:
     """`x` in a dtype; float8 saturates, as `formats` says."""
     if fmt.scaled:
         x = jnp.clip(x, -fmt.max, fmt.max)
-    return x.astype(dtype)
+    return narrowed(x, dtype)

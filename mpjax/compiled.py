@@ -1,9 +1,7 @@
 """Compile a model to one XLA function, and give it to nobody before it has been compared with an op-by-op run.
 
-XLA:CPU has been seen to miscompile silently (jaxlib 0.10.2: its YNN fusion returned wrong numbers for a chain of
-convolution, depthwise convolution, pad, add, relu and max-pool), and by default it drops roundings to bfloat16. So every
-program is compared, on real inputs, with an op-by-op run of the same program; if they disagree it is compiled again with
-that fusion off, and refused if they still do.
+Every program is compared, on real inputs, with an op-by-op run of the same program (`verification`); if they disagree it is
+compiled again with other options, and refused if they still do.
 """
 
 from __future__ import annotations
@@ -11,91 +9,167 @@ from __future__ import annotations
 import io
 import json
 import os
-import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
+from jax.interpreters import partial_eval
 
-from mpjax import hlo
+from mpjax import apply, autotune, executable, hlo, profiling
+from mpjax.autotune import Tuning
+from mpjax.executable import Executable
 from mpjax.files import write_bytes
-from mpjax.metrics import relative_error
-from mpjax.models import Array, Batches, Model, check_batches
+from mpjax.formats import parse
+from mpjax.models import Array, Batches, Layer, Model
+from mpjax.verification import MiscompiledError, Verification, stepwise
 
-FLOAT32_LIMIT = 1e-4
-# Tried in this order until one agrees with the op-by-op run. Excess precision must be off: otherwise XLA removes a rounding
-# whose result it converts up again (float32 → bfloat16 → float32), and the program is not the one that was asked for.
-OPTION_SETS: tuple[dict[str, Any], ...] = (
-    {"xla_allow_excess_precision": False},
-    {"xla_allow_excess_precision": False, "xla_cpu_experimental_ynn_fusion_type": ""},
-)
-_FORMAT = 1
+__all__ = ["Compiled", "ExportError", "Loaded", "MiscompiledError", "Report", "Verification", "compile", "load"]
+
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verification:
-    """The compiled program against an op-by-op run of the same program: largest error relative to the largest output.
+class Report:
+    """What a compiled program does, layer by layer and as a whole; `print(report)` is a table.
 
-    `limit`: 1e-4 for float32 programs. For low-precision ones the order of float32 sums decides roundings, and one flipped
-    rounding flips others after it; so there the limit is a quarter of `distance`, the op-by-op run's own distance to float32, or
-    twice `spread` where that is more, up to three quarters of `distance`. `spread` is how far op-by-op runs part whose inputs
-    differ by one float32 rounding. A program that drops its roundings has error = distance and is refused. (Never below 1e-5.)
+    Attributes:
+        rows: one flat mapping per layer: "layer", "requested" (format), "executed" (operand dtypes in the optimised program),
+            "result" (dtype), "opcode", "way", "weights" (number), "weight_bytes", "flops" (for the compiled batch), "share" of
+            the time (None if not measured), "dropped" (whether the outputs that are kept do not need it).
+        program: "options", "activations", "skipped" (options that this jaxlib does not know), "weight_bytes", "peak_bytes",
+            "flops", "compile_seconds", "error" and "limit" of the verification, "outside" (share of time outside of layers).
     """
 
-    error: float
-    limit: float
-    distance: float
-    spread: float
-    inputs: int
+    rows: tuple[Mapping[str, Any], ...]
+    program: Mapping[str, Any]
 
-    @property
-    def agrees(self) -> bool:
-        """Whether the program may be used."""
-        return bool(np.isfinite(self.error)) and self.error <= self.limit
+    def __str__(self) -> str:
+        header = ("layer", "requested", "executed", "by", "way", "KiB", "MFLOP", "share")
+        lines = [
+            (
+                row["layer"],
+                row["requested"],
+                "dropped" if row["dropped"] else row["executed"],
+                row["opcode"],
+                row["way"],
+                f"{row['weight_bytes'] / 1024:.1f}",
+                f"{row['flops'] / 1e6:.2f}",
+                "" if row["share"] is None else f"{row['share']:.1%}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in (header, *lines)
+        ]
+        program = self.program
+        text.append(
+            f"{program['weight_bytes'] / 1024:.0f} KiB of weights, {program['peak_bytes'] / 1024:.0f} KiB in use at most, "
+            f"{program['flops'] / 1e6:.1f} MFLOP; {program['options']}, activations {program['activations']}; differs from an "
+            f"op-by-op run by {program['error']:.1g} (limit {program['limit']:.1g})."
+        )
+        return "\n".join(text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
     """A compiled mixed-precision function; `compiled(*inputs) -> outputs`.
 
-    `weights`: the leaves that the program takes as arguments. `executed`: layer -> dtypes in the optimised HLO. `assignment`:
-    layer -> requested format. `options`: the compiler options in force; `skipped`: what this jaxlib did not know.
+    `weights`: what the program takes as arguments, those that its outputs need. `executed`: layer -> dtypes in the optimised HLO.
+    `assignment`: layer -> requested format; `lowering`: layer -> way; `activations`: dtype that lowered layers hand on.
+    `dropped`: layers that no output needs. `options`: the compiler options in force; `skipped`: what this jaxlib did not know.
     `weight_bytes`, `peak_bytes` (temporaries, arguments and outputs, from XLA's memory analysis).
     """
 
     weights: tuple[Array, ...]
-    executable: Any
-    program: Any  # jitted function of (weights, *inputs), for export
+    program: Executable
+    layers: tuple[Layer, ...]
     input_specs: tuple[jax.ShapeDtypeStruct, ...]
     assignment: Mapping[str, str]
+    lowering: Mapping[str, str]
+    activations: str
     executed: Mapping[str, hlo.Executed]
+    dropped: tuple[str, ...]
     verification: Verification
-    options: Mapping[str, Any]
-    skipped: tuple[str, ...]
-    compile_seconds: float
     weight_bytes: int
     peak_bytes: int
 
+    @property
+    def options(self) -> Mapping[str, Any]:
+        return self.program.options
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        return self.program.skipped
+
+    @property
+    def compile_seconds(self) -> float:
+        return self.program.seconds
+
     def __call__(self, *inputs: Array) -> Any:
         """Run the program on inputs of the shapes and dtypes that it was compiled for."""
-        found = tuple((np.shape(each), np.dtype(getattr(each, "dtype", type(each)))) for each in inputs)
-        expected = tuple((spec.shape, np.dtype(spec.dtype)) for spec in self.input_specs)
-        if found != expected:
-            raise ValueError(f"Expected inputs {expected}, found {found}: compile again for other shapes or dtypes.")
-        return self.executable(self.weights, *inputs)
+        _check_inputs(inputs, self.input_specs)
+        return self.program.function(self.weights, *inputs)
+
+    def report(self, *inputs: Array) -> Report:
+        """What was asked for and what runs, per layer.
+
+        Args:
+            *inputs: real inputs, if each layer's share of the time is to be measured (twenty profiled runs).
+        """
+        text = self.program.compiled.as_text()
+        names = tuple(layer.name for layer in self.layers)
+        seconds = profiling.layer_seconds(lambda: self(*inputs), text, names) if inputs else None
+        total = sum(seconds.values()) if seconds else 0.0
+        batch = self.input_specs[0].shape[0]
+        rows: list[dict[str, Any]] = []
+        for layer in self.layers:
+            name, executed = layer.name, self.executed[layer.name]
+            dropped = name in self.dropped
+            rows.append(
+                {
+                    "layer": name,
+                    "requested": self.assignment[name],
+                    "executed": None if dropped else executed.operands,
+                    "result": None if dropped else executed.result,
+                    "opcode": "" if dropped else executed.opcode,
+                    "way": self.lowering.get(name, "own"),
+                    "weights": layer.weights,
+                    "weight_bytes": 0 if dropped else layer.weights * parse(self.assignment[name]).bytes_per_weight,
+                    "flops": 0 if dropped else layer.flops * batch,
+                    "share": seconds.get(name, 0.0) / total if seconds and total else None,
+                    "dropped": dropped,
+                }
+            )
+        program = {
+            "options": executable.name(self.options),
+            "activations": self.activations,
+            "skipped": list(self.skipped),
+            "weight_bytes": self.weight_bytes,
+            "peak_bytes": self.peak_bytes,
+            "flops": sum(row["flops"] for row in rows),
+            "compile_seconds": self.compile_seconds,
+            "error": self.verification.error,
+            "limit": self.verification.limit,
+            "outside": seconds.get(profiling.OUTSIDE, 0.0) / total if seconds and total else None,
+        }
+        return Report(rows=tuple(rows), program=program)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Save program (StableHLO, by jax.export), weights and assignment as one file; `load` reads it back."""
+        """Save program (StableHLO, by jax.export), weights, dtypes and assignment as one file; `load` reads it back."""
         specs = tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in self.weights)
-        exported = jax_export.export(self.program)(specs, *self.input_specs)
+        exported = jax_export.export(self.program.function)(specs, *self.input_specs)
         header = {
             "format": _FORMAT,
             "assignment": dict(self.assignment),
+            "lowering": dict(self.lowering),
+            "activations": self.activations,
             "options": dict(self.options),
             "weights": [{"shape": each.shape, "dtype": str(each.dtype)} for each in self.weights],
             "executed": {name: vars(each) for name, each in self.executed.items()},
@@ -113,88 +187,112 @@ class Compiled:
         return path
 
 
-class MiscompiledError(RuntimeError):
-    """The compiled program disagrees with an op-by-op run of the same program, with every option that was tried."""
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A program read from a file; `loaded(*inputs) -> outputs`. `header`: what `Compiled.export` wrote beside it, plain JSON."""
+
+    weights: tuple[Array, ...]
+    program: Executable
+    input_specs: tuple[jax.ShapeDtypeStruct, ...]
+    assignment: Mapping[str, str]
+    lowering: Mapping[str, str]
+    header: Mapping[str, Any]
+
+    def __call__(self, *inputs: Array) -> Any:
+        """Run the program on inputs of the shapes and dtypes that it was exported for."""
+        _check_inputs(inputs, self.input_specs)
+        return self.program.function(self.weights, *inputs)
 
 
 class ExportError(ValueError):
     """A file that `load` cannot use."""
 
 
-def compile(model: Model, batches: Batches) -> Compiled:  # noqa: A001 - the design's name
+def compile(  # noqa: A001 - the design's name
+    model: Model,
+    batches: Batches,
+    *,
+    lowering: str | Mapping[str, str] | Tuning | None = None,
+    outputs: Sequence[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: autotune.Progress | None = None,
+) -> Compiled:
     """Compile a model ahead of time for the shapes of these real inputs, and verify it on each of them.
 
     Args:
         model: a model, float32 or made by `apply`.
         batches: at least two different input tuples of equal shapes.
+        lowering: how products are computed: "own", "xla", "rule" or layer -> way as in `apply`; "auto", as `autotune.tune` finds
+            now; or what it found (a `Tuning`). None: as the model says.
+        outputs: of a model that returns a mapping, the ones to keep; layers and weights that they do not need are dropped.
+        cache, progress: of "auto".
 
     Raises:
-        ValueError: fewer than two input tuples.
+        ValueError: fewer than two input tuples, an unknown lowering.
+        KeyError: an unknown output or layer.
         MiscompiledError: no tried set of compiler options gave a program that agrees with the op-by-op run.
     """
-    check_batches(batches)
-    if len(batches) < 2:
-        raise ValueError(f"Expected at least two real inputs to verify the program on, found {len(batches)}.")
-    if all(np.array_equal(a, b) for batch in batches[1:] for a, b in zip(batches[0], batch, strict=True)):
-        raise ValueError("Expected at least two different inputs to verify the program on, found the same one again.")
-    leaves, tree = jax.tree.flatten(model.params)
+    if outputs is not None:
+        model = _keep(model, tuple(outputs))
+    wanted = model.lowering if lowering is None else lowering
+    if isinstance(wanted, str) and wanted == "auto":
+        wanted = autotune.tune(model, batches, activations=(model.activations,), cache=cache, progress=progress)
+    low = [parse(each) for each in (model.assignment or {}).values()]
+    sets = executable.option_sets(narrow=any(fmt.operand != "float32" for fmt in low))
+    if isinstance(wanted, Tuning):
+        model = apply.lowered(model, wanted.lowering, activations=wanted.activations)
+        sets = (dict(wanted.options), *(each for each in sets if each != wanted.options))
+    elif wanted != model.lowering:
+        model = apply.lowered(model, wanted)
+    expected = stepwise(model, batches)
+    everything, arguments = autotune.as_function(model, batches[0])
+    needed = _needed(everything, arguments)
+    shapes = [(leaf.shape, leaf.dtype) for leaf in arguments[0]]
 
     def function(weights: tuple[Array, ...], *inputs: Array) -> Any:
-        return model.call(jax.tree.unflatten(tree, weights), *inputs)
+        given = iter(weights)
+        # What no output needs is not computed: XLA sees that these zeros reach nothing.
+        full = [next(given) if need else jnp.zeros(*shape) for need, shape in zip(needed, shapes, strict=True)]
+        return everything(tuple(full), *inputs)
 
-    program = jax.jit(function)
-    weights = tuple(jax.device_put(each) for each in leaves)
-    lowered = program.lower(weights, *batches[0])
-    with jax.disable_jit():
-        stepwise = [function(weights, *batch) for batch in batches]
-        reference = model.original or model
-        truth = [reference.call(reference.params, *batch) for batch in batches] if model.original else stepwise
-        nudged = [function(weights, *map(_nudge, batch)) for batch in batches] if model.original else stepwise
-    distance, spread = _largest_error(stepwise, truth), _largest_error(nudged, stepwise)
-    limit = FLOAT32_LIMIT
-    if model.original and any(name != "float32" for name in (model.assignment or {}).values()):
-        limit = max(FLOAT32_LIMIT / 10, distance / 4, min(2 * spread, 0.75 * distance))
-    skipped: list[str] = []
+    weights = tuple(jax.device_put(leaf) for leaf, need in zip(arguments[0], needed, strict=True) if need)
     errors: list[str] = []
-    for wanted in OPTION_SETS:
-        start = time.perf_counter()
-        executable, options = _compile(lowered, wanted, skipped)
-        seconds = time.perf_counter() - start
-        error = _largest_error([executable(weights, *batch) for batch in batches], stepwise)
-        verification = Verification(error=error, limit=limit, distance=distance, spread=spread, inputs=len(batches))
+    for options in sets:
+        program = executable.build(function, (weights, *batches[0]), options)
+        verification = expected.verify(lambda *batch, run=program.function: run(weights, *batch))
         if verification.agrees:
             break
-        errors.append(f"{options or 'default options'}: {error:.2g}")
+        errors.append(f"{executable.name(program.options)}: {verification.error:.2g}")
     else:
         raise MiscompiledError(
-            f"The compiled program differs from an op-by-op run by more than {limit:.2g} (relative): {'; '.join(errors)}. Not "
-            "used. Report it to the XLA project; other compiler options may help (compiled.OPTION_SETS)."
+            f"The compiled program differs from an op-by-op run by more than {expected.limit:.2g} (relative): "
+            f"{'; '.join(errors)}. Not used. Report it to the XLA project; other compiler options may help "
+            "(executable.option_sets)."
         )
-    analysis = executable.memory_analysis()
+    analysis = program.compiled.memory_analysis()
     peak = (
         0
         if analysis is None
         else sum(int(getattr(analysis, f"{kind}_size_in_bytes")) for kind in ("temp", "argument", "output"))
     )
-    names = model.names
     return Compiled(
         weights=weights,
-        executable=executable,
         program=program,
+        layers=model.layers,
         input_specs=tuple(jax.ShapeDtypeStruct(np.shape(each), each.dtype) for each in batches[0]),
-        assignment=dict(model.assignment or dict.fromkeys(names, "float32")),
-        executed=hlo.executed_dtypes(executable.as_text(), names),
+        assignment=dict(model.assignment or dict.fromkeys(model.names, "float32")),
+        lowering=autotune.ways_of(model, *batches[0]),
+        activations=model.activations,
+        executed=hlo.executed_dtypes(program.compiled.as_text(), model.names),
+        dropped=_dropped(model, needed),
         verification=verification,
-        options=options,
-        skipped=tuple(skipped),
-        compile_seconds=seconds,
         weight_bytes=sum(int(each.nbytes) for each in weights),
         peak_bytes=peak,
     )
 
 
-def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
-    """The function saved by `Compiled.export`: `function(*inputs) -> outputs`. Load files that you trust only.
+def load(path: str | os.PathLike[str]) -> Loaded:
+    """The program saved by `Compiled.export`: `loaded(*inputs) -> outputs`. Load files that you trust only.
 
     The program is compiled anew, with the options under which it was verified, but it is not verified again: with another
     jaxlib or on another machine compare it yourself, or `compile` there.
@@ -230,50 +328,65 @@ def load(path: str | os.PathLike[str]) -> Callable[..., Any]:
         weights.append(jax.device_put(array))
         offset += count * dtype.itemsize
     leaves = tuple(weights)
-    specs = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in exported.in_avals[len(leaves) :]]
-    skipped: list[str] = []
-    executable, _ = _compile(jax.jit(exported.call).lower(leaves, *specs), header["options"], skipped)
-    if skipped:
-        raise ExportError(f"{path} needs compiler options that this jaxlib does not know: {', '.join(skipped)}.")
-    return lambda *inputs: executable(leaves, *inputs)
+    specs = tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in exported.in_avals[len(leaves) :])
+    program = executable.build(exported.call, (leaves, *specs), header["options"])
+    if program.skipped:
+        raise ExportError(
+            f"{path} needs compiler options that this jaxlib does not know: {', '.join(program.skipped)}. Compile the model here."
+        )
+    return Loaded(
+        weights=leaves,
+        program=program,
+        input_specs=specs,
+        assignment=header["assignment"],
+        lowering=header["lowering"],
+        header=header,
+    )
 
 
-def _compile(lowered: Any, wanted: Mapping[str, Any], skipped: list[str]) -> tuple[Any, dict[str, Any]]:
-    """The executable and the options in force; an option that this jaxlib does not know goes to `skipped`."""
-    options = dict(wanted)
-    while True:
-        try:
-            return lowered.compile(compiler_options=options or None), options
-        except jax.errors.JaxRuntimeError as error:
-            unknown = [name for name in options if f"No such compile option: '{name}'" in str(error)]
-            if not unknown:
-                raise
-            for name in unknown:
-                del options[name]
-                skipped.append(name)
+def _keep(model: Model, names: tuple[str, ...]) -> Model:
+    """The model with these outputs only."""
+
+    def kept(call: Any) -> Any:
+        def function(params: Any, *inputs: Array, **options: Any) -> Any:
+            found = call(params, *inputs, **options)
+            if not isinstance(found, Mapping):
+                raise ValueError(
+                    f"outputs= needs a model that returns a mapping; this one returns {type(found).__name__}."
+                )
+            if unknown := [name for name in names if name not in found]:
+                raise KeyError(f"Unknown outputs {', '.join(unknown)}. Known: {', '.join(map(str, found))}.")
+            return {name: found[name] for name in names}
+
+        return function
+
+    if not names:
+        raise ValueError("Expected at least one output to keep, found none.")
+    original = None if model.original is None else replace(model.original, call=kept(model.original.call))
+    return replace(model, call=kept(model.call), original=original)
+
+
+def _needed(function: Any, arguments: tuple[Any, ...]) -> tuple[bool, ...]:
+    """Which of the weights reach an output."""
+    closed = jax.make_jaxpr(function)(*arguments)
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return tuple(used[: len(arguments[0])])
+
+
+def _dropped(model: Model, needed: Sequence[bool]) -> tuple[str, ...]:
+    """Layers whose weights reach no output."""
+    flags = iter(needed)
+    tree = jax.tree.map(lambda _: next(flags), model.params)
+    used = apply.kernels(model, tree)
+    return tuple(name for name in model.names if not used[name])
+
+
+def _check_inputs(inputs: Sequence[Any], specs: Sequence[jax.ShapeDtypeStruct]) -> None:
+    found = tuple((np.shape(each), np.dtype(getattr(each, "dtype", type(each)))) for each in inputs)
+    expected = tuple((spec.shape, np.dtype(spec.dtype)) for spec in specs)
+    if found != expected:
+        raise ValueError(f"Expected inputs {expected}, found {found}: compile again for other shapes or dtypes.")
 
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
-
-
-def _nudge(x: Array) -> Array:
-    """`x` with every second number one float32 rounding away; other dtypes as they are."""
-    if x.dtype != np.float32:
-        return x
-    values = np.array(x)
-    values.flat[::2] = np.nextafter(values.flat[::2], np.float32(np.inf))
-    return jax.numpy.asarray(values)
-
-
-def _largest_error(found: Sequence[Any], expected: Sequence[Any]) -> float:
-    """Largest relative error over all outputs; infinite where NaN or ±inf stand in other places."""
-    worst = 0.0
-    for a, b in zip(jax.tree.leaves(list(found)), jax.tree.leaves(list(expected)), strict=True):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        finite = np.isfinite(b)
-        if not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
-            return float("inf")
-        if finite.any():
-            worst = max(worst, relative_error(a[finite], b[finite]))
-    return worst

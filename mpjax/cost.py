@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax import apply, compiled, graph, timing
+from mpjax import apply, executable, graph, timing
 from mpjax import lowering as lowerings
 from mpjax.formats import FLOAT32, FORMATS, Format, parse_all
 from mpjax.models import Array, Model, check_batches
 
-_OWN = "model"  # the model's own function for a product
-_ORDER = (_OWN, *lowerings.WAYS)
+_CLEARLY = 0.9  # of the rule's time: what another way must take, alone, to be preferred
 
 Progress = Callable[[int, int, str], None]  # (measured, of how many, layer)
 
@@ -48,7 +47,8 @@ class Costs:
         spread: (L, F) interquartile range of the same rounds, summed over the runs.
         cast_seconds: (L, F) the part of `seconds` that casts the input; 0 in float32.
         overhead: seconds that starting a program takes; `seconds` holds it once per run.
-        ways: (L, F) how each layer's convolution was computed (`lowering.WAYS`); None where as the model does.
+        ways: (L, F) how each layer's product was computed (`lowering.WAYS`); None if nothing was timed.
+        gain: (layer, format) -> seconds that the fastest way takes less than the rule's; with lowering="auto".
         notes: what was not timed, and why.
     """
 
@@ -64,6 +64,7 @@ class Costs:
     cast_seconds: np.ndarray | None = None
     overhead: float | None = None
     ways: np.ndarray | None = None
+    gain: Mapping[tuple[str, str], float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def lowering(self, assignment: Mapping[str, str]) -> dict[str, str]:
@@ -71,10 +72,10 @@ class Costs:
 
         Raises:
             KeyError: an unknown layer.
-            ValueError: costs that were measured without ways, or a format that they lack.
+            ValueError: costs that were not measured, or a format that they lack.
         """
         if self.ways is None:
-            raise ValueError('Expected costs measured with lowering="rule" or "auto", found none with ways.')
+            raise ValueError("Expected measured costs, found static ones: call cost.measure.")
         rows, columns = self._columns(assignment)
         return dict(zip(self.layers, self.ways[rows, columns].tolist(), strict=True))
 
@@ -138,11 +139,11 @@ def measure(
     model: Model,
     formats: Sequence[str | Format],
     *inputs: Array,
-    lowering: str = "xla",
+    lowering: str = "own",
     rounds: int = 9,
     cache: str | Path | None = None,
     progress: Progress | None = None,
-    options: Mapping[str, Any] = compiled.OPTION_SETS[0],
+    options: executable.Options = executable.EXACT,
 ) -> Costs:
     """Costs with latencies, each layer timed alone at its real shapes on this device, with random numbers.
 
@@ -151,38 +152,41 @@ def measure(
 
     Args:
         model, formats, *inputs: as in `static`; the shapes of `inputs`, batch included, are those that are timed.
-        lowering: "xla" times a convolution as the model computes it, "rule" in the way of `lowering.rule`, "auto" in every way
-            that covers it, and keeps the fastest for each layer and format (`Costs.lowering`).
+        lowering: "own" times a product as the model computes it, "xla" as lax does, "rule" in the way of `lowering.rule`, "auto"
+            in every way that covers it, and keeps the rule's for each layer and format, or one that takes less than nine tenths
+            of its time (`Costs.lowering`): a layer in its model is another matter than a layer alone.
         rounds: timings of each program.
         cache: a folder for timings, kept per device, jax and jaxlib version and number of cores, and saved after each product.
             Formats that come from it were timed at another moment than those that do not.
         progress: called after each distinct product.
-        options: compiler options, by default those of `compiled.compile`.
+        options: compiler options of every program (`executable.option_sets`).
 
     Raises:
         ValueError: as in `static`, `rounds` below 1, or another word for `lowering`.
     """
     if rounds < 1:
         raise ValueError(f"Expected at least one round, found rounds={rounds}.")
-    if lowering not in ("xla", "rule", "auto"):
-        raise ValueError(f'lowering must be "xla", "rule" or "auto"; found {lowering!r}.')
+    if lowering not in lowerings.WORDS:
+        raise ValueError(f"lowering must be one of {', '.join(lowerings.WORDS)}; found {lowering!r}.")
     low = _with_float32(formats)
     calls = _calls(model, inputs)
     costs = _static(model, low, inputs, calls)
     timed = [fmt for fmt in low if fmt.accumulate != "float16"]
     kept = timing.Timings(None if cache is None else Path(cache), rounds=rounds, options=options)
     overhead = kept.of({"overhead": timing.start_only()})["overhead"]
+    rule = {(call.layer, fmt.name): _ways(fmt, call, "rule")[0] for call in calls for fmt in timed}
     distinct: dict[tuple, graph.Call] = {}
     for call in calls:
         distinct.setdefault(_identity(call), call)
     entries: dict[tuple, dict[tuple[str, str], timing.Entry | str]] = {}
     for number, (identity, call) in enumerate(distinct.items(), start=1):
-        wanted = {(fmt.name, way): _programs(fmt, call, way) for fmt in timed for way in _ways(call, lowering)}
+        wanted = {(fmt.name, way): _programs(fmt, call, way) for fmt in timed for way in _ways(fmt, call, lowering)}
         entries[identity] = kept.of(wanted)
         if progress is not None:
             progress(number, len(distinct), call.layer)
     seconds, spread, casts = (np.full(costs.weight_bytes.shape, np.nan) for _ in range(3))
-    chosen = np.full(costs.weight_bytes.shape, "xla", object)
+    gain: dict[tuple[str, str], float] = {}
+    chosen = np.full(costs.weight_bytes.shape, "own", object)
     notes = [
         f"{fmt.name} was not timed: no hardware accumulates in float16 here, XLA runs an emulation of it."
         for fmt in low
@@ -192,7 +196,7 @@ def measure(
         if fmt not in timed:
             continue
         own = [(call.runs, entries[_identity(call)]) for call in calls if call.layer == name]
-        common = [way for way in _ORDER if all((fmt.name, way) in each for _, each in own)]
+        common = [way for way in lowerings.WAYS if all((fmt.name, way) in each for _, each in own)]
         sums = {}
         for way in common:
             found = [(runs, each[fmt.name, way]) for runs, each in own]
@@ -207,7 +211,9 @@ def measure(
             )
             notes.append(f"{name} in {fmt.name} was not timed: {failed}")
             continue
-        best = min(sums, key=lambda way: sums[way][0])
+        if rule[name, fmt.name] in sums:
+            gain[name, fmt.name] = sums[rule[name, fmt.name]][0] - min(each[0] for each in sums.values())
+        best = min(sums, key=lambda way: sums[way][0] * (_CLEARLY if way == rule[name, fmt.name] else 1.0))
         chosen[row, column] = best
         seconds[row, column], spread[row, column], casts[row, column] = sums[best]
     return replace(
@@ -216,7 +222,8 @@ def measure(
         spread=spread,
         cast_seconds=casts,
         overhead=overhead.median if isinstance(overhead, timing.Entry) else None,
-        ways=None if lowering == "xla" else chosen,
+        ways=chosen,
+        gain=gain,
         notes=tuple(notes),
     )
 
@@ -336,18 +343,24 @@ def _describe(call: graph.Call) -> str:
     return f"{product.kind} {shape}{window}, {'no ' if call.bias is None else ''}bias, {function}"
 
 
-def _ways(call: graph.Call, lowering: str) -> tuple[str, ...]:
-    """The ways to time a product in; XLA's in the model's own form where nothing is chosen."""
-    if lowering == "xla":
-        return (_OWN,)
+def _ways(fmt: Format, call: graph.Call, lowering: str) -> tuple[str, ...]:
+    """The ways to time a product in."""
+    if lowering in ("own", "xla"):
+        return (lowering,)
+    lhs, rhs = (_in_dtype(spec, fmt.operand) for spec in (call.lhs, call.rhs))
     if lowering == "rule":
-        return (lowerings.rule(call.product, call.lhs, call.rhs),)
-    return lowerings.ways(call.product, call.lhs, call.rhs)
+        return (lowerings.rule(call.product, lhs, rhs),)
+    return lowerings.ways(call.product, lhs, rhs)
+
+
+def _in_dtype(spec: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
+    """A spec of that shape in another dtype."""
+    return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype))
 
 
 def _programs(fmt: Format, call: graph.Call, way: str) -> timing.Programs:
     described = _describe(call)
-    if way != _OWN:
+    if way != "own":
         call = replace(call, product=lowerings.lowered(call.product, way))
         described = f"{described} as {way}"
     rng = np.random.default_rng(0)
@@ -367,8 +380,8 @@ def _programs(fmt: Format, call: graph.Call, way: str) -> timing.Programs:
         return product(apply.operand(fmt, lhs, scale), weights, bias, scale)
 
     rest = (weights, bias, scale)
-    narrow = None if fmt == FLOAT32 else (jax.jit(product), (lhs.astype(jnp.dtype(fmt.operand)), *rest))
-    return timing.Programs(name=f"{fmt.name}: {described}", whole=(jax.jit(whole), (lhs, *rest)), product=narrow)
+    narrow = None if fmt == FLOAT32 else (product, (lhs.astype(jnp.dtype(fmt.operand)), *rest))
+    return timing.Programs(name=f"{fmt.name}: {described}", whole=(whole, (lhs, *rest)), product=narrow)
 
 
 # --- small things -------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from jax.interpreters import ad, batching, mlir
 
 from mpjax import windows
 
+_FIRST_LEVEL_CACHE = 40_000  # bytes; 32 to 48 KiB are usual
+
 
 def depthwise_conv(
     lhs: jax.Array,
@@ -99,9 +101,30 @@ def _shifted_sum(
     if rhs.shape[3] > lhs.shape[3]:
         padded = jnp.repeat(padded, rhs.shape[3] // lhs.shape[3], axis=3)
     padded = lax.optimization_barrier(padded)
-    parts = windows.slices(padded, rhs.shape[:2], strides, dilation, out_size)
-    taps = [part * rhs[i : i + 1, j : j + 1] for (i, j), part in parts]
-    return functools.reduce(jnp.add, taps)
+    width = _block(rhs)
+    blocks = [
+        functools.reduce(
+            jnp.add,
+            [
+                part * rhs[i : i + 1, j : j + 1, :, first : first + width]
+                for (i, j), part in windows.slices(
+                    padded[..., first : first + width], rhs.shape[:2], strides, dilation, out_size
+                )
+            ],
+        )
+        for first in range(0, rhs.shape[3], width)
+    ]
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=3)
+
+
+def _block(rhs: jax.Array) -> int:
+    """Channels to do together: all, or as many as let one pixel's inputs and the weights stay in the first-level cache.
+
+    XLA's loop runs over all channels of a pixel before the next pixel, so that wide kernels would come from the second level.
+    """
+    taps, channels = rhs.shape[0] * rhs.shape[1], rhs.shape[3]
+    count = -(-2 * taps * channels * rhs.dtype.itemsize // _FIRST_LEVEL_CACHE)
+    return -(-channels // (16 * count)) * 16 if count > 1 else channels
 
 
 # The transpose of a sum of slices is a sum of padded arrays, which XLA:CPU computes about five times slower than the sum

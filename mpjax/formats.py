@@ -114,6 +114,16 @@ def round_to(x: Float[Array, ...], dtype: str) -> Float[Array, ...]:
     return _round_mantissa(clipped, mantissa_bits=info.nmant, min_exponent=int(info.minexp))
 
 
+def narrowed(x: Float[Array, ...], dtype: str) -> Array:
+    """`x.astype(dtype)`, the same numbers; on a CPU float32 → bfloat16 by its bit pattern, which vectorises there."""
+    if dtype != "bfloat16" or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
+        return x.astype(dtype)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    quiet = bits | jnp.uint32(0x400000)  # a NaN stays one, whatever bits are cut off
+    upper = jnp.where(jnp.isnan(x), quiet, _nearest_upper_half(bits)) >> jnp.uint32(16)
+    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+
+
 def amax_scale(amax: Float[Array, ...], fmt: Format) -> Float[Array, ...]:
     """The scale that maps a largest magnitude `amax` onto the format's largest value; 1 where amax is 0.
 
@@ -137,9 +147,13 @@ def round_weights(weights: Float[Array, ...], fmt: Format) -> Float[Array, ...]:
 
 def _round_bfloat16(x: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    one, half = jnp.uint32(1), jnp.uint32(0x7FFF)
-    upper = (bits + half + ((bits >> jnp.uint32(16)) & one)) & jnp.uint32(0xFFFF0000)
+    upper = _nearest_upper_half(bits) & jnp.uint32(0xFFFF0000)
     return jnp.where(jnp.isnan(x), x, jax.lax.bitcast_convert_type(upper, jnp.float32))
+
+
+def _nearest_upper_half(bits: Array) -> Array:
+    """Bits of float32 numbers, so that cutting off the lower 16 rounds to nearest, ties to even; not for NaN."""
+    return bits + jnp.uint32(0x7FFF) + ((bits >> jnp.uint32(16)) & jnp.uint32(1))
 
 
 def _round_float16(x: Array) -> Array:

@@ -6,8 +6,10 @@ Layers are found by their named scope in the instructions' `op_name` metadata.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 _DTYPES = {
@@ -23,6 +25,8 @@ _OPCODE = re.compile(r"(?:[\])}>]|\)) (?P<opcode>[a-z][\w\-]*)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TYPE = re.compile(r"\b(pred|[suf]\d+\w*|bf16)\[")
 _OPERAND = re.compile(r"%([\w.\-]+)")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
+_CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
 _PRODUCTS = ("convolution", "dot")
 
 
@@ -85,17 +89,51 @@ def executed_dtypes(text: str, layers: Sequence[str]) -> dict[str, Executed]:
     A layer without a dot or convolution is read from its multiplications (depthwise convolutions as multiply-adds).
     """
     by_layer: dict[str, list[Instruction]] = {name: [] for name in layers}
-    patterns = [
-        (name, re.compile(rf"(?:^|/){re.escape(name)}(?:/|$)")) for name in sorted(layers, key=len, reverse=True)
-    ]
-    cache: dict[str, str | None] = {}
+    owner = _owner(layers)
     for each in instructions(text):
-        if each.scope not in cache:
-            cache[each.scope] = next((name for name, pattern in patterns if pattern.search(each.scope)), None)
-        name = cache[each.scope]
-        if name is not None:
+        if (name := owner(each.scope)) is not None:
             by_layer[name].append(each)
     return {name: _executed(name, found) for name, found in by_layer.items()}
+
+
+def owners(text: str, layers: Sequence[str]) -> dict[str, str | None]:
+    """Instruction -> the layer it works for; None outside of layers.
+
+    A fusion works for the layer that most of its multiplications and products belong to, or most of its instructions: what XLA
+    fused to it (an activation, the next layer's padding) is often its last operation, and the last one gives a fusion its scope.
+    """
+    owner = _owner(layers)
+    weights: dict[str, Counter[str]] = {}  # computation -> layer -> how much of it
+    calls: dict[str, str] = {}
+    found: dict[str, str | None] = {}
+    inside = ""
+    for line in text.splitlines():
+        if (head := _COMPUTATION.match(line)) is not None:
+            inside = head["name"]
+            continue
+        for each in instructions(line):
+            found[each.name] = name = owner(each.scope)
+            if name is not None:
+                heavy = each.opcode in (*_PRODUCTS, "multiply", "custom-call")
+                weights.setdefault(inside, Counter())[name] += 1000 if heavy else 1
+            if (called := _CALLS.search(line)) is not None:
+                calls[each.name] = called[1]
+    for name, computation in calls.items():
+        if computation in weights:
+            found[name] = weights[computation].most_common(1)[0][0]
+    return found
+
+
+def _owner(layers: Sequence[str]) -> Callable[[str], str | None]:
+    """Scope -> layer, the longest name first."""
+    ordered = sorted(layers, key=len, reverse=True)
+    patterns = [(name, re.compile(rf"(?:^|/){re.escape(name)}(?:/|$)")) for name in ordered]
+
+    @functools.cache
+    def owner(scope: str) -> str | None:
+        return next((name for name, pattern in patterns if pattern.search(scope)), None)
+
+    return owner
 
 
 def _executed(name: str, found: Iterable[Instruction]) -> Executed:

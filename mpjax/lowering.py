@@ -1,21 +1,27 @@
-"""Ways to compute a layer's convolution, each equal to XLA's up to float32 rounding, and a rule that picks one.
+"""Ways to compute a layer's product, each equal to XLA's up to float32 rounding, and a rule that picks one.
 
 | way | what it does | for |
 | --- | --- | --- |
+| `own` | the model's own function | anything; the only way where its author set a hook |
 | `xla` | `lax.conv_general_dilated`, `lax.dot_general` | anything |
 | `dot` | pixels are the rows of a matrix product | 1x1 kernels |
 | `im2col` | all taps of a pixel side by side are the rows of a matrix product | any kernel |
 | `taps` | a matrix product to one plane for each tap and output channel, then a sum of shifted planes | few output channels |
 | `terms` | the sum over taps and input channels of a shifted plane times its weights | few input channels |
 | `shift` | the sum over taps of shifted slices times weights (`depthwise`) | depthwise convolutions |
+| `flat` | a contraction over any axes as one product of two matrices | DenseGeneral, Einsum |
+| `rows` | `flat`, with rows of zeros up to four: below, narrow operands miss the fast kernels | one to three rows |
 
 Operands keep their dtype where a matrix product takes them, accumulated in float32. They are converted up before they are padded,
 shifted or multiplied one by one: on a CPU narrow arithmetic outside a matrix product is emulated.
+
+`autotune` times the ways on the device at hand; measured examples are in docs/speed.md.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,17 +32,29 @@ from jax import lax
 
 from mpjax import windows
 from mpjax.depthwise import depthwise_conv
+from mpjax.formats import narrowed
 from mpjax.models import Array, Layer, Model, Product
 from mpjax.windows import Window
 
-WAYS = ("xla", "dot", "im2col", "taps", "terms", "shift")
+WAYS = ("own", "xla", "dot", "im2col", "taps", "terms", "shift", "flat", "rows")
+WORDS = ("own", "xla", "rule", "auto")  # what a whole model's lowering can be called
 _MOST_TERMS = 64  # of `terms`: more are a long program
 _MOST_PLANES = 128  # of `taps`
+_LEAST_ROWS = 4  # of a product of narrow matrices that XLA:CPU runs fast
 
 
 def ways(product: Product, lhs: Array | jax.ShapeDtypeStruct, rhs: Array | jax.ShapeDtypeStruct) -> tuple[str, ...]:
-    """The ways that compute this product of operands of these shapes; `xla` first."""
-    window = _window(product, lhs, rhs) if product.kind == "conv" and _replaceable(product) else None
+    """The ways that compute this product of operands of these shapes; `xla` first, or `own` alone."""
+    if not _replaceable(product):
+        return ("own",)
+    if product.kind == "dot":
+        (contract, over), (batch, _) = product.dimension_numbers
+        if len(batch):
+            return ("xla",)
+        plain = len(rhs.shape) == 2 and tuple(contract) == (len(lhs.shape) - 1,) and tuple(over) == (0,)
+        few = 0 < _rows(lhs, contract) < _LEAST_ROWS
+        return ("xla", *(() if plain else ("flat",)), *(("rows",) if few else ()))
+    window = _window(product, lhs, rhs)
     if window is not None and product.feature_group_count == lhs.shape[3] > 1 and rhs.shape[2] == 1:
         return ("xla", "shift")
     if window is None or product.feature_group_count > 1:
@@ -54,15 +72,17 @@ def rule(product: Product, lhs: Array | jax.ShapeDtypeStruct, rhs: Array | jax.S
     """A good way without timing, for a CPU; on another backend XLA's own, whose libraries know convolutions."""
     possible = ways(product, lhs, rhs)
     if jax.default_backend() != "cpu":
-        return "xla"
+        return possible[0]
     for way in ("shift", "dot"):
         if way in possible:
             return way
+    if "rows" in possible and lhs.dtype.itemsize < 4:
+        return "rows"
     if "taps" in possible and rhs.shape[3] <= 8 and set(product.window_strides) == {1}:
         return "taps"
     if "terms" in possible and rhs.shape[2] <= 4:
         return "terms"
-    return "im2col" if "im2col" in possible else "xla"
+    return "im2col" if "im2col" in possible else possible[0]
 
 
 def lowered(product: Product, way: str) -> Product:
@@ -73,29 +93,63 @@ def lowered(product: Product, way: str) -> Product:
     """
     if way not in WAYS:
         raise ValueError(f"Unknown way {way!r}. Known: {', '.join(WAYS)}.")
-    if product.kind == "dot" or not _replaceable(product):
+    if way == "own" or not _replaceable(product):
         return product
-    return replace(product, function=functools.partial(convolution, way))
+    return replace(product, function=functools.partial(contraction if product.kind == "dot" else convolution, way))
 
 
-def choose(model: Model, lowering: str | Mapping[str, str]) -> Callable[[Layer, Product, Array, Array], Product]:
-    """What `apply` does with a layer's product: `"xla"`, `"rule"`, or a way for each layer by name (XLA's for the others).
+def choose(model: Model, lowering: str | Mapping[str, str]) -> Callable[[Layer, Product, Any, Any], str]:
+    """The way in which `apply` computes a layer's product.
+
+    Args:
+        lowering: `"own"`, `"xla"` or `"rule"` for all layers; `"auto"`, which is the rule until `compiled.compile` has timed the
+            ways; or a way for each layer by name (its own for the others).
 
     Raises:
         ValueError: another word, an unknown way.
         KeyError: an unknown layer.
     """
     if isinstance(lowering, str):
-        if lowering not in ("xla", "rule"):
-            raise ValueError(f'lowering must be "xla", "rule" or layer -> way; found {lowering!r}.')
-        if lowering == "xla":
-            return lambda layer, product, lhs, rhs: product
-        return lambda layer, product, lhs, rhs: lowered(product, rule(product, lhs, rhs))
+        if lowering not in WORDS:
+            raise ValueError(f'lowering must be "own", "xla", "rule", "auto" or layer -> way; found {lowering!r}.')
+        if lowering in ("own", "xla"):
+            return lambda layer, product, lhs, rhs: lowering
+        return lambda layer, product, lhs, rhs: rule(product, lhs, rhs)
     for name, way in lowering.items():
         model.layer(name)
         if way not in WAYS:
             raise ValueError(f"Layer {name!r}: unknown way {way!r}. Known: {', '.join(WAYS)}.")
-    return lambda layer, product, lhs, rhs: lowered(product, lowering.get(layer.name, "xla"))
+    return lambda layer, product, lhs, rhs: lowering.get(layer.name, "own")
+
+
+def contraction(
+    way: str,
+    lhs: Array,
+    rhs: Array,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    **more: Any,
+) -> Array:
+    """`jax.lax.dot_general`, computed in a way; what that does not cover goes to lax unchanged.
+
+    Arguments after the first, shapes and result dtype as in lax.
+    """
+    (contract, over), (batch, batch_rhs) = dimension_numbers
+    options = dict(precision=precision, preferred_element_type=preferred_element_type)
+    if way not in ("flat", "rows") or len(batch) or 0 in (*lhs.shape, *rhs.shape):
+        numbers = ((contract, over), (batch, batch_rhs))
+        return lax.dot_general(lhs, rhs, numbers, **options, **more)
+    kept = [axis for axis in range(lhs.ndim) if axis not in contract]
+    kept_rhs = [axis for axis in range(rhs.ndim) if axis not in over]
+    size = math.prod(lhs.shape[axis] for axis in contract)
+    x = lhs.transpose(*kept, *contract).reshape(-1, size)
+    weights = rhs.transpose(*over, *kept_rhs).reshape(size, -1)
+    rows = x.shape[0]
+    if way == "rows" and rows < _LEAST_ROWS:
+        x = jnp.pad(x, ((0, _LEAST_ROWS - rows), (0, 0)))
+    out = lax.dot_general(x, weights, (((1,), (0,)), ((), ())), **options)[:rows]
+    return out.reshape(*(lhs.shape[axis] for axis in kept), *(rhs.shape[axis] for axis in kept_rhs))
 
 
 def convolution(
@@ -128,7 +182,7 @@ def convolution(
     if way == "shift":
         return depthwise_conv(lhs, rhs, window_strides, padding, **options)
     window = None
-    if way != "xla" and feature_group_count == batch_group_count == 1:
+    if way in _CONVOLUTIONS and feature_group_count == batch_group_count == 1:
         window = windows.window(
             lhs, rhs, window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, preferred_element_type
         )
@@ -136,8 +190,7 @@ def convolution(
         return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
     result = jnp.dtype(preferred_element_type or lhs.dtype)
     accumulate = windows.accumulator(lhs.dtype, result)
-    compute = {"dot": _dot, "im2col": _im2col, "taps": _taps, "terms": _terms}[way]
-    return compute(lhs, rhs, window, accumulate, precision).astype(result)
+    return _CONVOLUTIONS[way](lhs, rhs, window, accumulate, precision).astype(result)
 
 
 # --- the ways ---------------------------------------------------------------------------------------------------------
@@ -151,8 +204,8 @@ def _dot(lhs: Array, rhs: Array, window: Window, accumulate: Any, precision: Any
 
 
 def _im2col(lhs: Array, rhs: Array, window: Window, accumulate: Any, precision: Any) -> Array:
-    parts = _slices(windows.padded(lhs, window.pads), window)
-    columns = jnp.concatenate([part for _, part in parts], axis=3)
+    parts = _slices(windows.padded(lhs.astype(accumulate), window.pads), window)
+    columns = narrowed(jnp.concatenate([part for _, part in parts], axis=3), lhs.dtype.name)
     return _matmul(columns, rhs.reshape(-1, rhs.shape[3]), accumulate, precision)
 
 
@@ -176,6 +229,9 @@ def _terms(lhs: Array, rhs: Array, window: Window, accumulate: Any, precision: A
             for c in range(rhs.shape[2])
         ],
     )
+
+
+_CONVOLUTIONS = {"dot": _dot, "im2col": _im2col, "taps": _taps, "terms": _terms}
 
 
 def _matmul(x: Array, weights: Array, accumulate: Any, precision: Any) -> Array:
@@ -204,6 +260,10 @@ def _window(product: Product, lhs: Any, rhs: Any) -> Window | None:
         product.rhs_dilation,
         product.dimension_numbers,
     )
+
+
+def _rows(lhs: Any, contract: Sequence[int]) -> int:
+    return math.prod(size for axis, size in enumerate(lhs.shape) if axis not in contract)
 
 
 def _replaceable(product: Product) -> bool:

@@ -135,7 +135,7 @@ class Model:
     """A model as a pure function.
 
     `call(params, *inputs, override=None) -> outputs`. `layers`: in execution order. `others`: parameters that stay as they
-    are. `original` and `assignment` are set by `apply` on the models it makes.
+    are. The others are set by `apply` on the models it makes: see there.
     """
 
     params: Params
@@ -144,6 +144,8 @@ class Model:
     others: tuple[OtherParameter, ...] = ()
     original: Model | None = None
     assignment: Mapping[str, str] | None = None
+    lowering: str | Mapping[str, str] = "own"
+    activations: str = "float32"
 
     @property
     def names(self) -> tuple[str, ...]:

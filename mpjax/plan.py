@@ -4,7 +4,8 @@ JSON, one object:
 
     {"schema": 1, "assignment": {layer: format}, "calibration": {layer: largest activation}, "scores": {layer: {format: score}},
      "estimator", "strategy", "metric": {"value", "low", "high", "tolerance"}, "seeds": {name: int}, "versions": {name: str},
-     "data": sha256 of the data that the search measured on}
+     "data": sha256 of the data that the search measured on,
+     "lowering": {layer: way}, "options": {compiler option: value}}
 """
 
 import difflib
@@ -41,6 +42,8 @@ class Plan:
         seeds: of what was random.
         versions: of Python, jax and the other packages.
         data: `digest` of the data that the search measured on, for the reader to compare.
+        lowering, options: layer -> way and compiler options, as `autotune` found them on the machine in `versions`; empty where
+            nothing was timed.
     """
 
     assignment: Assignment
@@ -52,6 +55,8 @@ class Plan:
     seeds: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     data: str = ""
+    lowering: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def for_model(self, layers: Iterable[str]) -> Assignment:
         """The assignment, for a model with exactly these layers, in the model's order.
@@ -134,7 +139,7 @@ def digest(*arrays: ArrayLike) -> str:
 
 
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("calibration", "scores", "metric", "seeds", "versions"), dict),
+    **dict.fromkeys(("calibration", "scores", "metric", "seeds", "versions", "lowering", "options"), dict),
     **dict.fromkeys(("estimator", "strategy", "data"), str),
 }
 

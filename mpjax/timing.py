@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from mpjax import compiled, report
+from mpjax import executable, report
 from mpjax.files import write_json
 
 Name = TypeVar("Name", bound=Hashable)
@@ -34,7 +34,7 @@ class Programs:
     """What is timed for one entry: `whole`, and `product` (the same without the cast; None where there is no cast)."""
 
     name: str
-    whole: tuple[Any, tuple]  # a jitted function and its arguments
+    whole: tuple[Callable[..., Any], tuple]  # a function and its arguments
     product: tuple[Any, tuple] | None
 
 
@@ -66,7 +66,7 @@ class Entry:
 def start_only() -> Programs:
     """A program that does next to nothing: what is left is the time of starting one."""
     x = np.ones((), np.float32)
-    return Programs(name="starting a program", whole=(jax.jit(lambda x, y, z: x + y * z), (x, x, x)), product=None)
+    return Programs(name="starting a program", whole=(lambda x, y, z: x + y * z, (x, x, x)), product=None)
 
 
 class Timings:
@@ -99,22 +99,20 @@ class Timings:
         for name, programs in wanted.items():
             pair = [each for each in (programs.whole, programs.product) if each is not None]
             try:
-                lowered = [function.lower(*arguments) for function, arguments in pair]
+                lowered = [jax.jit(function).lower(*arguments) for function, arguments in pair]
                 texts = "\n".join([json.dumps(self.options, sort_keys=True), *(each.as_text() for each in lowered)])
                 key = f"{programs.name} #{hashlib.sha256(texts.encode()).hexdigest()[:12]}"
                 if key in self.entries and len(self.entries[key].seconds) >= self.rounds:
                     found[name] = self.entries[key]
                     continue
-                runs = [
-                    _ready(each, arguments, self.options) for each, (_, arguments) in zip(lowered, pair, strict=True)
-                ]
+                runs = [_ready(function, arguments, self.options) for function, arguments in pair]
             except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
                 found[name] = f"it does not compile here ({str(error).splitlines()[0][:200]})"
                 continue
             missing[name] = (key, runs)
         if missing:
             flat = [run for _, runs in missing.values() for run in runs]
-            samples = iter(_time(flat, self.rounds))
+            samples = iter(in_turns(flat, self.rounds))
             for name, (key, runs) in missing.items():
                 seconds, *product = (tuple(next(samples)) for _ in runs)
                 found[name] = self.entries[key] = Entry(seconds=seconds, product_seconds=product[0] if product else ())
@@ -163,14 +161,14 @@ def _entry(value: Mapping[str, Any]) -> Entry:
     return Entry(seconds=seconds, product_seconds=product)
 
 
-def _ready(lowered: Any, arguments: tuple, options: Mapping[str, Any]) -> Callable[[], Any]:
+def _ready(function: Callable[..., Any], arguments: tuple, options: Mapping[str, Any]) -> Callable[[], Any]:
     """A run of the compiled program on arguments that lie on the device."""
-    executable, _ = compiled._compile(lowered, options, [])
     placed = jax.device_put(arguments)
-    return lambda: jax.block_until_ready(executable(*placed))
+    program = executable.build(function, placed, options).function
+    return lambda: jax.block_until_ready(program(*placed))
 
 
-def _time(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
     """Seconds of one run, for each of `runs` and each round; in every second round they take turns backwards."""
     repeats = []
     for run in runs:

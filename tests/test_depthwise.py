@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from mpjax import depthwise
 from mpjax.depthwise import depthwise_conv
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -101,6 +102,16 @@ def test_derivatives_and_vmap(dtype, strides, dilation):
         pairs = (jax.jit(lambda conv=conv: functions(conv))() for conv in (depthwise_conv, lax.conv_general_dilated))
         for value, reference in zip(*pairs, strict=True):
             _close(value, reference, dtype, slack=20)  # sums of about a hundred terms, some of them cancelling
+
+
+@pytest.mark.parametrize(("channels", "multiplier", "blocks"), [(250, 1, 2), (200, 3, 2), (208, 1, 2), (96, 1, 1)])
+def test_wide_kernels_are_computed_in_blocks_of_channels(channels, multiplier, blocks):
+    lhs, rhs = _inputs(channels=channels, multiplier=multiplier, kernel=(5, 5) if multiplier == 1 else (3, 3))
+    options = dict(dimension_numbers=NHWC, feature_group_count=channels)
+    value = depthwise_conv(lhs, rhs, (2, 1), "SAME", **options)
+    _close(value, lax.conv_general_dilated(lhs, rhs, (2, 1), "SAME", **options), "float32")
+    width = depthwise._block(rhs)
+    assert -(-rhs.shape[3] // width) == blocks and (blocks == 1 or width % 16 == 0)
 
 
 def test_no_convolution_is_left_in_the_program():

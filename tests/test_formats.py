@@ -51,6 +51,17 @@ def test_every_value_is_kept_and_every_tie_goes_to_even(dtype):
     assert_same_bits(np.asarray(formats.round_to(around, dtype)), by_ml_dtypes(around, dtype))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_narrowed_is_astype(dtype):
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 2**32, 1_000_000, dtype=np.uint32).view(np.float32)
+    x[:9] = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 3.4e38, np.uint32(0x7F800001).view(np.float32)]
+    found = jax.jit(formats.narrowed, static_argnums=1)(x, dtype)
+    assert found.dtype == jnp.dtype(dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert_same_bits(np.asarray(found).astype(np.float32), x.astype(jnp.dtype(dtype)).astype(np.float32))
+
+
 @pytest.mark.parametrize("dtype", LOW)
 def test_specials(dtype):
     largest = float(jnp.finfo(dtype).max)

@@ -12,14 +12,16 @@ PACKAGE = Path(__file__).parents[1] / "mpjax"
 
 LAYERS = {
     **dict.fromkeys(("ledger", "metrics", "files", "pages", "windows"), 0),
-    **dict.fromkeys(("formats", "partition", "problem", "hlo", "report", "losses", "depthwise"), 1),
-    **dict.fromkeys(("models", "curvature", "branch", "plan"), 2),
+    **dict.fromkeys(("formats", "partition", "problem", "hlo", "report", "losses", "depthwise", "executable"), 1),
+    **dict.fromkeys(("models", "curvature", "branch", "plan", "profiling"), 2),
     **dict.fromkeys(("predicted", "estimate", "lowering", "emulate", "grams", "graph"), 3),
     **dict.fromkeys(("strategies", "scores", "gradients", "apply"), 4),
-    **dict.fromkeys(("search", "pareto", "hessian_scores", "rounding_scores", "compiled", "evaluation"), 5),
+    **dict.fromkeys(("search", "pareto", "hessian_scores", "rounding_scores", "verification", "evaluation"), 5),
     **dict.fromkeys(("from_loss", "output_scores", "cross_terms", "timing"), 6),
     **dict.fromkeys(("sensitivity", "cost"), 7),
-    "__init__": 8,
+    "autotune": 8,
+    "compiled": 9,
+    "__init__": 10,
 }
 FLAX = {"models", "apply"}  # the only modules that import flax
 PLAIN = {

@@ -15,6 +15,7 @@ from mpjax import lowering, models
 from mpjax.depthwise import depthwise_conv
 
 NHWC = ("NHWC", "HWIO", "NHWC")
+CONVOLUTIONS = ("xla", "dot", "im2col", "taps", "terms", "shift")
 PADS = st.one_of(
     st.sampled_from(["SAME", "VALID"]), st.tuples(*(st.tuples(st.integers(-1, 3), st.integers(-1, 3)) for _ in "hw"))
 )
@@ -55,7 +56,7 @@ def by_hand(lhs, rhs, strides, padding, dilation):
     outputs=st.integers(1, 5),
     dtype=st.sampled_from(["float32", "bfloat16", "float16", "float8_e4m3fn"]),
     preferred=st.booleans(),
-    way=st.sampled_from(lowering.WAYS),
+    way=st.sampled_from(CONVOLUTIONS),
 )
 def test_any_convolution_equals_lax(
     seed, batch, size, kernel, strides, dilation, padding, channels, outputs, dtype, preferred, way
@@ -70,7 +71,7 @@ def test_any_convolution_equals_lax(
     np.testing.assert_array_equal(np.float32(found), np.float32(exact.astype(found.dtype)))
 
 
-@pytest.mark.parametrize("way", [way for way in lowering.WAYS if way != "shift"])
+@pytest.mark.parametrize("way", [way for way in CONVOLUTIONS if way != "shift"])
 @pytest.mark.parametrize("seed", range(3))
 def test_on_real_numbers_within_float32_rounding(way, seed):
     rng = np.random.default_rng(seed)
@@ -83,7 +84,7 @@ def test_on_real_numbers_within_float32_rounding(way, seed):
     np.testing.assert_allclose(found, exact, atol=2e-6 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("way", lowering.WAYS)
+@pytest.mark.parametrize("way", CONVOLUTIONS)
 @pytest.mark.parametrize(
     ("shapes", "options"),
     [
@@ -109,8 +110,11 @@ def product(kind="conv", **changes):
     return models.Product(**(fields | changes))
 
 
-def spec(*shape):
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
+def spec(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+DOT = dict(kind="dot", function=lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())))
 
 
 @pytest.mark.parametrize(
@@ -126,16 +130,50 @@ def spec(*shape):
             {"function": lambda *a, **k: None},
             (1, 16, 16, 24),
             (1, 1, 24, 48),
-            ("xla",),
-            "xla",
+            ("own",),
+            "own",
         ),  # the author's hook stays
-        ({"kind": "dot", "function": lax.dot_general}, (1, 24), (24, 48), ("xla",), "xla"),
+        (DOT, (8, 24), (24, 48), ("xla",), "xla"),
+        (DOT, (1, 24), (24, 48), ("xla", "rows"), "xla"),  # float32 has no use for more rows
+        (DOT | {"dimension_numbers": (((1, 2), (0, 1)), ((), ()))}, (9, 4, 6), (4, 6, 48), ("xla", "flat"), "xla"),
+        (DOT | {"dimension_numbers": (((2,), (1,)), ((0,), (0,)))}, (9, 4, 6), (9, 6, 48), ("xla",), "xla"),
     ],
 )
 def test_ways_and_rule(changes, lhs, rhs, expected, rule):
     each = product(**changes)
     assert lowering.ways(each, spec(*lhs), spec(*rhs)) == expected
     assert lowering.rule(each, spec(*lhs), spec(*rhs)) == rule
+
+
+def test_the_rule_adds_rows_where_narrow_operands_have_few():
+    each = product(**DOT)
+    narrow = [spec(*shape, dtype=jnp.bfloat16) for shape in ((1, 24), (24, 48))]
+    assert lowering.rule(each, *narrow) == "rows"
+    assert lowering.rule(each, spec(4, 24, dtype=jnp.bfloat16), narrow[1]) == "xla"
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    data=st.data(),
+    seed=st.integers(0, 99),
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    extra=st.lists(st.integers(1, 4), max_size=2),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
+    way=st.sampled_from(["xla", "flat", "rows"]),
+)
+def test_any_contraction_equals_numpy(data, seed, shape, extra, dtype, way):
+    contract = data.draw(st.lists(st.sampled_from(range(len(shape))), unique=True, max_size=len(shape)))
+    other = data.draw(st.permutations([*(("k", axis) for axis in contract), *(("n", n) for n in range(len(extra)))]))
+    rhs_shape = [shape[i] if kind == "k" else extra[i] for kind, i in other]
+    over = [other.index(("k", axis)) for axis in contract]
+    rng = np.random.default_rng(seed)
+    lhs, rhs = (rng.integers(-8, 9, size) / 8 for size in (shape, rhs_shape))
+    numbers = ((tuple(contract), tuple(over)), ((), ()))
+    narrow = [jnp.asarray(each, jnp.float32).astype(dtype) for each in (lhs, rhs)]
+    found = lowering.contraction(way, *narrow, numbers, preferred_element_type=jnp.float32)
+    exact = np.tensordot(lhs, rhs, axes=(contract, over))
+    assert found.shape == exact.shape and found.dtype == jnp.float32
+    np.testing.assert_array_equal(np.float64(found), exact)
 
 
 def test_an_author_s_hook_is_kept_and_a_wrong_word_refused():
@@ -148,7 +186,7 @@ def test_an_author_s_hook_is_kept_and_a_wrong_word_refused():
     x = jnp.zeros((1, 4, 4, 2), jnp.float32)
     module = nn.Conv(3, (1, 1), name="only")
     model = models.from_linen(module, module.init(jax.random.key(0), x), x)
-    with pytest.raises(ValueError, match='"xla", "rule" or layer -> way'):
+    with pytest.raises(ValueError, match='"own", "xla", "rule", "auto" or layer -> way'):
         lowering.choose(model, "fast")
     with pytest.raises(KeyError, match="Unknown layer"):
         lowering.choose(model, {"nly": "dot"})

@@ -1,0 +1,289 @@
+"""Choose by timing, on the device at hand: the way of each layer's product, and what concerns the whole program.
+
+    tuning = tune(model, batches, cache="tuned")           # minutes the first time, a second after that
+    program = compiled.compile(model, batches, lowering=tuning)
+
+First every layer is timed alone, in each way that covers it (`cost.measure`). Then whole programs are timed in turns: the rule's
+ways under each set of compiler options (`executable.option_sets`); under the fastest set, the rule with one layer changed to the
+way that was clearly faster alone; and all changes together that were faster in the program, too. The fastest program that agrees
+with an op-by-op run is taken. The middle step matters, because XLA fuses neighbours: on MediaPipe's pose model four of seven ways
+that won alone made the whole program slower, up to twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from mpjax import apply, cost, depthwise, executable, graph, report, timing, verification, windows
+from mpjax import lowering as lowerings
+from mpjax.executable import Options
+from mpjax.files import Checkpoint
+from mpjax.formats import FLOAT32, parse
+from mpjax.models import Array, Batches, Model
+from mpjax.verification import MiscompiledError
+
+Progress = Callable[[int, int, str], None]  # (done, of how many in this phase, what)
+# What a kept choice depends on.
+_SOURCES: tuple[ModuleType, ...] = (
+    apply,
+    cost,
+    depthwise,
+    executable,
+    lowerings,
+    verification,
+    windows,
+    sys.modules[__name__],
+)
+
+_MOST_CHANGES = 16  # single layers that are tried in the whole program
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A whole program that was timed.
+
+    `changes`: layer -> way, where it is not the rule's. `seconds`: median; `spread`: interquartile range. `verified`: whether it
+    agrees with an op-by-op run; None where that was not asked, because a faster one does.
+    """
+
+    changes: Mapping[str, str]
+    activations: str
+    options: Options
+    seconds: float
+    spread: float
+    verified: bool | None = None
+
+    def __str__(self) -> str:
+        changed = ", ".join(f"{layer} {way}" for layer, way in self.changes.items())
+        return "; ".join(
+            filter(None, ["rule", changed, executable.name(self.options), f"activations {self.activations}"])
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What was chosen; `compiled.compile(model, batches, lowering=tuning)` and a plan take it.
+
+    `lowering`: layer -> way. `activations`: dtype handed on by lowered layers. `options`: of the compiler. `candidates`: all
+    whole programs, as timed, the rule's first. `seconds`: what the choice took when it was made; `reused`: whether it comes from
+    the cache.
+    """
+
+    lowering: Mapping[str, str]
+    activations: str
+    options: Options
+    candidates: tuple[Candidate, ...]
+    seconds: float
+    reused: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def tune(
+    model: Model,
+    batches: Batches,
+    *,
+    activations: Sequence[str] = ("float32",),
+    rounds: int = 9,
+    cache: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Tuning:
+    """The fastest way to run a model that computes what the model says.
+
+    Args:
+        model: float32 or made by `apply`.
+        batches: at least two different input tuples of equal shapes; these shapes are tuned for.
+        activations: dtypes in which lowered layers may hand on their outputs. Any but "float32" changes the numbers a little, so
+            measure the metric again.
+        rounds: timings of each program.
+        cache: folder of finished choices and timings, kept per device, number of cores, and versions; None keeps nothing.
+        progress: called after each product and program.
+
+    Raises:
+        ValueError: fewer than two inputs, an unknown dtype of activations.
+        MiscompiledError: no program agrees with its op-by-op run.
+    """
+    if not activations:
+        raise ValueError('Expected activations=("float32",) or more dtypes, found none.')
+    start = time.perf_counter()
+    by_rule = apply.lowered(model, "rule", activations=activations[0])
+    folder = None if cache is None else Path(cache)
+    kept = None if folder is None else Checkpoint(folder, _key(by_rule, batches, activations, rounds))
+    if kept is not None and (piece := kept.load("tuning")) is not None:
+        return _from_json(piece.meta)
+    names = list(dict.fromkeys(name for name in (model.assignment or {}).values() if name != FLOAT32.name))
+    sets = executable.option_sets(narrow=any(parse(name).operand != "float32" for name in names))
+    costs = cost.measure(
+        model.original or model,
+        names or [FLOAT32],
+        *batches[0],
+        lowering="auto",
+        rounds=rounds,
+        cache=folder,
+        options=sets[0],
+        progress=progress and (lambda done, of, layer: progress(done, of, f"layer {layer}")),
+    )
+    rule = ways_of(by_rule, *batches[0])
+    trials = _Trials(model, batches, rule, rounds, progress)
+    first = trials.of([({}, dtype, options) for dtype in activations for options in sets])
+    _, dtype, options = first[0]
+    alone = costs.lowering(model.assignment or {})
+    changed = [name for name, way in alone.items() if way not in (rule[name], "own")]  # "own": was not timed
+    changed = sorted(changed, key=lambda name: -costs.gain[name, (model.assignment or {}).get(name, FLOAT32.name)])
+    singles = [({name: alone[name]}, dtype, options) for name in changed[:_MOST_CHANGES]]
+    if singles:
+        better = trials.of([first[0], *singles])
+        better = better[: better.index(first[0])]
+        together = {name: way for changes, *_ in reversed(better) for name, way in changes.items()}
+        if len(better) > 1:
+            trials.of([(together, dtype, options), *better[:1], first[0]])
+    chosen, candidates = trials.fastest()
+    result = Tuning(
+        lowering=rule | dict(candidates[chosen].changes),
+        activations=candidates[chosen].activations,
+        options=candidates[chosen].options,
+        candidates=tuple(candidates),
+        seconds=time.perf_counter() - start,
+        notes=(*costs.notes, *trials.notes),
+    )
+    if kept is not None:
+        kept.save("tuning", {}, vars(result) | {"candidates": [vars(each) for each in candidates]})
+    return result
+
+
+_Which = tuple[dict[str, str], str, dict[str, Any]]  # changes to the rule's ways, activations, compiler options
+
+
+class _Trials:
+    """Whole programs, each compiled once; what they took when they were last timed."""
+
+    def __init__(
+        self, model: Model, batches: Batches, rule: Mapping[str, str], rounds: int, progress: Progress | None
+    ) -> None:
+        self.model, self.batches, self.rule, self.rounds, self.progress = model, batches, dict(rule), rounds, progress
+        self.inputs = jax.device_put(batches[0])
+        self.which: list[_Which] = []
+        self.runs: list[Callable[..., Any]] = []
+        self.samples: list[np.ndarray] = []
+        self.notes: list[str] = []
+
+    def of(self, wanted: Sequence[_Which]) -> list[_Which]:
+        """Time these in turns; the fastest first. One that does not compile is left out, with a note."""
+        for number, each in enumerate(wanted, start=1):
+            if each not in self.which:
+                self._build(each)
+            if self.progress is not None:
+                self.progress(number, len(wanted), "whole programs")
+        there = [self.which.index(each) for each in wanted if each in self.which]
+        samples = timing.in_turns([functools.partial(self.runs[i], *self.inputs) for i in there], self.rounds)
+        for i, times in zip(there, samples, strict=True):
+            self.samples[i] = np.array(times)
+        return [self.which[i] for i in sorted(there, key=lambda i: float(np.median(self.samples[i])))]
+
+    def fastest(self) -> tuple[int, list[Candidate]]:
+        """The fastest that agrees with an op-by-op run; and all of them."""
+        verified: dict[int, bool] = {}
+        stepwise: dict[str, verification.Stepwise] = {}
+        order = sorted(range(len(self.which)), key=lambda i: float(np.median(self.samples[i])))
+        for i in order:
+            changes, dtype, options = self.which[i]
+            key = f"{changes} {dtype}"
+            if key not in stepwise:
+                stepwise[key] = verification.stepwise(self._variant(changes, dtype), self.batches)
+            found = stepwise[key].verify(self.runs[i])
+            verified[i] = found.agrees
+            if found.agrees:
+                break
+            self.notes.append(
+                f"{changes or 'rule'}, {executable.name(options)}: differs from an op-by-op run by {found.error:.2g}"
+            )
+        else:
+            raise MiscompiledError(f"No program agrees with its op-by-op run: {'; '.join(self.notes)}.")
+        candidates = []
+        for number, ((changes, dtype, options), samples) in enumerate(zip(self.which, self.samples, strict=True)):
+            low, median, high = np.percentile(samples, (25, 50, 75))
+            candidates.append(
+                Candidate(
+                    changes=changes,
+                    activations=dtype,
+                    options=options,
+                    seconds=float(median),
+                    spread=float(high - low),
+                    verified=verified.get(number),
+                )
+            )
+        return i, candidates
+
+    def _variant(self, changes: Mapping[str, str], dtype: str) -> Model:
+        return apply.lowered(self.model, self.rule | dict(changes), activations=dtype)
+
+    def _build(self, which: _Which) -> None:
+        changes, dtype, options = which
+        function, (leaves, *inputs) = as_function(self._variant(changes, dtype), self.batches[0])
+        try:
+            program = executable.build(function, (leaves, *inputs), options).function
+        except jax.errors.JaxRuntimeError as error:
+            what = str(error).splitlines()[0][:200]
+            self.notes.append(f"{changes or 'rule'}, {executable.name(options)}: does not compile ({what})")
+            return
+        weights = jax.device_put(leaves)
+        self.which.append(which)
+        self.runs.append(lambda *batch: jax.block_until_ready(program(weights, *batch)))
+        self.samples.append(np.array([np.inf]))
+
+
+def ways_of(model: Model, *inputs: Array) -> dict[str, str]:
+    """Layer -> the way in which `model` computes it for these inputs; of a layer that runs several times, the first run's."""
+    choose = lowerings.choose(model, model.lowering)
+    found: dict[str, str] = {}
+    for call in graph.calls(model, *inputs):
+        dtype = parse((model.assignment or {}).get(call.layer, FLOAT32.name)).operand
+        lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype)) for spec in (call.lhs, call.rhs))
+        found.setdefault(call.layer, choose(model.layer(call.layer), call.product, lhs, rhs))
+    return found
+
+
+def as_function(model: Model, inputs: Sequence[Array]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function of (weights, *inputs), and its arguments; the weights are one flat tuple, which is quickest to pass."""
+    leaves, tree = jax.tree.flatten(model.params)
+
+    def function(weights: tuple[Array, ...], *each: Array) -> Any:
+        return model.call(jax.tree.unflatten(tree, weights), *each)
+
+    return function, (tuple(leaves), *inputs)
+
+
+def _key(model: Model, batches: Batches, activations: Sequence[str], rounds: int) -> dict[str, Any]:
+    """All that a choice depends on."""
+    function, arguments = as_function(model, batches[0])
+    program = jax.jit(function).lower(*arguments).as_text()
+    sources = "".join(map(inspect.getsource, _SOURCES))
+    environment = report.environment(device=timing.device_name())
+    return {
+        "program": hashlib.sha256(program.encode()).hexdigest(),
+        "sources": hashlib.sha256(sources.encode()).hexdigest(),
+        "assignment": dict(model.assignment or {}),
+        "activations": list(activations),
+        "rounds": rounds,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **{name: environment[name] for name in ("device", "cores", "jax", "jaxlib")},
+    }
+
+
+def _from_json(meta: Mapping[str, Any]) -> Tuning:
+    fields = json.loads(json.dumps(meta))
+    candidates = tuple(Candidate(**each) for each in fields.pop("candidates"))
+    return Tuning(**{**fields, "candidates": candidates, "notes": tuple(fields["notes"]), "reused": True})

@@ -1,0 +1,86 @@
+"""A jitted function under compiler options of its own, and the sets of options worth trying on a backend.
+
+| option | value | why |
+| --- | --- | --- |
+| `xla_allow_excess_precision` | False | else XLA removes a rounding whose result it converts up again: another program |
+| `xla_cpu_experimental_ynn_fusion_type` | "" | no YNN kernels: float32 convolutions are faster without; has miscompiled |
+| `xla_cpu_prefer_vector_width` | 512 | loops use the full width of a CPU that has AVX-512; XLA's default is 256 |
+
+An option that this jaxlib does not know is left out, and said.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+Options = Mapping[str, Any]
+
+EXACT: dict[str, Any] = {"xla_allow_excess_precision": False}
+NO_YNN: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+WIDE: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Executable:
+    """A compiled function.
+
+    `function`: the jitted function, called as it is (the fastest way that jax has). `compiled`: the same program, for its text
+    and memory analysis. `options`: in force; `skipped`: what this jaxlib did not know. `seconds`: of compilation.
+    """
+
+    function: Any
+    compiled: Any
+    options: Options
+    skipped: tuple[str, ...]
+    seconds: float
+
+
+def option_sets(*, narrow: bool) -> tuple[dict[str, Any], ...]:
+    """Sets to try on this backend, the likely fastest first.
+
+    `narrow`: some product has narrow operands, for which XLA:CPU's fast kernels are YNN's. The last two are XLA's defaults, with
+    and without YNN.
+    """
+    if jax.default_backend() != "cpu":
+        return (EXACT,)
+    on, off = EXACT, EXACT | NO_YNN
+    likely = (on, off) if narrow else (off, on)
+    return (*(each | WIDE for each in likely), *likely)
+
+
+def name(options: Options) -> str:
+    """A set of options in two or three words."""
+    words = ["no YNN" if dict(options).get(next(iter(NO_YNN)), None) == "" else "YNN"]
+    if width := options.get(next(iter(WIDE))):
+        words.append(f"vectors of {width}")
+    return ", ".join(words) if jax.default_backend() == "cpu" else "default"
+
+
+def build(function: Callable[..., Any], arguments: Sequence[Any], wanted: Options) -> Executable:
+    """Compile a function for arguments of these shapes, under options.
+
+    Raises:
+        jax.errors.JaxRuntimeError: XLA cannot compile it.
+    """
+    options, skipped = dict(wanted), []
+    while True:
+        jitted = jax.jit(function, compiler_options=options or None)
+        lowered = jitted.lower(*arguments)
+        start = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            unknown = [each for each in options if f"No such compile option: '{each}'" in str(error)]
+            if not unknown:
+                raise
+            for each in unknown:
+                del options[each]
+            skipped += unknown
+            continue
+        seconds = time.perf_counter() - start
+        return Executable(function=jitted, compiled=compiled, options=options, skipped=tuple(skipped), seconds=seconds)
