@@ -83,7 +83,8 @@ class Task:
 
 def load(name: str, *, quick: bool) -> Task:
     """The task of that name; a quick one has fewer examples."""
-    return {"pose_landmark_full": _pose, "iris_landmark": _iris, "digits_cnn": _digits}[name](quick)
+    makers = {"pose_landmark_full": _pose, "iris_landmark": _iris, "face_landmark": _face, "digits_cnn": _digits}
+    return makers[name](quick)
 
 
 def _pose(quick: bool) -> Task:
@@ -131,6 +132,26 @@ def _iris(quick: bool) -> Task:
         costed=tuple(each[:1] for each in parts[0][0]),
         enumerated=4,
         subset=8 if quick else SUBSET,
+    )
+
+
+def _face(quick: bool) -> Task:
+    """For experiments/speed.py: one face, moved, scaled and turned at random."""
+    count = 4 if quick else 16
+    more = eyes.faces(2 * count + 1)  # the first is the unmoved region
+    parts = [
+        benchmarks.in_batches((more.images[start : start + count], more.unit[start : start + count]), 2)
+        for start in (1, 1 + count)
+    ]
+    benchmark = benchmarks.face(count=1)
+    return Task(
+        benchmark=replace(benchmark, batches=parts[0], facts={**benchmark.facts, "examples": count}),
+        blocks=np.arange(count),
+        heldout=parts[1],
+        heldout_blocks=np.arange(count),
+        scored=4,
+        costed=tuple(each[:1] for each in parts[0][0]),
+        enumerated=4,
     )
 
 

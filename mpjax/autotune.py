@@ -26,7 +26,9 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mpjax import apply, cost, depthwise, executable, graph, report, timing, verification, windows
 from mpjax import lowering as lowerings
@@ -256,14 +258,32 @@ def ways_of(model: Model, *inputs: Array) -> dict[str, str]:
     return found
 
 
-def as_function(model: Model, inputs: Sequence[Array]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function of (weights, *inputs), and its arguments; the weights are one flat tuple, which is quickest to pass."""
+def as_function(
+    model: Model, inputs: Sequence[Array], *, needed: Sequence[bool] | None = None
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function of (weights, *inputs), and its arguments.
+
+    The weights are a flat tuple, which is quickest to pass, and all float32 vectors (biases, say) are one array: each argument
+    of a call costs about .2 µs, on the iris model 5 % of the time. `needed`: the leaves of the params to keep; the others are
+    taken as zeros, which reach no output.
+    """
     leaves, tree = jax.tree.flatten(model.params)
+    kept = [i for i in range(len(leaves)) if needed is None or needed[i]]
+    vectors = [i for i in kept if leaves[i].ndim == 1 and leaves[i].dtype == jnp.float32]
+    vectors = vectors if len(vectors) > 1 else []
+    others = [i for i in kept if i not in set(vectors)]
+    ends = np.cumsum([leaves[i].size for i in vectors]).tolist()
+    shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
+    packed = (jnp.concatenate([leaves[i] for i in vectors]),) if vectors else ()
 
     def function(weights: tuple[Array, ...], *each: Array) -> Any:
-        return model.call(jax.tree.unflatten(tree, weights), *each)
+        given = dict(zip(others, weights[len(packed) :], strict=True))
+        for i, start, end in zip(vectors, [0, *ends[:-1]], ends, strict=True):
+            given[i] = lax.slice(weights[0], (start,), (end,))
+        full = [given[i] if i in given else jnp.zeros(*shape) for i, shape in enumerate(shapes)]
+        return model.call(jax.tree.unflatten(tree, full), *each)
 
-    return function, (tuple(leaves), *inputs)
+    return function, ((*packed, *(leaves[i] for i in others)), *inputs)
 
 
 def _key(model: Model, batches: Batches, activations: Sequence[str], rounds: int) -> dict[str, Any]:

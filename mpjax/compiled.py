@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 from jax.interpreters import partial_eval
 
-from mpjax import apply, autotune, executable, hlo, profiling
+from mpjax import apply, autotune, executable, hlo, profiling, timing
 from mpjax.autotune import Tuning
 from mpjax.executable import Executable
 from mpjax.files import write_bytes
@@ -29,7 +28,18 @@ from mpjax.formats import parse
 from mpjax.models import Array, Batches, Layer, Model
 from mpjax.verification import MiscompiledError, Verification, stepwise
 
-__all__ = ["Compiled", "ExportError", "Loaded", "MiscompiledError", "Report", "Verification", "compile", "load"]
+__all__ = [
+    "Compiled",
+    "ExportError",
+    "Fastest",
+    "Loaded",
+    "MiscompiledError",
+    "Report",
+    "Verification",
+    "compile",
+    "fastest",
+    "load",
+]
 
 _FORMAT = 2
 
@@ -81,7 +91,8 @@ class Report:
 class Compiled:
     """A compiled mixed-precision function; `compiled(*inputs) -> outputs`.
 
-    `weights`: what the program takes as arguments, those that its outputs need. `executed`: layer -> dtypes in the optimised HLO.
+    `weights`: what the program takes as arguments, those that its outputs need; float32 vectors packed into the first.
+    `executed`: layer -> dtypes in the optimised HLO.
     `assignment`: layer -> requested format; `lowering`: layer -> way; `activations`: dtype that lowered layers hand on.
     `dropped`: layers that no output needs. `options`: the compiler options in force; `skipped`: what this jaxlib did not know.
     `weight_bytes`, `peak_bytes` (temporaries, arguments and outputs, from XLA's memory analysis).
@@ -245,17 +256,9 @@ def compile(  # noqa: A001 - the design's name
     elif wanted != model.lowering:
         model = apply.lowered(model, wanted)
     expected = stepwise(model, batches)
-    everything, arguments = autotune.as_function(model, batches[0])
-    needed = _needed(everything, arguments)
-    shapes = [(leaf.shape, leaf.dtype) for leaf in arguments[0]]
-
-    def function(weights: tuple[Array, ...], *inputs: Array) -> Any:
-        given = iter(weights)
-        # What no output needs is not computed: XLA sees that these zeros reach nothing.
-        full = [next(given) if need else jnp.zeros(*shape) for need, shape in zip(needed, shapes, strict=True)]
-        return everything(tuple(full), *inputs)
-
-    weights = tuple(jax.device_put(leaf) for leaf, need in zip(arguments[0], needed, strict=True) if need)
+    needed = _needed(model, batches[0])
+    function, (leaves, *_) = autotune.as_function(model, batches[0], needed=needed)
+    weights = jax.device_put(leaves)
     errors: list[str] = []
     for options in sets:
         program = executable.build(function, (weights, *batches[0]), options)
@@ -288,6 +291,55 @@ def compile(  # noqa: A001 - the design's name
         verification=verification,
         weight_bytes=sum(int(each.nbytes) for each in weights),
         peak_bytes=peak,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fastest:
+    """What `fastest` found: `name` of the program to use, all programs, and their seconds, median and interquartile range."""
+
+    name: str
+    programs: Mapping[str, Compiled]
+    seconds: Mapping[str, float]
+    spread: Mapping[str, float]
+
+    @property
+    def program(self) -> Compiled:
+        return self.programs[self.name]
+
+
+def fastest(models: Mapping[str, Model], batches: Batches, *, rounds: int = 15, **options: Any) -> Fastest:
+    """Compile several models and time them in turns: is a mixed model faster than the float32 one, on this device?
+
+    Args:
+        models: name -> model, the reference (float32) first. Another one is chosen only where it is faster by more than 1 %.
+        batches: as in `compile`; the first is timed.
+        rounds: of timing.
+        **options: of `compile`, for each of them: `lowering`, `outputs`, `cache`, `progress`.
+
+    Raises:
+        ValueError: no models; otherwise as `compile`. A model other than the first that cannot be verified is left out.
+    """
+    if not models:
+        raise ValueError("Expected at least one model, found none.")
+    programs: dict[str, Compiled] = {}
+    for name, model in models.items():
+        try:
+            programs[name] = compile(model, batches, **options)
+        except MiscompiledError:
+            if not programs:
+                raise
+    inputs = jax.device_put(batches[0])
+    runs = [lambda each=each: jax.block_until_ready(each(*inputs)) for each in programs.values()]
+    samples = dict(zip(programs, timing.in_turns(runs, rounds), strict=True))
+    seconds = {name: float(np.median(each)) for name, each in samples.items()}
+    quartiles = {name: np.percentile(each, (25, 75)) for name, each in samples.items()}
+    best, reference = min(seconds, key=lambda name: seconds[name]), next(iter(programs))
+    return Fastest(
+        name=best if seconds[best] < 0.99 * seconds[reference] else reference,
+        programs=programs,
+        seconds=seconds,
+        spread={name: float(high - low) for name, (low, high) in quartiles.items()},
     )
 
 
@@ -366,11 +418,11 @@ def _keep(model: Model, names: tuple[str, ...]) -> Model:
     return replace(model, call=kept(model.call), original=original)
 
 
-def _needed(function: Any, arguments: tuple[Any, ...]) -> tuple[bool, ...]:
-    """Which of the weights reach an output."""
-    closed = jax.make_jaxpr(function)(*arguments)
+def _needed(model: Model, inputs: Sequence[Array]) -> tuple[bool, ...]:
+    """Which leaves of the params reach an output."""
+    closed = jax.make_jaxpr(model.call)(model.params, *inputs)
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return tuple(used[: len(arguments[0])])
+    return tuple(used[: len(jax.tree.leaves(model.params))])
 
 
 def _dropped(model: Model, needed: Sequence[bool]) -> tuple[str, ...]:

@@ -1,12 +1,15 @@
 """Compiled programs: verified, honest about dtypes, exported and loaded; a wrong program is caught."""
 
+import json
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import apply, compiled, hlo, models
+from mpjax import apply, autotune, compiled, executable, hlo, models, profiling, verification
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -72,6 +75,123 @@ def test_export_and_load_round_trip(small, mixed_program, tmp_path):
     found, expected = function(*batches[1]), mixed_program(*batches[1])
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert [each.name for each in tmp_path.iterdir()] == ["mixed.mpjax"]
+    assert isinstance(function, compiled.Loaded)
+    assert function.assignment == mixed_program.assignment and function.lowering == mixed_program.lowering
+    assert function.program.options == mixed_program.options == function.header["options"]
+    assert [each.dtype for each in function.weights] == [each.dtype for each in mixed_program.weights]
+    jax.tree.map(np.testing.assert_array_equal, function.weights, mixed_program.weights)
+    with pytest.raises(ValueError, match="compile again"):
+        function(batches[0][0][:1])
+
+
+@pytest.mark.parametrize("lowering", ["own", "xla", "rule", {"pointwise": "dot"}])
+def test_lowering_by_word_or_by_layer(small, lowering):
+    model, batches = small
+    program = compiled.compile(model, batches, lowering=lowering)
+    expected = {"own": dict.fromkeys(model.names, "own"), "xla": dict.fromkeys(model.names, "xla")}
+    if isinstance(lowering, dict):
+        assert program.lowering == {"stem": "own", "pointwise": "dot", "head": "own"}
+    elif lowering == "rule":
+        assert program.lowering["pointwise"] == "dot" and program.lowering["stem"] != "own"
+    else:
+        assert program.lowering == expected[lowering]
+    for batch in batches:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            program(*batch),
+            model.call(model.params, *batch),
+        )
+    with pytest.raises(ValueError, match="lowering must be"):
+        compiled.compile(model, batches, lowering="fast")
+    with pytest.raises(KeyError, match="Unknown layer 'stam'"):
+        compiled.compile(model, batches, lowering={"stam": "dot"})
+
+
+def test_auto_of_the_model_or_of_the_call_tunes(small, monkeypatch):
+    model, batches = small
+    calls = []
+
+    def tune(model, batches, **options):
+        calls.append(options)
+        ways = {"stem": "im2col", "pointwise": "dot", "head": "xla"}
+        return autotune.Tuning(
+            lowering=ways, activations="float32", options=executable.EXACT, candidates=(), seconds=0.0
+        )
+
+    monkeypatch.setattr(autotune, "tune", tune)
+    by_model = compiled.compile(apply.apply(model, {"head": "bfloat16"}, lowering="auto"), batches, cache="kept")
+    by_call = compiled.compile(model, batches, lowering="auto")
+    assert [each["cache"] for each in calls] == ["kept", None]
+    assert all(each["activations"] == ("float32",) for each in calls)
+    for program in (by_model, by_call):
+        assert program.lowering == {"stem": "im2col", "pointwise": "dot", "head": "xla"}
+        assert program.options == executable.EXACT and program.verification.agrees
+    assert by_model.assignment["head"] == "bfloat16"
+    compiled.compile(model, batches)  # the model says "own"
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_layers_that_the_kept_outputs_do_not_need_are_dropped(small, tmp_path, mixed):
+    model, batches = small
+    model = apply.apply(model, {"pointwise": "bfloat16", "head": "float16"}) if mixed else model
+    whole = compiled.compile(model, batches)
+    program = compiled.compile(model, batches, outputs=("mean",))
+    assert program.dropped == ("head",) and whole.dropped == ()
+    assert program.weight_bytes == whole.weight_bytes - (16 * 3 * (2 if mixed else 4) + 3 * 4)
+    assert len(program.weights) < len(whole.weights)
+    assert not any(each.shape == (16, 3) for each in program.weights)
+    loaded = compiled.load(program.export(tmp_path / "mean.mpjax"))
+    for batch in batches:
+        assert set(program(*batch)) == {"mean"}
+        scale = np.abs(whole(*batch)["mean"]).max()
+        np.testing.assert_allclose(program(*batch)["mean"], whole(*batch)["mean"], atol=1e-3 * scale)
+        np.testing.assert_array_equal(loaded(*batch)["mean"], program(*batch)["mean"])
+    assert len(loaded.weights) == len(program.weights)
+    rows = {row["layer"]: row for row in program.report().rows}
+    assert rows["head"]["dropped"] and not rows["stem"]["dropped"]
+    assert (rows["head"]["weight_bytes"], rows["head"]["flops"], rows["head"]["executed"]) == (0, 0, None)
+    assert "dropped" in str(program.report())
+    both = compiled.compile(model, batches, outputs=("mean", "out"))
+    assert both.dropped == () and set(both(*batches[0])) == {"mean", "out"}
+
+
+def test_outputs_that_cannot_be_kept_are_refused(small):
+    model, batches = small
+    with pytest.raises(KeyError, match=r"Unknown outputs nose\. Known: .*mean"):
+        compiled.compile(model, batches, outputs=("nose",))
+    with pytest.raises(ValueError, match="at least one output"):
+        compiled.compile(model, batches, outputs=())
+    with pytest.raises(ValueError, match="needs a model that returns a mapping"):
+        compiled.compile(models.with_output(model, lambda out: out["out"]), batches, outputs=("out",))
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_the_report_says_what_was_asked_for_and_what_runs(small, mixed_program, shares, monkeypatch):
+    model, batches = small
+    seconds = {"stem": 3e-3, "pointwise": 1e-3, profiling.OUTSIDE: 1e-3}
+    monkeypatch.setattr(profiling, "layer_seconds", lambda run, text, layers: (run(), seconds)[1])
+    report = mixed_program.report(*(batches[0] if shares else ()))
+    assert [row["layer"] for row in report.rows] == list(model.names)
+    assert [row["requested"] for row in report.rows] == ["float32", "bfloat16", "float16"]
+    assert [row["weights"] for row in report.rows] == [each.weights for each in model.layers]
+    assert [row["weight_bytes"] for row in report.rows] == [4 * 27 * 8, 2 * 8 * 16, 2 * 16 * 3]
+    assert [row["flops"] for row in report.rows] == [2 * each.flops for each in model.layers]  # two examples
+    for row in report.rows:
+        executed = mixed_program.executed[row["layer"]]
+        assert (row["executed"], row["result"]) == (executed.operands, executed.result)
+        assert row["way"] == "own" and row["opcode"] == executed.opcode and row["dropped"] is False
+    assert [row["share"] for row in report.rows] == (pytest.approx([0.6, 0.2, 0.0]) if shares else [None] * 3)
+    assert report.program["outside"] == (pytest.approx(0.2) if shares else None)
+    assert report.program["flops"] == sum(row["flops"] for row in report.rows)
+    assert report.program["weight_bytes"] == mixed_program.weight_bytes
+    assert report.program["error"] == mixed_program.verification.error
+    header, *lines = str(report).splitlines()
+    assert header.split() == ["layer", "requested", "executed", "by", "way", "KiB", "MFLOP", "share"]
+    assert [line.split()[0] for line in lines[:3]] == list(model.names)
+    assert ("60.0%" in lines[0]) == shares and "%" not in lines[3]
+    assert "limit" in lines[3] and executable.name(mixed_program.options) in lines[3] and len(lines) == 4
+    json.dumps([*report.rows, report.program], allow_nan=False)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "empty"])
@@ -98,26 +218,24 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 def test_a_wrong_program_is_caught_and_compiled_with_other_options(small, monkeypatch):
-    """The first executable is sabotaged; the verification must see it and take the next set of options."""
+    """The program of the first set of options is sabotaged; the verification must see it and take the next set."""
     model, batches = small
-    real = compiled._compile
+    real, built = executable.build, []
 
-    class Wrong:
-        def __init__(self, executable):
-            self.executable = executable
+    def sabotaged(function, arguments, options):
+        found = real(function, arguments, options)
+        built.append(dict(options))
+        if options != sets[0]:
+            return found
+        return replace(found, function=lambda *args: jax.tree.map(lambda leaf: leaf * 1.01, found.function(*args)))
 
-        def __call__(self, *args):
-            return jax.tree.map(lambda leaf: leaf * 1.01, self.executable(*args))
-
-    def sabotaged(lowered, options, skipped):
-        executable, used = real(lowered, options, skipped)
-        return (executable if options else Wrong(executable)), used
-
-    monkeypatch.setattr(compiled, "_compile", sabotaged)
-    monkeypatch.setattr(compiled, "OPTION_SETS", ({}, {"xla_allow_excess_precision": False}))
+    sets = ({}, {"xla_allow_excess_precision": False})
+    monkeypatch.setattr(executable, "build", sabotaged)
+    monkeypatch.setattr(executable, "option_sets", lambda *, narrow: sets)
     program = compiled.compile(model, batches)
-    assert program.options == {"xla_allow_excess_precision": False} and program.verification.agrees
-    monkeypatch.setattr(compiled, "OPTION_SETS", ({},))
+    assert built == list(sets)
+    assert program.options == sets[1] and program.verification.agrees
+    monkeypatch.setattr(executable, "option_sets", lambda *, narrow: sets[:1])
     with pytest.raises(compiled.MiscompiledError, match="differs from an op-by-op run"):
         compiled.compile(model, batches)
 
@@ -130,14 +248,15 @@ def test_outputs_that_are_not_finite_must_agree_too(small, monkeypatch):
     loud = models.Model(params=params, layers=model.layers, call=model.call)
     program = compiled.compile(apply.apply(loud, {"pointwise": "bfloat16"}), batches)
     assert not np.isfinite(program(*batches[0])["out"]).all() and np.isfinite(program.verification.error)
-    assert compiled._largest_error([np.array([1.0, np.nan])], [np.array([1.0, np.inf])]) == np.inf
-    assert compiled._largest_error([np.array([np.nan, 1.0])], [np.array([1.0, 1.0])]) == np.inf
-    assert not compiled.Verification(error=np.inf, limit=np.inf, distance=np.inf, spread=0.0, inputs=2).agrees
+    assert verification.errors([np.array([1.0, np.nan])], [np.array([1.0, np.inf])]) == (np.inf, np.inf)
+    assert verification.errors([np.array([np.nan, 1.0])], [np.array([1.0, 1.0])]) == (np.inf, np.inf)
+    infinite = dict.fromkeys(("error", "limit", "worst", "worst_limit", "distance"), np.inf)
+    assert not compiled.Verification(**infinite, spread=0.0, inputs=2).agrees
 
 
 def test_an_unknown_compiler_option_is_skipped_and_recorded(small, monkeypatch):
     model, batches = small
-    monkeypatch.setattr(compiled, "OPTION_SETS", ({"xla_no_such_option": "1"}, {}))
+    monkeypatch.setattr(executable, "option_sets", lambda *, narrow: ({"xla_no_such_option": "1"}, {}))
     program = compiled.compile(model, batches)
     assert program.skipped == ("xla_no_such_option",) and program.options == {}
 

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mpjax"
 
 LAYERS = {
-    **dict.fromkeys(("ledger", "metrics", "files", "pages", "windows"), 0),
+    **dict.fromkeys(("ledger", "metrics", "files", "pages", "windows", "resize"), 0),
     **dict.fromkeys(("formats", "partition", "problem", "hlo", "report", "losses", "depthwise", "executable"), 1),
     **dict.fromkeys(("models", "curvature", "branch", "plan", "profiling"), 2),
     **dict.fromkeys(("predicted", "estimate", "lowering", "emulate", "grams", "graph"), 3),

@@ -19,6 +19,7 @@ from jax import lax
 
 from experiments.models.tflite_graph import LAYERS, Graph, Op, TFLiteError, read
 from mpjax.depthwise import depthwise_conv
+from mpjax.resize import doubled
 
 __all__ = ["Imported", "TFLiteError", "TFLiteModule", "load_tflite"]
 
@@ -42,12 +43,13 @@ class Imported:
     layers: tuple[str, ...]
 
 
-def load_tflite(path: Path | str, *, outputs: tuple[str, ...] | None = None) -> Imported:
+def load_tflite(path: Path | str, *, outputs: tuple[str, ...] | None = None, dtype: Any = None) -> Imported:
     """Import a .tflite file.
 
     Args:
         path: the file.
         outputs: names of the outputs to keep; operators that they do not need are dropped.  None keeps all.
+        dtype: handed to every layer, Flax's own way of computing in another dtype; None computes in float32.
 
     Raises:
         TFLiteError: a foreign or damaged file, an unknown output, or operators that are not supported (all
@@ -57,7 +59,7 @@ def load_tflite(path: Path | str, *, outputs: tuple[str, ...] | None = None) -> 
     graph, weights = read(path, outputs=outputs)
     params = {name: {key: jnp.asarray(value) for key, value in group.items()} for name, group in weights.items()}
     return Imported(
-        module=TFLiteModule(graph=graph),
+        module=TFLiteModule(graph=graph, dtype=dtype),
         variables={"params": params},
         input_shape=graph.input_shape,
         outputs=tuple(name for name, _ in graph.outputs),
@@ -79,6 +81,7 @@ class TFLiteModule(nn.Module):
     """The operators of a graph, one after the other."""
 
     graph: Graph
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
@@ -88,7 +91,7 @@ class TFLiteModule(nn.Module):
             raise ValueError(f"input of shape {x.shape}, expected ({', '.join(map(str, expected))})")
         values = {self.graph.input: x}
         for op in self.graph.ops:
-            out = _compute(op, [values[index] for index in op.inputs])
+            out = _compute(op, [values[index] for index in op.inputs], self.dtype)
             values[op.output] = _ACTIVATIONS[op.activation](out)
         return {name: values[index] for name, index in self.graph.outputs}
 
@@ -96,7 +99,7 @@ class TFLiteModule(nn.Module):
 _ACTIVATIONS = {"none": lambda x: x, "relu": nn.relu, "relu6": nn.relu6}
 
 
-def _compute(op: Op, inputs: list[jax.Array]) -> jax.Array:
+def _compute(op: Op, inputs: list[jax.Array], dtype: Any) -> jax.Array:
     """One operator without its fused activation; the compact method that calls this adopts the layers."""
     x = inputs[0]
     match op.kind:
@@ -111,10 +114,11 @@ def _compute(op: Op, inputs: list[jax.Array]) -> jax.Array:
                 feature_group_count=x.shape[-1] if depthwise else 1,
                 use_bias=op.use_bias,
                 conv_general_dilated=depthwise_conv if depthwise else None,
+                dtype=dtype,
                 name=op.name,
             )(x)
         case "dense":
-            return nn.Dense(op.features, use_bias=op.use_bias, name=op.name)(x)
+            return nn.Dense(op.features, use_bias=op.use_bias, dtype=dtype, name=op.name)(x)
         case "prelu":
             return PReLU(name=op.name)(x)
         case "add":
@@ -130,7 +134,7 @@ def _compute(op: Op, inputs: list[jax.Array]) -> jax.Array:
         case "avg_pool":
             return _mean_pool(x, op)
         case "resize":
-            return _double(_double(x, 1), 2)
+            return doubled(x)
         case "reshape":
             return x.reshape(x.shape[0], *op.shape)
         case "sigmoid":
@@ -149,16 +153,3 @@ def _mean_pool(x: jax.Array, op: Op) -> jax.Array:
         return lax.reduce_window(value, zero, lax.add, window, strides, op.padding)
 
     return sums(x) / sums(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
-
-
-def _double(x: jax.Array, axis: int) -> jax.Array:
-    """Bilinear, half-pixel centres, twice the size along an axis: blends of ¼ and ¾, edges repeated."""
-    size = x.shape[axis]
-    before = jnp.concatenate([x[_span(axis, 0, 1)], x[_span(axis, 0, size - 1)]], axis=axis)
-    after = jnp.concatenate([x[_span(axis, 1, size)], x[_span(axis, size - 1, size)]], axis=axis)
-    pairs = jnp.stack([0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after], axis=axis + 1)
-    return pairs.reshape(*x.shape[:axis], 2 * size, *x.shape[axis + 1 :])
-
-
-def _span(axis: int, start: int, stop: int) -> tuple[slice, ...]:
-    return (slice(None),) * axis + (slice(start, stop),)
