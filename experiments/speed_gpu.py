@@ -51,6 +51,7 @@ Run = Callable[[], Any]
 POSE = "pose_landmark_full"
 ENCODERS = {"encoder_6x384": (6, 384, 12), "encoder_12x768": (12, 768, 12)}  # layers, width, heads
 MODELS = (POSE, *ENCODERS)
+LANDMARKS = "Identity"  # of the pose model's outputs; its mask, Identity_2, amplifies rounding most
 VARIANTS = ("fp32", "tf32", "flax_bf16", "bf16", "fp16", "bf16_activations", "fp8")
 FORMATS = {"bf16": "bfloat16", "fp16": "float16", "bf16_activations": "bfloat16", "fp8": "float8_e4m3fn"}
 COLOURS = dict(zip(VARIANTS, (report.PALETTE[-1], *report.PALETTE[:-1]), strict=True))
@@ -244,27 +245,43 @@ def timed(runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, dict[str, Any
     for variant, each in timings.items():
         ratio = each.ratio if "fp32" in usable else None
         found[variant] = {"ms_median": each.median, "ms_min": each.minimum, "vs_fp32": ratio}
-        found[variant]["max_rel_error"] = errors.get(variant)
-        if variant in errors and not np.isfinite(errors[variant]):
-            notes[variant] = "an output is not finite"
+        own = errors.get(variant)
+        found[variant]["max_rel_error"] = float(np.max(list(own.values()))) if own else None
+        if own and (note := where(own)):
+            notes[variant] = note
     return found, notes
 
 
-def output_errors(runs: Mapping[str, Run]) -> tuple[dict[str, float], dict[str, str]]:
-    """Variant -> error to `fp32`, where that runs; and why others do not run."""
-    truth: list[np.ndarray] | None = None
-    errors: dict[str, float] = {}
+def output_errors(runs: Mapping[str, Run]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Variant -> output -> error to `fp32`, where that runs; and why others do not run."""
+    truth: dict[str, np.ndarray] | None = None
+    errors: dict[str, dict[str, float]] = {}
     notes: dict[str, str] = {}
     for variant, run in runs.items():  # fp32 is the first
         try:
-            outputs = [np.asarray(leaf, np.float32) for leaf in jax.tree.leaves(run())]
+            outputs = named(run())
         except jax.errors.JaxRuntimeError as error:
             notes[variant] = reason(error)
             continue
         truth = outputs if variant == "fp32" else truth
         if truth is not None:
-            errors[variant] = float(np.max([*map(metrics.relative_error, outputs, truth)]))
+            errors[variant] = {name: metrics.relative_error(outputs[name], truth[name]) for name in truth}
     return errors, notes
+
+
+def named(outputs: Any) -> dict[str, np.ndarray]:
+    """Outputs by name; a single one is called "output"."""
+    by_name = outputs if isinstance(outputs, Mapping) else {"output": outputs}
+    return {name: np.asarray(value, np.float32) for name, value in by_name.items()}
+
+
+def where(errors: Mapping[str, float]) -> str | None:
+    """What the worst error does not say: whether a number is finite, which output it is of, and the landmarks' own."""
+    if not np.isfinite(list(errors.values())).all():
+        return "an output is not finite"
+    if LANDMARKS not in errors or not max(errors.values()):
+        return None
+    return f"largest in {max(errors, key=lambda name: errors[name])}; landmarks ({LANDMARKS}) {errors[LANDMARKS]:.1e}"
 
 
 def reason(error: Exception) -> str:

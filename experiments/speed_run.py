@@ -156,7 +156,7 @@ def low_precision(job: Job, subject: Subject) -> tuple[dict[str, compiled.Compil
     notes: list[str] = []
     tunings: list[dict[str, Any]] = []
     for name, model in wanted.items():
-        tuned = job.tune and name in ("fp32_tuned", "mixed", "bf16_profitable")
+        tuned = job.tune and (name in ("fp32_tuned", "mixed") or job.model in ENCODERS)
         try:
             choice = autotune.tune(model, subject.batches, cache=job.cache) if tuned else None
             programs[name] = compiled.compile(model, subject.batches, lowering=choice or "rule")
@@ -166,6 +166,7 @@ def low_precision(job: Job, subject: Subject) -> tuple[dict[str, compiled.Compil
         if choice is not None:
             start = time.perf_counter()
             again = autotune.tune(model, subject.batches, cache=job.cache)
+            again_seconds = time.perf_counter() - start
             by_rule = compiled.compile(model, subject.batches, lowering="rule")
             seconds = in_turns(
                 {
@@ -180,7 +181,7 @@ def low_precision(job: Job, subject: Subject) -> tuple[dict[str, compiled.Compil
                     "layers": len(model.layers),
                     "tune_seconds": choice.seconds,
                     "reused": choice.reused,
-                    "again_seconds": time.perf_counter() - start if again.reused else None,
+                    "again_seconds": again_seconds if again.reused else None,
                     "rule_ms": float(np.median(seconds["rule"])),
                     "tuned_ms": float(np.median(seconds["tuned"])),
                     "rule_vs_tuned": float(np.median(seconds["rule"] / seconds["tuned"])),

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpjax import apply, cost, depthwise, executable, graph, report, timing, verification, windows
+from mpjax import apply, cost, depthwise, executable, formats, graph, report, timing, verification, windows
 from mpjax import lowering as lowerings
 from mpjax.executable import Options
 from mpjax.files import Checkpoint
@@ -41,16 +41,9 @@ from mpjax.verification import MiscompiledError
 Progress = Callable[[int, int, str], None]  # (done, of how many in this phase, what)
 # What a kept choice depends on.
 _SOURCES: tuple[ModuleType, ...] = (
-    apply,
-    cost,
-    depthwise,
-    executable,
-    lowerings,
-    verification,
-    windows,
+    *(apply, cost, depthwise, executable, formats, graph, lowerings, timing, verification, windows),
     sys.modules[__name__],
 )
-
 _MOST_CHANGES = 16  # single layers that are tried in the whole program
 
 
@@ -120,6 +113,7 @@ def tune(
     """
     if not activations:
         raise ValueError('Expected activations=("float32",) or more dtypes, found none.')
+    verification.check_inputs(batches)
     start = time.perf_counter()
     by_rule = apply.lowered(model, "rule", activations=activations[0])
     folder = None if cache is None else Path(cache)
@@ -278,7 +272,7 @@ def as_function(
 
     def function(weights: tuple[Array, ...], *each: Array) -> Any:
         given = dict(zip(others, weights[len(packed) :], strict=True))
-        for i, start, end in zip(vectors, [0, *ends[:-1]], ends, strict=True):
+        for i, start, end in zip(vectors, [0, *ends], ends, strict=False):
             given[i] = lax.slice(weights[0], (start,), (end,))
         full = [given[i] if i in given else jnp.zeros(*shape) for i, shape in enumerate(shapes)]
         return model.call(jax.tree.unflatten(tree, full), *each)

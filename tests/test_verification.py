@@ -1,5 +1,7 @@
 """Verification: what it lets pass, what it refuses, and XLA:CPU's own miscompile."""
 
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -72,7 +74,7 @@ def test_limits_of_a_low_precision_program(small):
     mixed = apply.apply(model, dict.fromkeys(model.names, "bfloat16"))
     found = verification.stepwise(mixed, batches)
     assert 1e-3 < found.distance < 0.05
-    assert found.limit == max(1e-5, found.distance / 4, min(2 * found.spread, 0.75 * found.distance))
+    assert found.limit == max(1e-5, found.distance / 4, min(2 * found.spread, 1.5 * found.distance))
     assert found.limit < found.distance and found.worst_limit >= 1e-4
     assert found.verify(lambda *batch: mixed.call(mixed.params, *batch)).agrees
     with jax.disable_jit():
@@ -94,7 +96,10 @@ def test_a_program_that_drops_its_roundings_is_refused(small, name):
         found = expected.verify(lambda *batch: model.call(model.params, *batch))
     # the same difference; relative to the rounded numbers here, to the float32 ones there
     assert found.error == pytest.approx(found.distance, rel=0.01) and found.distance > 0
-    assert found.error > found.limit and not found.agrees
+    assert found.own_distance == 0 and not found.agrees
+    # that alone decides, where chaos makes right programs differ as much as this
+    assert not replace(found, error=0.0, worst=0.0).agrees
+    assert replace(found, error=0.0, worst=0.0, own_distance=found.distance).agrees
 
 
 @pytest.mark.parametrize("low", [False, True])
