@@ -8,7 +8,7 @@ Weights are stored in the assigned dtype and the product is computed on operands
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -112,7 +112,7 @@ def _call(
     """What the mixed model computes, from params as `apply` makes them."""
     if activations not in ("float32", "bfloat16", "float16"):
         raise ValueError(f'activations must be "float32", "bfloat16" or "float16"; found {activations!r}.')
-    way = ways.choose(model, lowering)
+    way = ways.choose(model, lowering, narrow=any_narrow(formats.values()))
 
     def call(mixed_params: Params, *inputs: Array, override: Override | None = None) -> Any:
         if override is not None:
@@ -135,6 +135,11 @@ def kernels(model: Model, params: Params) -> dict[str, Any]:
     """Layer -> its kernel's leaf in a tree shaped like the model's params, float32 or mixed."""
     weights = params if model.original is None else params["weights"]
     return {layer.name: partition.select(weights, layer.block)[layer.kernel] for layer in model.layers}
+
+
+def any_narrow(formats: Iterable[Format]) -> bool:
+    """Whether some format multiplies narrow operands for real (float16_acc16 is emulated in float32)."""
+    return any(fmt.operand != "float32" and fmt.accumulate == "float32" for fmt in formats)
 
 
 def operand(fmt: Format, lhs: Array, scale: Array | None = None) -> Array:

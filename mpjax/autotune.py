@@ -4,10 +4,10 @@
     program = compiled.compile(model, batches, lowering=tuning)
 
 First every layer is timed alone, in each way that covers it (`cost.measure`). Then whole programs are timed in turns: the rule's
-ways under each set of compiler options (`executable.option_sets`); under the fastest set, the rule with one layer changed to the
-way that was clearly faster alone; and all changes together that were faster in the program, too. The fastest program that agrees
-with an op-by-op run is taken. The middle step matters, because XLA fuses neighbours: on MediaPipe's pose model four of seven ways
-that won alone made the whole program slower, up to twice.
+ways, with float32's 1x1 convolutions as matrix products or as convolutions, under each set of compiler options
+(`executable.option_sets`); the fastest of these with one layer changed to the way that was clearly faster alone; and all changes
+together that were faster in the program, too. The fastest program that agrees with an op-by-op run is taken. The middle step
+matters, because XLA fuses neighbours: on MediaPipe's pose model four of seven ways that won alone made the program slower.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def tune(
     if kept is not None and (piece := kept.load("tuning")) is not None:
         return _from_json(piece.meta)
     names = list(dict.fromkeys(name for name in (model.assignment or {}).values() if name != FLOAT32.name))
-    sets = executable.option_sets(narrow=any(parse(name).operand != "float32" for name in names))
+    sets = executable.option_sets(narrow=apply.any_narrow(map(parse, names)))
     costs = cost.measure(
         model.original or model,
         names or [FLOAT32],
@@ -134,18 +134,20 @@ def tune(
     )
     rule = ways_of(by_rule, *batches[0])
     trials = _Trials(model, batches, rule, rounds, progress)
-    first = trials.of([({}, dtype, options) for dtype in activations for options in sets])
-    _, dtype, options = first[0]
+    flips = [{}, other] if (other := _pointwise(model, rule, batches[0])) else [{}]
+    first = trials.of([(flip, dtype, options) for dtype in activations for options in sets for flip in flips])[0]
+    base, dtype, options = first
     alone = costs.lowering(model.assignment or {})
-    changed = [name for name, way in alone.items() if way not in (rule[name], "own")]  # "own": was not timed
+    now = rule | base
+    changed = [name for name, way in alone.items() if way not in (now[name], "own") and name not in base]
     changed = sorted(changed, key=lambda name: -costs.gain[name, (model.assignment or {}).get(name, FLOAT32.name)])
-    singles = [({name: alone[name]}, dtype, options) for name in changed[:_MOST_CHANGES]]
+    singles = [({**base, name: alone[name]}, dtype, options) for name in changed[:_MOST_CHANGES]]
     if singles:
-        better = trials.of([first[0], *singles])
-        better = better[: better.index(first[0])]
+        better = trials.of([first, *singles])
+        better = better[: better.index(first)]
         together = {name: way for changes, *_ in reversed(better) for name, way in changes.items()}
         if len(better) > 1:
-            trials.of([(together, dtype, options), *better[:1], first[0]])
+            trials.of([(together, dtype, options), *better[:1], first])
     chosen, candidates = trials.fastest()
     result = Tuning(
         lowering=rule | dict(candidates[chosen].changes),
@@ -243,13 +245,27 @@ class _Trials:
 
 def ways_of(model: Model, *inputs: Array) -> dict[str, str]:
     """Layer -> the way in which `model` computes it for these inputs; of a layer that runs several times, the first run's."""
-    choose = lowerings.choose(model, model.lowering)
+    low = map(parse, (model.assignment or {}).values())
+    choose = lowerings.choose(model, model.lowering, narrow=apply.any_narrow(low))
     found: dict[str, str] = {}
     for call in graph.calls(model, *inputs):
         dtype = parse((model.assignment or {}).get(call.layer, FLOAT32.name)).operand
         lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype)) for spec in (call.lhs, call.rhs))
         found.setdefault(call.layer, choose(model.layer(call.layer), call.product, lhs, rhs))
     return found
+
+
+def _pointwise(model: Model, rule: Mapping[str, str], inputs: Sequence[Array]) -> dict[str, str]:
+    """The float32 layers with 1x1 kernels -> the other of the two ways that suit them."""
+    other = {"dot": "xla", "xla": "dot"}
+    wide = {name for name in model.names if (model.assignment or {}).get(name, FLOAT32.name) == FLOAT32.name}
+    return {
+        call.layer: other[rule[call.layer]]
+        for call in graph.calls(model, *inputs)
+        if call.layer in wide
+        and rule[call.layer] in other
+        and "dot" in lowerings.ways(call.product, call.lhs, call.rhs)
+    }
 
 
 def as_function(

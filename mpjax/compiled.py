@@ -249,7 +249,7 @@ def compile(  # noqa: A001 - the design's name
     if isinstance(wanted, str) and wanted == "auto":
         wanted = autotune.tune(model, batches, activations=(model.activations,), cache=cache, progress=progress)
     low = [parse(each) for each in (model.assignment or {}).values()]
-    sets = executable.option_sets(narrow=any(fmt.operand != "float32" for fmt in low))
+    sets = executable.option_sets(narrow=apply.any_narrow(low))
     if isinstance(wanted, Tuning):
         model = apply.lowered(model, wanted.lowering, activations=wanted.activations)
         sets = (dict(wanted.options), *(each for each in sets if each != wanted.options))

@@ -174,13 +174,16 @@ def measure(
     timed = [fmt for fmt in low if fmt.accumulate != "float16"]
     kept = timing.Timings(None if cache is None else Path(cache), rounds=rounds, options=options)
     overhead = kept.of({"overhead": timing.start_only()})["overhead"]
-    rule = {(call.layer, fmt.name): _ways(fmt, call, "rule")[0] for call in calls for fmt in timed}
+    ynn = not executable.without_ynn(options)
+    rule = {(call.layer, fmt.name): _ways(fmt, call, "rule", ynn)[0] for call in calls for fmt in timed}
     distinct: dict[tuple, graph.Call] = {}
     for call in calls:
         distinct.setdefault(_identity(call), call)
     entries: dict[tuple, dict[tuple[str, str], timing.Entry | str]] = {}
     for number, (identity, call) in enumerate(distinct.items(), start=1):
-        wanted = {(fmt.name, way): _programs(fmt, call, way) for fmt in timed for way in _ways(fmt, call, lowering)}
+        wanted = {
+            (fmt.name, way): _programs(fmt, call, way) for fmt in timed for way in _ways(fmt, call, lowering, ynn)
+        }
         entries[identity] = kept.of(wanted)
         if progress is not None:
             progress(number, len(distinct), call.layer)
@@ -343,13 +346,13 @@ def _describe(call: graph.Call) -> str:
     return f"{product.kind} {shape}{window}, {'no ' if call.bias is None else ''}bias, {function}"
 
 
-def _ways(fmt: Format, call: graph.Call, lowering: str) -> tuple[str, ...]:
+def _ways(fmt: Format, call: graph.Call, lowering: str, ynn: bool) -> tuple[str, ...]:
     """The ways to time a product in."""
     if lowering in ("own", "xla"):
         return (lowering,)
     lhs, rhs = (_in_dtype(spec, fmt.operand) for spec in (call.lhs, call.rhs))
     if lowering == "rule":
-        return (lowerings.rule(call.product, lhs, rhs),)
+        return (lowerings.rule(call.product, lhs, rhs, narrow=ynn),)
     return lowerings.ways(call.product, lhs, rhs)
 
 

@@ -53,9 +53,14 @@ def option_sets(*, narrow: bool) -> tuple[dict[str, Any], ...]:
     return (*(each | WIDE for each in likely), *likely)
 
 
+def without_ynn(options: Options) -> bool:
+    """Whether YNN's kernels are off."""
+    return all(options.get(name) == value for name, value in NO_YNN.items())
+
+
 def name(options: Options) -> str:
     """A set of options in two or three words."""
-    words = ["no YNN" if dict(options).get(next(iter(NO_YNN)), None) == "" else "YNN"]
+    words = ["no YNN" if without_ynn(options) else "YNN"]
     if width := options.get(next(iter(WIDE))):
         words.append(f"vectors of {width}")
     return ", ".join(words) if jax.default_backend() == "cpu" else "default"

@@ -68,10 +68,20 @@ def ways(product: Product, lhs: Array | jax.ShapeDtypeStruct, rhs: Array | jax.S
     return tuple(found)
 
 
-def rule(product: Product, lhs: Array | jax.ShapeDtypeStruct, rhs: Array | jax.ShapeDtypeStruct) -> str:
-    """A good way without timing, for a CPU; on another backend XLA's own, whose libraries know convolutions."""
+def rule(
+    product: Product,
+    lhs: Array | jax.ShapeDtypeStruct,
+    rhs: Array | jax.ShapeDtypeStruct,
+    *,
+    narrow: bool = True,
+) -> str:
+    """A good way without timing, for a CPU; on another backend XLA's own, whose libraries know convolutions.
+
+    `narrow`: whether some layer of the program has narrow operands, so that it runs with YNN's kernels (`executable`). Without
+    them XLA's own 1x1 convolution is faster than a matrix product.
+    """
     possible = ways(product, lhs, rhs)
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or ("dot" in possible and not narrow):
         return possible[0]
     for way in ("shift", "dot"):
         if way in possible:
@@ -98,12 +108,15 @@ def lowered(product: Product, way: str) -> Product:
     return replace(product, function=functools.partial(contraction if product.kind == "dot" else convolution, way))
 
 
-def choose(model: Model, lowering: str | Mapping[str, str]) -> Callable[[Layer, Product, Any, Any], str]:
+def choose(
+    model: Model, lowering: str | Mapping[str, str], *, narrow: bool = True
+) -> Callable[[Layer, Product, Any, Any], str]:
     """The way in which `apply` computes a layer's product.
 
     Args:
         lowering: `"own"`, `"xla"` or `"rule"` for all layers; `"auto"`, which is the rule until `compiled.compile` has timed the
             ways; or a way for each layer by name (its own for the others).
+        narrow: as in `rule`.
 
     Raises:
         ValueError: another word, an unknown way.
@@ -114,7 +127,7 @@ def choose(model: Model, lowering: str | Mapping[str, str]) -> Callable[[Layer, 
             raise ValueError(f'lowering must be "own", "xla", "rule", "auto" or layer -> way; found {lowering!r}.')
         if lowering in ("own", "xla"):
             return lambda layer, product, lhs, rhs: lowering
-        return lambda layer, product, lhs, rhs: rule(product, lhs, rhs)
+        return lambda layer, product, lhs, rhs: rule(product, lhs, rhs, narrow=narrow)
     for name, way in lowering.items():
         model.layer(name)
         if way not in WAYS:

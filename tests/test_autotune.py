@@ -68,8 +68,9 @@ def test_it_really_tunes(small, assignment):
     faster = [each for each in found.candidates if each.seconds < chosen.seconds]
     assert all(each.verified is False for each in faster)
     sets = executable.option_sets(narrow=assignment is not None)
-    assert [each.options for each in found.candidates[: len(sets)]] == list(sets)
-    assert all(each.changes == {} for each in found.candidates[: len(sets)])
+    flips = [{}, {"pointwise": "dot"}] if assignment is None else [{}]  # a 1x1 convolution in float32
+    expected = [(options, flip) for options in sets for flip in flips]
+    assert [(each.options, each.changes) for each in found.candidates[: len(expected)]] == expected
     assert all(each.seconds > 0 and each.spread >= 0 for each in found.candidates)
     assert all(str(each).startswith("rule") for each in found.candidates)
     program = compiled.compile(model, batches, lowering=found)
@@ -126,7 +127,8 @@ def test_progress_and_notes(small, instant):
     assert [done for done, *_ in layers] == [1, 2, 3, 4] and {of for _, of, _ in layers} == {4}
     programs = seen[len(layers) :]
     sets = executable.option_sets(narrow=False)
-    assert programs[: len(sets)] == [(n + 1, len(sets), "whole programs") for n in range(len(sets))]
+    count = 2 * len(sets)
+    assert programs[:count] == [(n + 1, count, "whole programs") for n in range(count)]
     assert any(note.startswith("float16_acc16 was not timed") for note in found.notes)
     assert tuple(found.lowering) == NAMES
 
@@ -171,11 +173,11 @@ def sabotage(monkeypatch):
 
 def test_a_wrong_program_is_not_chosen(small, instant, sabotage):
     model, batches = small
-    sabotage.add(0)  # the fastest
+    sabotage.update((0, 1))  # the fastest, and with its 1x1 convolution as a matrix product
     found = autotune.tune(model, batches, rounds=1)
     sets = executable.option_sets(narrow=False)
-    assert found.candidates[0].verified is False and found.options == sets[1]
-    (note,) = (note for note in found.notes if "differs from an op-by-op run" in note)
+    assert found.candidates[0].verified is found.candidates[1].verified is False and found.options == sets[1]
+    note, _ = (note for note in found.notes if "differs from an op-by-op run" in note)
     assert note.startswith(f"rule, {executable.name(sets[0])}: differs from an op-by-op run by 0.01")
     (chosen,) = (each for each in found.candidates if each.verified)
     assert chosen.options == sets[1] and found.lowering.items() >= chosen.changes.items()
@@ -204,8 +206,8 @@ def test_what_does_not_compile_is_left_out_with_a_note(small, instant, monkeypat
     assert sets[1] not in [each.options for each in found.candidates] and found.options == sets[0]
 
 
-# Alone, each of these ways takes half of the rule's time (stem: terms; depthwise: shift; pointwise: dot).
-ALONE = {"stem": "im2col", "depthwise": "xla", "pointwise": "xla"}
+# Alone, each of these ways takes half of the rule's time (stem: terms; depthwise: shift; pointwise: xla).
+ALONE = {"stem": "im2col", "depthwise": "xla", "pointwise": "dot"}
 SHAPES = {"2x16x16x3 * 3x3x3x8": "stem", "2x8x8x8 * 3x3x1x8": "depthwise", "2x8x8x8 * 1x1x8x16": "pointwise"}
 
 
@@ -237,6 +239,7 @@ def made_up(monkeypatch):
         ]
 
     monkeypatch.setattr(timing.Timings, "of", of)
+    monkeypatch.setattr(autotune, "_pointwise", lambda *_: {})
     monkeypatch.setattr(autotune._Trials, "of", trials)
     monkeypatch.setattr(timing, "in_turns", in_turns)
     return seconds, timed
@@ -262,7 +265,7 @@ def test_ways_are_taken_for_what_they_do_in_the_program(small, made_up, seconds,
     made |= seconds
     found = autotune.tune(model, batches, rounds=1)
     rule = autotune.ways_of(apply.lowered(model, "rule"), *batches[0])
-    assert rule == {"stem": "terms", "depthwise": "shift", "pointwise": "dot", "head": rule["head"]}
+    assert rule == {"stem": "terms", "depthwise": "shift", "pointwise": "xla", "head": rule["head"]}
     assert found.lowering == rule | {name: ALONE[name] for name in changed}
     assert found.options == executable.EXACT  # the fastest set here
     assert all(options == executable.EXACT for changes, _, options in timed if changes)
@@ -275,6 +278,26 @@ def test_ways_are_taken_for_what_they_do_in_the_program(small, made_up, seconds,
     assert program.lowering == found.lowering and program.options == executable.EXACT
     expected = model.call(model.params, *batches[1])
     np.testing.assert_allclose(program(*batches[1]), expected, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_one_by_one_convolutions_are_tried_both_ways_together(small, monkeypatch):
+    model, batches = small
+    real, current = autotune._Trials.of, []
+
+    def trials(self, wanted):
+        current[:] = wanted
+        return real(self, wanted)
+
+    monkeypatch.setattr(autotune._Trials, "of", trials)
+    monkeypatch.setattr(
+        timing, "in_turns", lambda runs, rounds: [[1.0 if "pointwise" in each[0] else 2.0] for each in current[: len(runs)]]
+        if len(runs) == len(current) else [[1.0]] * len(runs)
+    )  # fmt: skip
+    found = autotune.tune(model, batches, rounds=1)
+    assert found.lowering["pointwise"] == "dot"
+    assert autotune._pointwise(model, autotune.ways_of(apply.lowered(model, "rule"), *batches[0]), batches[0]) == {
+        "pointwise": "dot"
+    }
 
 
 def test_narrow_activations_are_tried_and_said(small, instant):

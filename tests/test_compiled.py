@@ -92,7 +92,7 @@ def test_lowering_by_word_or_by_layer(small, lowering):
     if isinstance(lowering, dict):
         assert program.lowering == {"stem": "own", "pointwise": "dot", "head": "own"}
     elif lowering == "rule":
-        assert program.lowering["pointwise"] == "dot" and program.lowering["stem"] != "own"
+        assert program.lowering["pointwise"] == "xla" and program.lowering["stem"] != "own"
     else:
         assert program.lowering == expected[lowering]
     for batch in batches:

@@ -297,6 +297,16 @@ def test_tiny_model(tmp_path, kernel):
         assert largest.max() <= LIMIT, name
 
 
+def test_flax_s_own_dtype_reaches_every_layer(tmp_path):
+    path = _tiny(tmp_path / "tiny.tflite")
+    wide, low = load_tflite(path), load_tflite(path, dtype=jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(0), (2, *wide.input_shape[1:]), jnp.float32)
+    for name, found in low.module.apply(low.variables, x).items():
+        exact = wide.module.apply(wide.variables, x)[name]
+        assert found.dtype == jnp.bfloat16 and exact.dtype == jnp.float32
+        np.testing.assert_allclose(np.float32(found), exact, atol=0.05 * float(jnp.abs(exact).max()))
+
+
 def test_pruning_drops_what_is_not_needed_and_what_is_not_supported(tmp_path):
     path = _tiny(tmp_path / "tiny.tflite", unknown=True)
     assert load_tflite(path, outputs=("map",)).layers == ("conv_00", "depthwise_01")
