@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import apply, autotune, compiled, executable, hlo, models, profiling, verification
+from mpjax import apply, autotune, compiled, executable, hlo, models, profiling, timing, verification
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -307,3 +307,32 @@ def test_hlo_is_read_in_fusions_and_by_the_longest_name():
     assert (found["a/b"].opcode, found["a/b"].operands, found["a/b"].result) == ("dot", "bfloat16", "float32")
     assert (found["b"].opcode, found["b"].operands) == ("multiply", "float32")
     assert found["c"].opcode == "unknown"
+
+
+@pytest.mark.parametrize(("mixed_seconds", "chosen"), [(0.5, "mixed"), (0.995, "float32"), (1.5, "float32")])
+def test_the_fastest_is_float32_unless_another_is_clearly_faster(small, monkeypatch, mixed_seconds, chosen):
+    model, batches = small
+    monkeypatch.setattr(timing, "in_turns", lambda runs, rounds: [[1.0] * rounds, [mixed_seconds] * rounds])
+    mixed = apply.apply(model, {"head": "bfloat16"})
+    found = compiled.fastest({"float32": model, "mixed": mixed}, batches, rounds=3, lowering="rule")
+    assert found.name == chosen and found.program is found.programs[chosen]
+    assert found.seconds == {"float32": 1.0, "mixed": mixed_seconds} and set(found.spread.values()) == {0.0}
+    assert found.programs["mixed"].assignment["head"] == "bfloat16"
+    with pytest.raises(ValueError, match="at least one model"):
+        compiled.fastest({}, batches)
+
+
+def test_a_model_that_cannot_be_verified_is_left_out_unless_it_is_the_first(small, monkeypatch):
+    model, batches = small
+    real = compiled.compile
+
+    def refusing(each, batches, **options):
+        if each is not model:
+            raise compiled.MiscompiledError("it differs")
+        return real(each, batches, **options)
+
+    monkeypatch.setattr(compiled, "compile", refusing)
+    mixed = apply.apply(model, {"head": "bfloat16"})
+    assert compiled.fastest({"float32": model, "mixed": mixed}, batches, rounds=1).name == "float32"
+    with pytest.raises(compiled.MiscompiledError, match="it differs"):
+        compiled.fastest({"mixed": mixed, "float32": model}, batches, rounds=1)
