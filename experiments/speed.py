@@ -41,7 +41,8 @@ import tyro
 from experiments import common, searches_tasks, speed_report
 from experiments.assets import cache_dir
 from experiments.estimators_judge import first
-from experiments.speed_run import ENCODERS, IN_UNITS, LANDMARKS, Job
+from experiments.models.encoder import ENCODERS
+from experiments.speed_run import IN_UNITS, LANDMARKS, Job
 from mpjax import plan, report, search, sensitivity
 from mpjax.files import jsonable
 from mpjax.ledger import Ledger
@@ -78,7 +79,7 @@ class Config:
 
     def __post_init__(self) -> None:
         common.check_models(self.models, (*IN_UNITS, *ENCODERS))
-        there = available_cores()
+        there = report.cores()
         if not self.cores or not all(1 <= each <= there for each in self.cores):
             raise SystemExit(f"--cores: this process may use 1 to {there} cores; found {self.cores}.")
         if not self.batches or min(self.batches) < 1 or self.rounds < 3:
@@ -257,11 +258,6 @@ def run(job: Job, cores: int, pieces: common.Pieces) -> dict[str, Any]:
 
     what = "costs" if job.costs else f"{job.outputs} batch {job.batch}"
     return pieces.get(f"{job.model} {what}, {cores} cores", compute, job=asdict(job)).meta["result"]
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

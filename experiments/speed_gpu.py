@@ -36,7 +36,7 @@ import numpy as np
 import tyro
 
 from experiments import assets, common, data
-from experiments.models.encoder import EncoderStack, random_encoder
+from experiments.models.encoder import ENCODERS, EncoderStack, random_encoder
 from experiments.models.tflite_import import load_tflite
 from mpjax import apply, autotune, compiled, emulate, metrics, models, report
 from mpjax.ledger import Ledger
@@ -49,7 +49,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 Run = Callable[[], Any]
 
 POSE = "pose_landmark_full"
-ENCODERS = {"encoder_6x384": (6, 384, 12), "encoder_12x768": (12, 768, 12)}  # layers, width, heads
 MODELS = (POSE, *ENCODERS)
 LANDMARKS = "Identity"  # of the pose model's outputs; its mask, Identity_2, amplifies rounding most
 VARIANTS = ("fp32", "tf32", "flax_bf16", "bf16", "fp16", "bf16_activations", "fp8")

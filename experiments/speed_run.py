@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import assets, benchmarks, pose_landmark, searches_tasks
+from experiments.models.encoder import ENCODERS, EncoderStack, random_encoder
 from experiments.models.tflite_import import load_tflite
-from mpjax import apply, autotune, compiled, cost, executable, models, verification
+from mpjax import apply, autotune, compiled, cost, executable, models, report, verification
 from mpjax.files import jsonable, write_json
 from mpjax.models import Batches, Model
 
-ENCODERS = {"encoder_6x384": (6, 384, 12), "encoder_12x768": (12, 768, 12)}  # layers, width, heads
 TOKENS = 128
 IN_UNITS: Mapping[str, Callable[..., jax.Array]] = {
     "pose_landmark_full": pose_landmark.in_torso_units,
@@ -116,7 +115,7 @@ def main(job: Job) -> dict[str, Any]:
                 "model": job.model,
                 "outputs": job.outputs,
                 "batch": job.batch,
-                "cores": len(os.sched_getaffinity(0)),
+                "cores": report.cores(),
                 "variant": name,
                 "ms_median": float(np.median(times[name])),
                 "ms_min": float(times[name].min()),
@@ -203,7 +202,7 @@ def interpreter(file: Path, batch: int) -> Call:
     """LiteRT with XNNPACK, float32, on all cores of this process."""
     from ai_edge_litert.interpreter import Interpreter
 
-    found = Interpreter(str(file), num_threads=len(os.sched_getaffinity(0)))
+    found = Interpreter(str(file), num_threads=report.cores())
     inputs = found.get_input_details()[0]
     shape = [batch, *inputs["shape"][1:].tolist()]
     found.resize_tensor_input(inputs["index"], shape)
@@ -228,7 +227,7 @@ def litert_fp16(file: Path, batch: int) -> Call:
     if batch != 1:
         raise ValueError("timed for a batch of one only")
     options = Options.create()
-    options.cpu_options.num_threads = len(os.sched_getaffinity(0))
+    options.cpu_options.num_threads = report.cores()
     options.cpu_options.xnnpack_flags = _FORCE_FP16
     found = CompiledModel.from_file(str(file), options=options)
     names = found.get_signature_by_index(0)["outputs"]
@@ -288,8 +287,6 @@ def vision(job: Job) -> Subject:
 
 def encoder(job: Job) -> Subject:
     """A transformer encoder with random weights on random tokens: this is about time."""
-    from experiments.models.encoder import EncoderStack, random_encoder
-
     layers, width, heads = ENCODERS[job.model]
     made = [random_encoder(layers, width, heads, tokens=TOKENS, batch=job.batch, seed=seed) for seed in (0, 1)]
     (module, variables, x), (_, _, other) = made

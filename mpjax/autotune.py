@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import json
 import os
 import sys
 import time
@@ -314,6 +313,5 @@ def _key(model: Model, batches: Batches, activations: Sequence[str], rounds: int
 
 
 def _from_json(meta: Mapping[str, Any]) -> Tuning:
-    fields = json.loads(json.dumps(meta))
-    candidates = tuple(Candidate(**each) for each in fields.pop("candidates"))
-    return Tuning(**{**fields, "candidates": candidates, "notes": tuple(fields["notes"]), "reused": True})
+    candidates = tuple(Candidate(**each) for each in meta["candidates"])
+    return Tuning(**{**meta, "candidates": candidates, "notes": tuple(meta["notes"]), "reused": True})

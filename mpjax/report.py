@@ -52,6 +52,7 @@ __all__ = [
     "Section",
     "SummaryError",
     "code",
+    "cores",
     "environment",
     "html_page",
     "jsonable",
@@ -91,15 +92,20 @@ class SummaryError(ValueError):
 # ---- run folders
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def environment(*, device: str) -> dict[str, Any]:
     """What a result was computed with; `device` in words. `cores` are those this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     return {
         "python": platform.python_version(),
         **versions,
         "device": device,
-        "cores": len(affinity(0)) if affinity else os.cpu_count() or 1,
+        "cores": cores(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

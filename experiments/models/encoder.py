@@ -12,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-__all__ = ["EncoderStack", "random_encoder"]
+__all__ = ["ENCODERS", "EncoderStack", "random_encoder"]
+
+ENCODERS = {"encoder_6x384": (6, 384, 12), "encoder_12x768": (12, 768, 12)}  # layers, width, heads
 
 _SPREAD = 0.1  # standard deviation of random biases, and of norm scales around 1
 
