@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 import mpjax
+from mpjax import timing
 from mpjax.files import Checkpoint, Piece
 from mpjax.ledger import Ledger
 from mpjax.timing import device_name as device_name  # what every experiment writes down
@@ -79,14 +80,8 @@ class Timing:
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, Timing]:
     """Times functions in turn, round after round; ratios are taken within a round, to the first function."""
-    for function in functions.values():
-        jax.block_until_ready(function())
-    times = np.zeros((rounds, len(functions)))
-    for row in range(rounds):
-        for column, function in enumerate(functions.values()):
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            times[row, column] = 1e3 * (time.perf_counter() - start)
+    runs = [lambda each=each: jax.block_until_ready(each()) for each in functions.values()]
+    times = 1e3 * np.array(timing.in_turns(runs, rounds, shortest=0.0)).T
     ratios = times / times[:, :1]
     quartiles, spread = np.percentile(times, (25, 50, 75), axis=0), np.percentile(ratios, (25, 50, 75), axis=0)
     return {

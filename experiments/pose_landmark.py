@@ -500,7 +500,7 @@ def executed_rows(
     programs = {}
     with report.progress("compiling and verifying", len(variants)) as advance:
         for name, each in variants.items():
-            programs[name] = compiled.compile(each, examples)
+            programs[name] = compiled.compile(each, examples, lowering="rule")
             advance()
     image = examples[0][0]
     timings = common.interleaved(

@@ -15,8 +15,9 @@ batch and number of cores is timed in a process of its own, all variants in turn
 | `bf16_profitable` | mpjax: bfloat16 wherever it was faster alone, whatever the error; of a transformer, everywhere |
 | `litert_fp32`, `litert_fp16` | the same file in LiteRT with XNNPACK, in float32, and told to compute in float16 |
 
-LiteRT always computes all outputs. NME is on held-out examples, against the float32 model. Expected: mixed faster than LiteRT on
-one core; Flax's plain bfloat16 slower than float32.
+LiteRT always computes all outputs; only its `invoke` is timed, because our programs find their input in place, too. NME is on
+held-out examples, against the float32 model. Expected: mixed faster than LiteRT on one core; Flax's plain bfloat16 slower than
+float32.
 
 Writes results/speed/: summary.json, plans, tables (CSV, LaTeX), figures (PNG, PDF) and report.html.
 """

@@ -365,7 +365,7 @@ def by_mpjax(case: Case, variant: str) -> Run:
     activations = "bfloat16" if variant == "bf16_activations" else "float32"
     mixed = apply.apply(case.model, assignment, calibration=calibration, lowering="xla", activations=activations)
     program = compiled.compile(mixed, case.batches)
-    return functools.partial(program.program.function, program.weights, *case.batches[0])
+    return functools.partial(program.program, program.weights, *case.batches[0])
 
 
 def require_fp8() -> None:

@@ -35,8 +35,9 @@ def apply(
         model: a float32 model.
         assignment: layer name -> format name; layers that it does not name stay float32.
         calibration: layer name -> largest activation magnitude, for scaled formats (`emulate.calibrate`).
-        lowering: how products are computed: "own", as the model does; "xla", by lax, whatever the model does; "rule", a good way
-            without timing; "auto", the rule until `compiled.compile` times the ways; or layer -> way (`lowering.WAYS`).
+        lowering: how products are computed: "own", as the model does; "xla", by lax (but where its author set a function);
+            "rule", a good way without timing; "auto", the rule until `compiled.compile` times the ways; or layer -> way
+            (`lowering.WAYS`; lax where that way does not cover the product).
         activations: dtype in which lowered layers hand on their outputs. "float32" is the definition of every format; a narrower
             one rounds once more, and saves memory traffic on a GPU. The layers after it compute as Flax promotes.
 

@@ -18,8 +18,9 @@ import inspect
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,7 @@ from mpjax.executable import Options
 from mpjax.files import Checkpoint
 from mpjax.formats import FLOAT32, parse
 from mpjax.models import Array, Batches, Model
+from mpjax.plan import Plan
 from mpjax.verification import MiscompiledError
 
 Progress = Callable[[int, int, str], None]  # (done, of how many in this phase, what)
@@ -44,6 +46,7 @@ _SOURCES: tuple[ModuleType, ...] = (
     sys.modules[__name__],
 )
 _MOST_CHANGES = 16  # single layers that are tried in the whole program
+_FINALISTS = 4  # programs that are timed once more, together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +83,28 @@ class Tuning:
     lowering: Mapping[str, str]
     activations: str
     options: Options
-    candidates: tuple[Candidate, ...]
-    seconds: float
+    candidates: tuple[Candidate, ...] = ()
+    seconds: float = 0.0
     reused: bool = False
     notes: tuple[str, ...] = ()
+
+
+def into_plan(plan: Plan, tuning: Tuning) -> Plan:
+    """The plan with what was chosen, to be shipped with it; `from_plan` reads it back."""
+    return replace(plan, lowering=tuning.lowering, activations=tuning.activations, options=tuning.options)
+
+
+def from_plan(plan: Plan) -> Tuning:
+    """What a plan says about ways and options; `compiled.compile(model, batches, lowering=from_plan(plan))` takes it.
+
+    Raises:
+        ValueError: the plan says nothing.
+    """
+    if not plan.lowering:
+        raise ValueError(
+            'The plan has no lowering: nothing was tuned for it. Use lowering="rule", or "auto" to tune now.'
+        )
+    return Tuning(lowering=plan.lowering, activations=plan.activations, options=plan.options)
 
 
 def tune(
@@ -134,12 +155,17 @@ def tune(
     rule = ways_of(by_rule, *batches[0])
     trials = _Trials(model, batches, rule, rounds, progress)
     flips = [{}, other] if (other := _pointwise(model, rule, batches[0])) else [{}]
-    first = trials.of([(flip, dtype, options) for dtype in activations for options in sets for flip in flips])[0]
+    ordered = trials.of([(flip, dtype, options) for dtype in activations for options in sets for flip in flips])
+    if not ordered:
+        raise MiscompiledError(f"No program compiles here: {'; '.join(trials.notes)}.")
+    first = ordered[0]
     base, dtype, options = first
     alone = costs.lowering(model.assignment or {})
     now = rule | base
     changed = [name for name, way in alone.items() if way not in (now[name], "own") and name not in base]
-    changed = sorted(changed, key=lambda name: -costs.gain[name, (model.assignment or {}).get(name, FLOAT32.name)])
+    changed = sorted(
+        changed, key=lambda name: -costs.gain.get((name, (model.assignment or {}).get(name, FLOAT32.name)), 0.0)
+    )
     singles = [({**base, name: alone[name]}, dtype, options) for name in changed[:_MOST_CHANGES]]
     if singles:
         better = trials.of([first, *singles])
@@ -157,7 +183,12 @@ def tune(
         notes=(*costs.notes, *trials.notes),
     )
     if kept is not None:
-        kept.save("tuning", {}, vars(result) | {"candidates": [vars(each) for each in candidates]})
+        try:
+            kept.save("tuning", {}, vars(result) | {"candidates": [vars(each) for each in candidates]})
+        except OSError as error:
+            warnings.warn(
+                f"The choice could not be kept in {folder}: {error}. It holds for this process.", stacklevel=2
+            )
     return result
 
 
@@ -185,7 +216,8 @@ class _Trials:
             if self.progress is not None:
                 self.progress(number, len(wanted), "whole programs")
         there = [self.which.index(each) for each in wanted if each in self.which]
-        samples = timing.in_turns([functools.partial(self.runs[i], *self.inputs) for i in there], self.rounds)
+        runs = [functools.partial(self.runs[i], *self.inputs) for i in there]
+        samples = timing.in_turns(runs, self.rounds, shortest=timing.WHOLE)
         for i, times in zip(there, samples, strict=True):
             self.samples[i] = np.array(times)
         return [self.which[i] for i in sorted(there, key=lambda i: float(np.median(self.samples[i])))]
@@ -195,6 +227,8 @@ class _Trials:
         verified: dict[int, bool] = {}
         stepwise: dict[str, verification.Stepwise] = {}
         order = sorted(range(len(self.which)), key=lambda i: float(np.median(self.samples[i])))
+        last = self.of([self.which[i] for i in order[:_FINALISTS]])  # those before were timed in different turns
+        order[: len(last)] = [self.which.index(each) for each in last]
         for i in order:
             changes, dtype, options = self.which[i]
             key = f"{changes} {dtype}"
@@ -204,9 +238,7 @@ class _Trials:
             verified[i] = found.agrees
             if found.agrees:
                 break
-            self.notes.append(
-                f"{changes or 'rule'}, {executable.name(options)}: differs from an op-by-op run by {found.error:.2g}"
-            )
+            self.notes.append(f"{changes or 'rule'}, {executable.name(options)}: {found.reason}")
         else:
             raise MiscompiledError(f"No program agrees with its op-by-op run: {'; '.join(self.notes)}.")
         candidates = []
@@ -231,7 +263,7 @@ class _Trials:
         changes, dtype, options = which
         function, (leaves, *inputs) = as_function(self._variant(changes, dtype), self.batches[0])
         try:
-            program = executable.build(function, (leaves, *inputs), options).function
+            program = executable.build(function, (leaves, *inputs), options)
         except jax.errors.JaxRuntimeError as error:
             what = str(error).splitlines()[0][:200]
             self.notes.append(f"{changes or 'rule'}, {executable.name(options)}: does not compile ({what})")
@@ -250,7 +282,8 @@ def ways_of(model: Model, *inputs: Array) -> dict[str, str]:
     for call in graph.calls(model, *inputs):
         dtype = parse((model.assignment or {}).get(call.layer, FLOAT32.name)).operand
         lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype)) for spec in (call.lhs, call.rhs))
-        found.setdefault(call.layer, choose(model.layer(call.layer), call.product, lhs, rhs))
+        way = choose(model.layer(call.layer), call.product, lhs, rhs)
+        found.setdefault(call.layer, lowerings.effective(call.product, way, lhs, rhs))
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 import numpy as np
 from jax import export as jax_export
 from jax.interpreters import partial_eval
@@ -41,7 +43,7 @@ __all__ = [
     "load",
 ]
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ class Compiled:
     def __call__(self, *inputs: Array) -> Any:
         """Run the program on inputs of the shapes and dtypes that it was compiled for."""
         _check_inputs(inputs, self.input_specs)
-        return self.program.function(self.weights, *inputs)
+        return self.program(self.weights, *inputs)
 
     def report(self, *inputs: Array) -> Report:
         """What was asked for and what runs, per layer.
@@ -175,7 +177,7 @@ class Compiled:
     def export(self, path: str | os.PathLike[str]) -> Path:
         """Save program (StableHLO, by jax.export), weights, dtypes and assignment as one file; `load` reads it back."""
         specs = tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in self.weights)
-        exported = jax_export.export(self.program.function)(specs, *self.input_specs)
+        exported = jax_export.export(jax.jit(self.program.python))(specs, *self.input_specs)
         header = {
             "format": _FORMAT,
             "assignment": dict(self.assignment),
@@ -187,6 +189,7 @@ class Compiled:
             "verification": {name: _finite(value) for name, value in vars(self.verification).items()},
             "platforms": list(exported.platforms),
             "jax": jax.__version__,
+            "verified_on": _here(),
         }
         path = Path(path)
         buffer = io.BytesIO()
@@ -212,7 +215,7 @@ class Loaded:
     def __call__(self, *inputs: Array) -> Any:
         """Run the program on inputs of the shapes and dtypes that it was exported for."""
         _check_inputs(inputs, self.input_specs)
-        return self.program.function(self.weights, *inputs)
+        return self.program(self.weights, *inputs)
 
 
 class ExportError(ValueError):
@@ -261,16 +264,19 @@ def compile(  # noqa: A001 - the design's name
     weights = jax.device_put(leaves)
     errors: list[str] = []
     for options in sets:
-        program = executable.build(function, (weights, *batches[0]), options)
-        verification = expected.verify(lambda *batch, run=program.function: run(weights, *batch))
+        try:
+            program = executable.build(function, (weights, *batches[0]), options)
+        except jax.errors.JaxRuntimeError as error:
+            errors.append(f"{executable.name(options)}: does not compile ({str(error).splitlines()[0][:200]})")
+            continue
+        verification = expected.verify(lambda *batch, run=program: run(weights, *batch))
         if verification.agrees:
             break
-        errors.append(f"{executable.name(program.options)}: {verification.error:.2g}")
+        errors.append(f"{executable.name(program.options)}: {verification.reason}")
     else:
         raise MiscompiledError(
-            f"The compiled program differs from an op-by-op run by more than {expected.limit:.2g} (relative): "
-            f"{'; '.join(errors)}. Not used. Report it to the XLA project; other compiler options may help "
-            "(executable.option_sets)."
+            f"No compiled program agrees with an op-by-op run. {'; '.join(errors)}. Not used. Where the model's own ways agree "
+            '(lowering="own"), report the way to mpjax; else report it to the XLA project.'
         )
     analysis = program.compiled.memory_analysis()
     peak = (
@@ -308,38 +314,31 @@ class Fastest:
         return self.programs[self.name]
 
 
-def fastest(models: Mapping[str, Model], batches: Batches, *, rounds: int = 15, **options: Any) -> Fastest:
-    """Compile several models and time them in turns: is a mixed model faster than the float32 one, on this device?
+def fastest(programs: Mapping[str, Compiled], *inputs: Array, rounds: int = 15) -> Fastest:
+    """Time programs in turns: is the mixed one faster than float32, on this device?
 
     Args:
-        models: name -> model, the reference (float32) first. Another one is chosen only where it is faster by more than 1 %.
-        batches: as in `compile`; the first is timed.
+        programs: name -> program, the reference (float32) first. Another one is chosen only where it is faster by more than 1 %.
+        *inputs: what they run on.
         rounds: of timing.
-        **options: of `compile`, for each of them: `lowering`, `outputs`, `cache`, `progress`.
 
     Raises:
-        ValueError: no models; otherwise as `compile`. A model other than the first that cannot be verified is left out.
+        ValueError: no programs, or inputs that they were not compiled for.
     """
-    if not models:
-        raise ValueError("Expected at least one model, found none.")
-    programs: dict[str, Compiled] = {}
-    for name, model in models.items():
-        try:
-            programs[name] = compile(model, batches, **options)
-        except MiscompiledError:
-            if not programs:
-                raise
-    inputs = jax.device_put(batches[0])
-    runs = [lambda each=each: jax.block_until_ready(each(*inputs)) for each in programs.values()]
-    samples = dict(zip(programs, timing.in_turns(runs, rounds), strict=True))
-    seconds = {name: float(np.median(each)) for name, each in samples.items()}
-    quartiles = {name: np.percentile(each, (25, 75)) for name, each in samples.items()}
-    best, reference = min(seconds, key=lambda name: seconds[name]), next(iter(programs))
+    if not programs or rounds < 1:
+        raise ValueError(f"Expected at least one program and one round, found {len(programs)} and {rounds}.")
+    placed = jax.device_put(inputs)
+    runs = [lambda each=each: jax.block_until_ready(each(*placed)) for each in programs.values()]
+    samples = np.array(timing.in_turns(runs, rounds, shortest=timing.WHOLE))
+    low, median, high = np.percentile(samples, (25, 50, 75), axis=1)
+    ratios = np.median(samples / samples[0], axis=1)
+    best = int(np.argmin(ratios))
+    names = tuple(programs)
     return Fastest(
-        name=best if seconds[best] < 0.99 * seconds[reference] else reference,
+        name=names[best] if ratios[best] < 0.99 else names[0],
         programs=programs,
-        seconds=seconds,
-        spread={name: float(high - low) for name, (low, high) in quartiles.items()},
+        seconds=dict(zip(names, median.tolist(), strict=True)),
+        spread=dict(zip(names, (high - low).tolist(), strict=True)),
     )
 
 
@@ -347,38 +346,33 @@ def load(path: str | os.PathLike[str]) -> Loaded:
     """The program saved by `Compiled.export`: `loaded(*inputs) -> outputs`. Load files that you trust only.
 
     The program is compiled anew, with the options under which it was verified, but it is not verified again: with another
-    jaxlib or on another machine compare it yourself, or `compile` there.
+    jaxlib or on another device it warns. Compare it yourself then, or `compile` there.
 
     Raises:
+        FileNotFoundError: no file.
         ExportError: not such a file, a damaged one, or one for another platform than the present one.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-            if damaged:
-                raise ExportError(f"{path}: member {damaged} is damaged. Export the program again.")
-            header = json.loads(archive.read("header.json"))
-            exported = jax_export.deserialize(bytearray(archive.read("program.bin")))
-            raw = archive.read("weights.bin")
-    except (zipfile.BadZipFile, KeyError, json.JSONDecodeError) as error:
+        header, exported, weights = _read(path)
+    except (FileNotFoundError, ExportError):
+        raise
+    except Exception as error:  # whatever zip, JSON and flatbuffers make of damaged bytes
+        what = f"{type(error).__name__}: {error}"
         raise ExportError(
-            f"{path} is not a whole file written by Compiled.export ({error}). Export it again."
+            f"{path} is not a whole file written by Compiled.export ({what}). Export it again."
         ) from error
-    if header.get("format") != _FORMAT:
-        raise ExportError(f"{path}: file format {header.get('format')!r}, this mpjax reads {_FORMAT}. Export it again.")
     platform = jax.default_backend()
     if platform not in exported.platforms:
         raise ExportError(
             f"{path} was exported for {', '.join(exported.platforms)}; this process runs on {platform}. Export it there, or "
             f"set JAX_PLATFORMS={exported.platforms[0]}."
         )
-    weights, offset = [], 0
-    for each in header["weights"]:
-        dtype = jax.numpy.dtype(each["dtype"])
-        count = int(np.prod(each["shape"], dtype=np.int64))
-        array = np.frombuffer(raw, dtype, count=count, offset=offset).reshape(each["shape"])
-        weights.append(jax.device_put(array))
-        offset += count * dtype.itemsize
+    if (verified_on := header["verified_on"]) != (here := _here()):
+        warnings.warn(
+            f"{path} was verified on {' '.join(verified_on)}; this is {' '.join(here)}. Compare its outputs, or "
+            "compile the model here.",
+            stacklevel=2,
+        )
     leaves = tuple(weights)
     specs = tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in exported.in_avals[len(leaves) :])
     program = executable.build(exported.call, (leaves, *specs), header["options"])
@@ -394,6 +388,32 @@ def load(path: str | os.PathLike[str]) -> Loaded:
         lowering=header["lowering"],
         header=header,
     )
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Any, list[Array]]:
+    """Header, program and weights of an exported file."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():
+            raise ExportError(f"{path}: member {damaged} is damaged. Export the program again.")
+        header = json.loads(archive.read("header.json"))
+        if header["format"] != _FORMAT:
+            raise ExportError(f"{path}: file format {header['format']!r}, this mpjax reads {_FORMAT}. Export it again.")
+        exported = jax_export.deserialize(bytearray(archive.read("program.bin")))
+        raw = archive.read("weights.bin")
+    weights, offset = [], 0
+    for each in header["weights"]:
+        dtype = jax.numpy.dtype(each["dtype"])
+        count = int(np.prod(each["shape"], dtype=np.int64))
+        weights.append(jax.device_put(np.frombuffer(raw, dtype, count=count, offset=offset).reshape(each["shape"])))
+        offset += count * dtype.itemsize
+    if offset != len(raw):
+        raise ExportError(f"{path}: {len(raw)} bytes of weights where its header says {offset}. Export it again.")
+    return header, exported, weights
+
+
+def _here() -> list[str]:
+    """What a verification holds for."""
+    return [timing.device_name(), "jaxlib", jaxlib.__version__]
 
 
 def _keep(model: Model, names: tuple[str, ...]) -> Model:
@@ -434,6 +454,11 @@ def _dropped(model: Model, needed: Sequence[bool]) -> tuple[str, ...]:
 
 
 def _check_inputs(inputs: Sequence[Any], specs: Sequence[jax.ShapeDtypeStruct]) -> None:
+    if any(isinstance(each, jax.core.Tracer) for each in inputs):
+        raise TypeError(
+            "A compiled program takes arrays: it cannot be called under jit, vmap or grad, which would compile another program. "
+            "Transform the model's `call` instead."
+        )
     if len(inputs) == len(specs) and all(
         getattr(each, "shape", None) == spec.shape and each.dtype == spec.dtype
         for each, spec in zip(inputs, specs, strict=True)

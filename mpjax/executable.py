@@ -25,19 +25,31 @@ NO_YNN: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 WIDE: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
 
 
+class _Traced(Exception):
+    """The jitted function would be traced, and so compiled, again."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Executable:
-    """A compiled function.
+    """A compiled function; call it.
 
-    `function`: the jitted function, called as it is (the fastest way that jax has). `compiled`: the same program, for its text
-    and memory analysis. `options`: in force; `skipped`: what this jaxlib did not know. `seconds`: of compilation.
+    `function`: the jitted function, the fastest way that jax has to call. It never compiles a second program: under other
+    settings of jax, or after `jax.clear_caches()`, `compiled`, which is the same program, runs in its place. `python`: what was
+    compiled. `options`: in force; `skipped`: what this jaxlib did not know. `seconds`: of compilation.
     """
 
     function: Any
+    python: Callable[..., Any]
     compiled: Any
     options: Options
     skipped: tuple[str, ...]
     seconds: float
+
+    def __call__(self, *arguments: Any) -> Any:
+        try:
+            return self.function(*arguments)
+        except _Traced:
+            return self.compiled(*arguments)
 
 
 def option_sets(*, narrow: bool) -> tuple[dict[str, Any], ...]:
@@ -73,8 +85,15 @@ def build(function: Callable[..., Any], arguments: Sequence[Any], wanted: Option
         jax.errors.JaxRuntimeError: XLA cannot compile it.
     """
     options, skipped = dict(wanted), []
+    sealed = False
+
+    def once(*each: Any) -> Any:
+        if sealed:
+            raise _Traced
+        return function(*each)
+
     while True:
-        jitted = jax.jit(function, compiler_options=options or None)
+        jitted = jax.jit(once, compiler_options=options or None)
         lowered = jitted.lower(*arguments)
         start = time.perf_counter()
         try:
@@ -87,5 +106,12 @@ def build(function: Callable[..., Any], arguments: Sequence[Any], wanted: Option
                 del options[each]
             skipped += unknown
             continue
-        seconds = time.perf_counter() - start
-        return Executable(function=jitted, compiled=compiled, options=options, skipped=tuple(skipped), seconds=seconds)
+        sealed, seconds = True, time.perf_counter() - start
+        return Executable(
+            function=jitted,
+            python=function,
+            compiled=compiled,
+            options=options,
+            skipped=tuple(skipped),
+            seconds=seconds,
+        )

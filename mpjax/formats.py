@@ -118,10 +118,20 @@ def narrowed(x: Float[Array, ...], dtype: str) -> Array:
     """`x.astype(dtype)`, the same numbers; on a CPU float32 → bfloat16 by its bit pattern, which vectorises there."""
     if dtype != "bfloat16" or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
         return x.astype(dtype)
+    return _bfloat16(x)
+
+
+@jax.custom_jvp
+def _bfloat16(x: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     quiet = bits | jnp.uint32(0x400000)  # a NaN stays one, whatever bits are cut off
     upper = jnp.where(jnp.isnan(x), quiet, _nearest_upper_half(bits)) >> jnp.uint32(16)
     return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+
+
+@_bfloat16.defjvp
+def _bfloat16_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
 
 
 def amax_scale(amax: Float[Array, ...], fmt: Format) -> Float[Array, ...]:

@@ -108,6 +108,19 @@ def lowered(product: Product, way: str) -> Product:
     return replace(product, function=functools.partial(contraction if product.kind == "dot" else convolution, way))
 
 
+def effective(product: Product, way: str, lhs: Array | jax.ShapeDtypeStruct, rhs: Array | jax.ShapeDtypeStruct) -> str:
+    """The way in which `lowered` computes it: "own" where its author set a function, "xla" where `way` does not cover it."""
+    if way == "own" or not _replaceable(product):
+        return "own"
+    if product.kind == "dot":
+        _, (batch, _) = product.dimension_numbers
+        return way if way in ("flat", "rows") and not len(batch) else "xla"
+    if way == "shift":
+        return way if way in ways(product, lhs, rhs) else "xla"
+    window = _window(product, lhs, rhs) if way in _CONVOLUTIONS and product.feature_group_count == 1 else None
+    return "xla" if window is None or (way == "dot" and window.kernel != (1, 1)) else way
+
+
 def choose(
     model: Model, lowering: str | Mapping[str, str], *, narrow: bool = True
 ) -> Callable[[Layer, Product, Any, Any], str]:

@@ -42,8 +42,8 @@ class Plan:
         seeds: of what was random.
         versions: of Python, jax and the other packages.
         data: `digest` of the data that the search measured on, for the reader to compare.
-        lowering, options: layer -> way and compiler options, as `autotune` found them on the machine in `versions`; empty where
-            nothing was timed.
+        lowering, activations, options: layer -> way, dtype that lowered layers hand on, and compiler options, as `autotune`
+            found them on the machine in `versions`; no ways where nothing was timed.
     """
 
     assignment: Assignment
@@ -56,6 +56,7 @@ class Plan:
     versions: Mapping[str, str] = field(default_factory=dict)
     data: str = ""
     lowering: Mapping[str, str] = field(default_factory=dict)
+    activations: str = "float32"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def for_model(self, layers: Iterable[str]) -> Assignment:
@@ -140,7 +141,7 @@ def digest(*arrays: ArrayLike) -> str:
 
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("calibration", "scores", "metric", "seeds", "versions", "lowering", "options"), dict),
-    **dict.fromkeys(("estimator", "strategy", "data"), str),
+    **dict.fromkeys(("estimator", "strategy", "data", "activations"), str),
 }
 
 

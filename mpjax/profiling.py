@@ -6,6 +6,7 @@ next layer's padding is that layer's. Profiling slows a program down; only the s
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from mpjax import hlo
 
 OUTSIDE = "(outside of layers)"
+_HOLDS = re.compile(r"(while|conditional|call)(\.\d+)?$")  # their time is that of what they run
 
 
 def layer_seconds(
@@ -50,7 +52,7 @@ def layer_seconds(
         for plane in planes:
             for line in plane.lines:
                 for event in line.events:
-                    if event.name in owners:
+                    if event.name in owners and not _HOLDS.match(event.name):
                         times[event.name].append(event.duration_ns)
     if not times:
         return None

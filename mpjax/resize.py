@@ -23,6 +23,8 @@ def doubled(x: jax.Array, *, way: str = "blend") -> jax.Array:
     """
     if x.ndim != 4:
         raise ValueError(f"Expected an array (N, H, W, C), found shape {x.shape}.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"Expected floating-point numbers, found {x.dtype}: convert them first.")
     if way not in WAYS:
         raise ValueError(f"Unknown way {way!r}. Known: {', '.join(WAYS)}.")
     if way == "xla":

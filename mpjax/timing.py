@@ -25,7 +25,8 @@ from mpjax.files import write_json
 
 Name = TypeVar("Name", bound=Hashable)
 
-_SHORTEST = 1e-3  # seconds; a shorter run is repeated until one timing takes that long
+SHORTEST = 1e-3  # seconds of a turn; a shorter run is repeated until one timing takes that long
+WHOLE = 0.02  # the same for whole programs, whose first run in a turn finds other programs' data in the caches
 _VERSION = 1  # of the file
 
 
@@ -164,23 +165,28 @@ def _entry(value: Mapping[str, Any]) -> Entry:
 def _ready(function: Callable[..., Any], arguments: tuple, options: Mapping[str, Any]) -> Callable[[], Any]:
     """A run of the compiled program on arguments that lie on the device."""
     placed = jax.device_put(arguments)
-    program = executable.build(function, placed, options).function
+    program = executable.build(function, placed, options)
     return lambda: jax.block_until_ready(program(*placed))
 
 
-def in_turns(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
-    """Seconds of one run, for each of `runs` and each round; in every second round they take turns backwards."""
+def in_turns(runs: Sequence[Callable[[], Any]], rounds: int, *, shortest: float = SHORTEST) -> list[list[float]]:
+    """Seconds of one run, for each of `runs` and each round; in every second round they take turns backwards.
+
+    A run shorter than `shortest` seconds is repeated until a turn takes that long, after one that warms the caches.
+    """
     repeats = []
     for run in runs:
         run()
         count = 1
-        while (elapsed := _clock(run, count)) < _SHORTEST:
-            count = max(2 * count, int(1.2 * count * _SHORTEST / max(elapsed, 1e-9)))
+        while (elapsed := _clock(run, count)) < shortest:
+            count = max(2 * count, int(1.2 * count * shortest / max(elapsed, 1e-9)))
         repeats.append(count)
     samples: list[list[float]] = [[] for _ in runs]
     for turn in range(rounds):
         order = range(len(runs)) if turn % 2 == 0 else reversed(range(len(runs)))
         for which in order:
+            if repeats[which] > 1:
+                runs[which]()
             samples[which].append(_clock(runs[which], repeats[which]) / repeats[which])
     return samples
 

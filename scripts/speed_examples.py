@@ -182,7 +182,7 @@ def main() -> None:
         runs = []
         for way in ways:
             placed = jax.device_put(way.arguments)
-            program = executable.build(way.function, placed, way.options).function
+            program = executable.build(way.function, placed, way.options)
             runs.append(lambda program=program, placed=placed: jax.block_until_ready(program(*placed)))
         medians = [1e6 * float(np.median(each)) for each in timing.in_turns(runs, ROUNDS)]
         rows += [

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import apply, autotune, compiled, executable, models, timing
+from mpjax import apply, autotune, compiled, executable, models, plan, search, timing
 from mpjax.depthwise import depthwise_conv
 
 pytestmark = [
@@ -46,7 +46,7 @@ def instant(monkeypatch):
     """Every program takes 1 ms, the first of those timed together a little less; counts what is timed."""
     counts = {"timed": 0}
 
-    def in_turns(runs, rounds):
+    def in_turns(runs, rounds, **_):
         counts["timed"] += len(runs)
         return [[1e-3 + 1e-6 * number] * rounds for number in range(len(runs))]
 
@@ -65,8 +65,6 @@ def test_it_really_tunes(small, assignment):
     verified = [each for each in found.candidates if each.verified]
     chosen = min(verified, key=lambda each: each.seconds)
     assert found.lowering == rule | chosen.changes and found.options == chosen.options
-    faster = [each for each in found.candidates if each.seconds < chosen.seconds]
-    assert all(each.verified is False for each in faster)
     sets = executable.option_sets(narrow=assignment is not None)
     flips = [{}, {"pointwise": "dot"}] if assignment is None else [{}]  # a 1x1 convolution in float32
     expected = [(options, flip) for options in sets for flip in flips]
@@ -177,8 +175,8 @@ def test_a_wrong_program_is_not_chosen(small, instant, sabotage):
     found = autotune.tune(model, batches, rounds=1)
     sets = executable.option_sets(narrow=False)
     assert found.candidates[0].verified is found.candidates[1].verified is False and found.options == sets[1]
-    note, _ = (note for note in found.notes if "differs from an op-by-op run" in note)
-    assert note.startswith(f"rule, {executable.name(sets[0])}: differs from an op-by-op run by 0.01")
+    note, _ = (note for note in found.notes if ": differs by" in note)
+    assert note.startswith(f"rule, {executable.name(sets[0])}: differs by 0.01 (2-norm")
     (chosen,) = (each for each in found.candidates if each.verified)
     assert chosen.options == sets[1] and found.lowering.items() >= chosen.changes.items()
 
@@ -186,7 +184,7 @@ def test_a_wrong_program_is_not_chosen(small, instant, sabotage):
 def test_no_right_program_is_an_error(small, instant, sabotage, tmp_path):
     model, batches = small
     sabotage.update(range(100))
-    with pytest.raises(autotune.MiscompiledError, match="No program agrees .* differs from an op-by-op run by 0.01"):
+    with pytest.raises(autotune.MiscompiledError, match="No program agrees .* differs by 0.01"):
         autotune.tune(model, batches, rounds=1, cache=tmp_path)
     assert not list(tmp_path.glob("tuning-*"))
 
@@ -231,7 +229,7 @@ def made_up(monkeypatch):
         timed.extend(wanted)
         return real(self, wanted)
 
-    def in_turns(runs, rounds):
+    def in_turns(runs, rounds, **_):
         assert len(runs) == len(current)
         return [
             [seconds[frozenset(changes)] + (0 if options == executable.EXACT else 1)] * rounds
@@ -290,7 +288,7 @@ def test_one_by_one_convolutions_are_tried_both_ways_together(small, monkeypatch
 
     monkeypatch.setattr(autotune._Trials, "of", trials)
     monkeypatch.setattr(
-        timing, "in_turns", lambda runs, rounds: [[1.0 if "pointwise" in each[0] else 2.0] for each in current[: len(runs)]]
+        timing, "in_turns", lambda runs, rounds, **_: [[1.0 if "pointwise" in each[0] else 2.0] for each in current[: len(runs)]]
         if len(runs) == len(current) else [[1.0]] * len(runs)
     )  # fmt: skip
     found = autotune.tune(model, batches, rounds=1)
@@ -349,3 +347,30 @@ def test_weights_and_vectors_reach_their_places(biases):
     model = replace(model, params=params)
     function, arguments = autotune.as_function(model, batches[0])
     np.testing.assert_array_equal(function(*arguments), model.call(params, *batches[0]))
+
+
+def test_a_choice_goes_into_a_plan_and_back(tmp_path):
+    plain = plan.Plan(assignment=search.Assignment({"a": "bfloat16"}))
+    with pytest.raises(ValueError, match="nothing was tuned"):
+        autotune.from_plan(plain)
+    choice = autotune.Tuning(lowering={"a": "rows"}, activations="bfloat16", options=executable.EXACT)
+    plan.save(autotune.into_plan(plain, choice), tmp_path / "plan.json")
+    assert autotune.from_plan(plan.load(tmp_path / "plan.json")) == choice
+
+
+def test_a_choice_that_cannot_be_kept_is_given_all_the_same(small, instant, tmp_path):
+    model, batches = small
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.warns(UserWarning, match="could not be kept"):
+        assert autotune.tune(model, batches, rounds=1, cache=tmp_path / "file").lowering
+
+
+def test_no_program_that_compiles_says_why(small, instant, monkeypatch):
+    model, batches = small
+
+    def refuse(function, arguments, options):
+        raise jax.errors.JaxRuntimeError("INTERNAL: not today")
+
+    monkeypatch.setattr(executable, "build", refuse)
+    with pytest.raises(autotune.MiscompiledError, match="No program compiles here.*not today"):
+        autotune.tune(model, batches, rounds=1)

@@ -1,6 +1,8 @@
 """Compiled programs: verified, honest about dtypes, exported and loaded; a wrong program is caught."""
 
 import json
+import zipfile
+from contextlib import contextmanager
 from dataclasses import replace
 
 import flax.linen as nn
@@ -9,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import apply, autotune, compiled, executable, hlo, models, profiling, timing, verification
+from mpjax import apply, autotune, compiled, executable, hlo, lowering, models, profiling, timing, verification
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -212,6 +214,92 @@ def test_a_damaged_file_is_refused(mixed_program, tmp_path, damage):
         compiled.load(path)
 
 
+@pytest.mark.parametrize("member", ["header.json", "program.bin", "weights.bin"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\x00\xff garbage" * 9])
+def test_a_whole_archive_with_a_wrong_member_is_refused(mixed_program, tmp_path, member, content):
+    path = mixed_program.export(tmp_path / "mixed.mpjax")
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, each in (members | {member: content}).items():
+            archive.writestr(name, each)
+    with pytest.raises(compiled.ExportError, match="mixed.mpjax"):
+        compiled.load(path)
+
+
+def test_a_file_for_another_platform_is_refused(mixed_program, tmp_path, monkeypatch):
+    path = mixed_program.export(tmp_path / "mixed.mpjax")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(compiled.ExportError, match="exported for cpu; this process runs on tpu.*JAX_PLATFORMS=cpu"):
+        compiled.load(path)
+
+
+def test_a_file_from_another_device_or_jaxlib_warns(small, mixed_program, tmp_path, monkeypatch):
+    path = mixed_program.export(tmp_path / "mixed.mpjax")
+    monkeypatch.setattr(timing, "device_name", lambda: "Another CPU")
+    with pytest.warns(UserWarning, match="was verified on .*this is Another CPU jaxlib"):
+        assert compiled.load(path)(*small[1][0]) is not None
+
+
+def test_a_program_is_never_compiled_a_second_time_by_calling_it(small, mixed_program):
+    _, batches = small
+    expected = mixed_program(*batches[0])
+    jax.tree.map(np.testing.assert_array_equal, mixed_program(*map(np.asarray, batches[0])), expected)
+    compilations = []
+    with monitoring(compilations):
+        with jax.default_matmul_precision("float32"):
+            jax.tree.map(np.testing.assert_array_equal, mixed_program(*batches[0]), expected)
+        jax.clear_caches()
+        jax.tree.map(np.testing.assert_array_equal, mixed_program(*batches[0]), expected)
+    assert compilations == []
+    for transform in (jax.jit, jax.vmap):
+        with pytest.raises(TypeError, match="cannot be called under jit, vmap or grad"):
+            transform(lambda x: mixed_program(x))(batches[0][0][None] if transform is jax.vmap else batches[0][0])
+
+
+@contextmanager
+def monitoring(compilations):
+    """Appends an item for each program that XLA compiles meanwhile."""
+
+    def listen(event, _, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compilations.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_options_under_which_it_does_not_compile_are_passed_over(small, monkeypatch):
+    model, batches = small
+    real = executable.build
+
+    def build(function, arguments, options):
+        if options == {}:
+            raise jax.errors.JaxRuntimeError("INTERNAL: no such thing")
+        return real(function, arguments, options)
+
+    monkeypatch.setattr(executable, "build", build)
+    monkeypatch.setattr(executable, "option_sets", lambda *, narrow: ({}, executable.EXACT))
+    assert compiled.compile(model, batches).options == executable.EXACT
+    monkeypatch.setattr(executable, "option_sets", lambda *, narrow: ({},))
+    with pytest.raises(compiled.MiscompiledError, match="does not compile .INTERNAL: no such thing"):
+        compiled.compile(model, batches)
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_a_way_that_computes_something_else_is_refused(small, monkeypatch, low):
+    model, batches = small
+    real = lowering._CONVOLUTIONS["im2col"]
+    monkeypatch.setitem(lowering._CONVOLUTIONS, "im2col", lambda *arguments: 2 * real(*arguments))
+    model = apply.apply(model, dict.fromkeys(model.names, "bfloat16")) if low else model
+    with pytest.raises(compiled.MiscompiledError, match="its ways are .* the model's own" if low else "differs by"):
+        compiled.compile(model, batches, lowering={"stem": "im2col"})
+    assert compiled.compile(model, batches).verification.agrees
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing.mpjax"):
         compiled.load(tmp_path / "nothing.mpjax")
@@ -236,7 +324,9 @@ def test_a_wrong_program_is_caught_and_compiled_with_other_options(small, monkey
     assert built == list(sets)
     assert program.options == sets[1] and program.verification.agrees
     monkeypatch.setattr(executable, "option_sets", lambda *, narrow: sets[:1])
-    with pytest.raises(compiled.MiscompiledError, match="differs from an op-by-op run"):
+    with pytest.raises(
+        compiled.MiscompiledError, match="No compiled program agrees with an op-by-op run. YNN: differs by"
+    ):
         compiled.compile(model, batches)
 
 
@@ -250,7 +340,7 @@ def test_outputs_that_are_not_finite_must_agree_too(small, monkeypatch):
     assert not np.isfinite(program(*batches[0])["out"]).all() and np.isfinite(program.verification.error)
     assert verification.errors([np.array([1.0, np.nan])], [np.array([1.0, np.inf])]) == (np.inf, np.inf)
     assert verification.errors([np.array([np.nan, 1.0])], [np.array([1.0, 1.0])]) == (np.inf, np.inf)
-    infinite = dict.fromkeys(("error", "limit", "worst", "worst_limit", "distance", "own_distance"), np.inf)
+    infinite = dict.fromkeys(("error", "limit", "worst", "worst_limit", "distance", "own_distance", "usual_distance"), np.inf)
     assert not compiled.Verification(**infinite, spread=0.0, inputs=2).agrees
 
 
@@ -312,27 +402,17 @@ def test_hlo_is_read_in_fusions_and_by_the_longest_name():
 @pytest.mark.parametrize(("mixed_seconds", "chosen"), [(0.5, "mixed"), (0.995, "float32"), (1.5, "float32")])
 def test_the_fastest_is_float32_unless_another_is_clearly_faster(small, monkeypatch, mixed_seconds, chosen):
     model, batches = small
-    monkeypatch.setattr(timing, "in_turns", lambda runs, rounds: [[1.0] * rounds, [mixed_seconds] * rounds])
-    mixed = apply.apply(model, {"head": "bfloat16"})
-    found = compiled.fastest({"float32": model, "mixed": mixed}, batches, rounds=3, lowering="rule")
-    assert found.name == chosen and found.program is found.programs[chosen]
+    monkeypatch.setattr(timing, "in_turns", lambda runs, rounds, shortest: [[1.0] * rounds, [mixed_seconds] * rounds])
+    models = {"float32": model, "mixed": apply.apply(model, {"head": "bfloat16"})}
+    programs = {name: compiled.compile(each, batches, lowering="rule") for name, each in models.items()}
+    found = compiled.fastest(programs, *batches[0], rounds=3)
+    assert found.name == chosen and found.program is programs[chosen]
     assert found.seconds == {"float32": 1.0, "mixed": mixed_seconds} and set(found.spread.values()) == {0.0}
-    assert found.programs["mixed"].assignment["head"] == "bfloat16"
-    with pytest.raises(ValueError, match="at least one model"):
-        compiled.fastest({}, batches)
 
 
-def test_a_model_that_cannot_be_verified_is_left_out_unless_it_is_the_first(small, monkeypatch):
+def test_the_fastest_of_none_or_of_other_shapes_says_so(small):
     model, batches = small
-    real = compiled.compile
-
-    def refusing(each, batches, **options):
-        if each is not model:
-            raise compiled.MiscompiledError("it differs")
-        return real(each, batches, **options)
-
-    monkeypatch.setattr(compiled, "compile", refusing)
-    mixed = apply.apply(model, {"head": "bfloat16"})
-    assert compiled.fastest({"float32": model, "mixed": mixed}, batches, rounds=1).name == "float32"
-    with pytest.raises(compiled.MiscompiledError, match="it differs"):
-        compiled.fastest({"mixed": mixed, "float32": model}, batches, rounds=1)
+    with pytest.raises(ValueError, match="at least one program"):
+        compiled.fastest({}, *batches[0])
+    with pytest.raises(ValueError, match="compile again for other shapes"):
+        compiled.fastest({"float32": compiled.compile(model, batches)}, batches[0][0][:, 1:], rounds=1)

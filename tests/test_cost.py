@@ -210,17 +210,16 @@ def test_what_does_not_compile_is_noted(small, made, monkeypatch):
 def test_programs_take_turns_and_short_ones_are_repeated(monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: 4e-4 * next(clock))  # any number of runs "takes" 0.4 ms …
-    monkeypatch.setattr(timing, "_SHORTEST", 3e-4)
     order = []
-    found = timing.in_turns([lambda: order.append("a"), lambda: order.append("b")], 3)
+    found = timing.in_turns([lambda: order.append("a"), lambda: order.append("b")], 3, shortest=3e-4)
     np.testing.assert_allclose(found, 4e-4)
     assert [len(each) for each in found] == [3, 3]
     assert "".join(order) == "aabb" + "ab" + "ba" + "ab"  # … so one run is enough
     slow = iter([0.0, 1e-4, 0.0, 1.0, 0.0, 1.0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(slow))
     order.clear()
-    ((each,),) = timing.in_turns([lambda: order.append("a")], 1)
-    assert len(order) == 1 + 1 + 3 + 3 and each == pytest.approx(1 / 3)
+    ((each,),) = timing.in_turns([lambda: order.append("a")], 1, shortest=3e-4)
+    assert len(order) == 1 + 1 + 3 + 1 + 3 and each == pytest.approx(1 / 3)
 
 
 def test_it_really_times_every_format(small, tmp_path):

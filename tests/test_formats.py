@@ -119,3 +119,10 @@ def test_rounding_works_under_vmap_and_grad():
     np.testing.assert_array_equal(
         jax.vmap(lambda row: formats.round_to(row, "float8_e5m2"))(x), formats.round_to(x, "float8_e5m2")
     )
+
+
+def test_a_gradient_passes_through_rounding_to_bfloat16():
+    x = jnp.linspace(-2, 2, 7, dtype=jnp.float32)
+    weights = jnp.arange(1.0, 8.0, dtype=jnp.float32)
+    found = jax.grad(lambda x: jnp.sum(weights * formats.narrowed(x, "bfloat16").astype(jnp.float32)))(x)
+    np.testing.assert_array_equal(found, weights)

@@ -63,8 +63,9 @@ def test_what_is_not_finite_must_stand_in_the_same_places(found, same):
 def test_limits_of_a_float32_program(small):
     model, batches = small
     found = verification.stepwise(model, batches)
-    assert found.limit == verification.FLOAT32_LIMIT == 1e-4 and found.distance == 0
-    assert 1e-4 <= found.worst_limit <= 1e-3 and 0 < found.spread < 1e-5
+    ((limit, worst_limit),) = found.limits
+    assert limit == verification.FLOAT32_LIMIT == 1e-4 and found.distance == 0
+    assert 1e-4 <= worst_limit <= 1e-3 and 0 < found.spread < 1e-5
     exact = found.verify(lambda *batch: model.call(model.params, *batch))
     assert exact.agrees and exact.inputs == 2 and exact.error < 1e-6
 
@@ -74,8 +75,9 @@ def test_limits_of_a_low_precision_program(small):
     mixed = apply.apply(model, dict.fromkeys(model.names, "bfloat16"))
     found = verification.stepwise(mixed, batches)
     assert 1e-3 < found.distance < 0.05
-    assert found.limit == max(1e-5, found.distance / 4, min(2 * found.spread, 1.5 * found.distance))
-    assert found.limit < found.distance and found.worst_limit >= 1e-4
+    ((limit, worst_limit),) = found.limits
+    assert limit == max(1e-5, found.distance / 4, min(2 * found.spread, 1.5 * found.distance))
+    assert limit < found.distance == found.usual_distance and worst_limit >= 1e-4
     assert found.verify(lambda *batch: mixed.call(mixed.params, *batch)).agrees
     with jax.disable_jit():
         same = found.verify(lambda *batch: mixed.call(mixed.params, *batch))
@@ -85,7 +87,7 @@ def test_limits_of_a_low_precision_program(small):
 def test_a_model_with_nothing_low_is_a_float32_one(small):
     model, batches = small
     found = verification.stepwise(apply.apply(model, {}), batches)
-    assert found.distance == 0 and found.limit == 1e-4
+    assert found.distance == 0 and found.limits[0][0] == 1e-4
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
@@ -111,7 +113,7 @@ def test_one_wrong_number_is_seen(small, low):
     def wrong(*batch):
         with jax.disable_jit():
             out = model.call(model.params, *batch)
-        return out.at[1, 2, 3, 4].add(1.5 * expected.worst_limit * jnp.abs(out).max())
+        return out.at[1, 2, 3, 4].add(1.5 * expected.limits[0][1] * jnp.abs(out).max())
 
     found = expected.verify(wrong)
     assert found.error <= found.limit  # the 2-norm alone would let it pass
@@ -123,6 +125,54 @@ def test_a_program_that_is_wrong_on_one_input_only_is_refused(small):
     scales = iter((1.0, 1.01))
     found = verification.stepwise(model, batches).verify(lambda *batch: next(scales) * model.call(model.params, *batch))
     assert not found.agrees and found.error == pytest.approx(0.01, rel=0.01)
+
+
+class Two(nn.Module):
+    """Two outputs that share nothing."""
+
+    @nn.compact
+    def __call__(self, x):
+        return {"a": nn.Dense(40, name="a")(x), "b": nn.Dense(40, name="b")(x)}
+
+
+def test_an_output_that_no_lowered_layer_reaches_is_a_float32_one():
+    model, batches = linen(Two(), 200, 16)
+    mixed = apply.apply(model, {"a": "bfloat16"})
+    expected = verification.stepwise(mixed, batches)
+    assert expected.limits[0][0] > 5e-4 and expected.limits[1][0] == 1e-4
+
+    def scaled(a, b):
+        def run(*batch):
+            out = mixed.call(mixed.params, *batch)
+            return {"a": a * out["a"], "b": b * out["b"]}
+
+        return expected.verify(run)
+
+    assert scaled(1, 1).agrees and scaled(1 + 2e-4, 1).agrees
+    found = scaled(1, 1 + 2e-4)
+    assert not found.agrees and found.limit == 1e-4 and "differs by 0.0002" in found.reason
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "another output", "the finite ones", "a finite one for the infinite"])
+def test_an_overflow_of_the_format_alone_loosens_nothing(wrong):
+    model, batches = linen(Two(), 200, 16)
+    model = replace(model, params={**model.params, "b": {**model.params["b"], "bias": model.params["b"]["bias"] + 1e5}})
+    mixed = apply.apply(model, {"a": "float16", "b": "float16"}, activations="float16")
+    expected = verification.stepwise(mixed, batches)
+    assert np.isinf(expected.outputs[0]["b"]).all() and np.isfinite(expected.truth[0]["b"]).all()
+    assert expected.distance < 1e-2 and np.isfinite(expected.limits).all()
+
+    def run(*batch):
+        out = mixed.call(mixed.params, *batch)
+        if wrong == "another output":
+            return {**out, "a": -7 * out["a"]}
+        if wrong == "the finite ones":
+            return {**out, "a": 1.1 * out["a"]}
+        return {**out, "b": out["b"].at[0, 0].set(1)} if wrong != "nothing" else out
+
+    found = expected.verify(run)
+    assert found.agrees == (wrong == "nothing")
+    assert ("infinity" in found.reason) == (wrong == "a finite one for the infinite")
 
 
 def test_two_different_inputs_are_needed(small):
@@ -157,7 +207,7 @@ def test_a_miscompile_of_xla_is_caught_and_compiled_otherwise(monkeypatch):
     expected = verification.stepwise(model, batches)
     found = {}
     for options in (on, off):
-        program = executable.build(model.call, (model.params, *batches[0]), options).function
+        program = executable.build(model.call, (model.params, *batches[0]), options)
         found[executable.name(options)] = expected.verify(lambda *batch, run=program: run(model.params, *batch))
     assert found["no YNN"].agrees
     miscompiles = jaxlib.__version__.startswith("0.10.")
@@ -179,5 +229,5 @@ def test_a_miscompile_of_xla_is_caught_and_compiled_otherwise(monkeypatch):
     np.testing.assert_allclose(program(*batches[1]), y, atol=1e-5 * np.abs(y).max())
     monkeypatch.setattr(executable, "option_sets", lambda *, narrow: (on,))
     if miscompiles:
-        with pytest.raises(compiled.MiscompiledError, match="YNN: 0"):
+        with pytest.raises(compiled.MiscompiledError, match="YNN: differs by 0"):
             compiled.compile(model, batches)
