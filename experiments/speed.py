@@ -10,7 +10,7 @@ batch and number of cores is timed in a process of its own, all variants in turn
 | --- | --- |
 | `fp32_naive` | jitted float32 with XLA's own convolutions; of a transformer, plain jitted float32 |
 | `fp32_tuned` | mpjax, float32, ways and compiler options by `autotune` (batch 1, all outputs) or by the rule |
-| `flax_bf16` | the same Flax module with dtype=bfloat16 everywhere, as the importer writes it, jitted |
+| `flax_bf16` | the Flax module with dtype=bfloat16 everywhere, jitted; its depthwise convolutions by mpjax's function |
 | `mixed` | mpjax: bfloat16 where it pays by measured seconds, within 10 % of the all-bfloat16 error, by a search |
 | `bf16_profitable` | mpjax: bfloat16 wherever it was faster alone, whatever the error; of a transformer, everywhere |
 | `litert_fp32`, `litert_fp16` | the same file in LiteRT with XNNPACK, in float32, and told to compute in float16 |
@@ -22,14 +22,16 @@ float32.
 Writes results/speed/: summary.json, plans, tables (CSV, LaTeX), figures (PNG, PDF) and report.html.
 """
 
+import importlib.metadata
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,12 +42,11 @@ import numpy as np
 import tyro
 
 from experiments import common, searches_tasks, speed_report
-from experiments.assets import cache_dir
 from experiments.estimators_judge import first
 from experiments.models.encoder import ENCODERS
 from experiments.speed_run import IN_UNITS, LANDMARKS, Job
 from mpjax import plan, report, search, sensitivity
-from mpjax.files import jsonable
+from mpjax.files import jsonable, write_json
 from mpjax.ledger import Ledger
 from mpjax.search import Problem
 
@@ -54,8 +55,8 @@ LOW = "bfloat16"
 ROW_FIELDS: dict[str, Any] = {
     **dict.fromkeys(("model", "outputs", "variant"), str),
     **dict.fromkeys(("batch", "cores"), int),
-    **dict.fromkeys(("ms_median", "ms_min", "vs_fp32_naive", "vs_fp32_tuned"), float),
-    **dict.fromkeys(("vs_litert", "nme", "max_rel_error"), (float, None)),
+    **dict.fromkeys(("ms_median", "ms_min", "vs_fp32_naive"), float),
+    **dict.fromkeys(("vs_fp32_tuned", "vs_litert", "nme", "max_rel_error"), (float, None)),
 }
 
 
@@ -102,7 +103,12 @@ def main(config: Config) -> None:
     config = config.effective
     folder = report.run_folder(config.results, "speed")
     environment = report.environment(device=common.device_name())
-    key = common.piece_key(environment, quick=config.quick, rounds=config.rounds)
+    litert = importlib.metadata.version("ai-edge-litert")
+    flags = os.environ.get("XLA_FLAGS", "")
+    key = common.piece_key(environment, quick=config.quick, rounds=config.rounds, litert=litert, xla_flags=flags)
+    tuned = folder / "tuned"  # of this run: what an earlier one kept would make tuning look quick
+    if config.fresh:
+        shutil.rmtree(tuned, ignore_errors=True)
     pieces = common.Pieces(folder / "pieces", key, fresh=config.fresh)
     found = {name: searched(name, config, pieces, folder) for name in config.models if name in IN_UNITS}
     jobs = [
@@ -111,6 +117,7 @@ def main(config: Config) -> None:
         for outputs in (("all", "landmarks") if model in LANDMARKS and batch == 1 else ("all",))
     ]
     timed: dict[tuple[str, str, int, int], dict[str, Any]] = {}
+    failed: list[str] = []
     with report.progress("timing", len(jobs)) as advance:
         for model, outputs, batch, cores in jobs:
             assignments = {} if model in ENCODERS else found[model]["assignments"]
@@ -121,12 +128,17 @@ def main(config: Config) -> None:
                 assignments=assignments,
                 tune=not config.quick and outputs == "all" and (batch == 1 or model in ENCODERS),
                 report=outputs == "all" and batch == 1 and cores == 1,
-                cache=str(cache_dir() / "tuned"),
+                cache=str(tuned.resolve()),
                 rounds=config.rounds,
                 quick=config.quick,
             )
-            timed[model, outputs, batch, cores] = run(job, cores, pieces)
+            try:
+                timed[model, outputs, batch, cores] = run(job, cores, pieces)
+            except JobFailed as error:  # the others' results are worth having
+                failed.append(str(error))
             advance()
+    if not timed:
+        raise SystemExit("\n".join(failed))
     rows = [row for each in timed.values() for row in each["rows"]]
     tuning = [
         {"model": model, "outputs": outputs, "batch": batch, "cores": cores, **row}
@@ -137,7 +149,8 @@ def main(config: Config) -> None:
         f"{model}, {outputs}, batch {batch}, {cores} cores: {note}"
         for (model, outputs, batch, cores), each in timed.items()
         for note in each["notes"]
-    ]
+    ] + failed
+    searches = [{**found[model]["row"], **heldout(model, timed)} for model in found]
     spread = [
         {"model": model, "outputs": outputs, "batch": batch, "cores": cores, **row}
         for (model, outputs, batch, cores), each in timed.items()
@@ -164,21 +177,33 @@ def main(config: Config) -> None:
         "ledger": pieces.ledger.as_dict(),
         "rows": rows,
         "commit": common.commit(),
+        "litert": litert,
         "reused_pieces": pieces.reused,
         "piece_seconds": pieces.seconds,
-        "searches": [each["row"] for each in found.values()],
+        "searches": searches,
         "tuning": tuning,
         "spread": spread,
         "layers": layers,
         "programs": programs,
         "notes": notes,
-        "targets": speed_report.targets(rows, tuning),
+        "targets": speed_report.targets(rows, tuning, spread, searches),
     }
     report.write_summary(folder, summary, row_fields=ROW_FIELDS)
     page = speed_report.write(folder, summary)
     report.print_table(rows, speed_report.TERMINAL_TABLE, title="Speed")
     report.print_table(summary["targets"], speed_report.TARGETS_TABLE, title="Targets")
     print(f"» {page}")
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def heldout(model: str, timed: Mapping[tuple[str, str, int, int], Mapping[str, Any]]) -> dict[str, float | None]:
+    """Held-out NME with all layers low, the limit that the tolerance makes of it, and the mixed program's NME."""
+    job = timed.get((model, "all", 1, 1))
+    if job is None or job["nme_all_low"] is None:
+        return dict.fromkeys(("nme_all_low", "nme_limit", "nme_mixed"))
+    mixed = next((row["nme"] for row in job["rows"] if row["variant"] == "mixed"), None)
+    return {"nme_all_low": job["nme_all_low"], "nme_limit": TOLERANCE * job["nme_all_low"], "nme_mixed": mixed}
 
 
 def searched(name: str, config: Config, pieces: common.Pieces, folder: Path) -> dict[str, Any]:
@@ -187,7 +212,7 @@ def searched(name: str, config: Config, pieces: common.Pieces, folder: Path) -> 
         model=name,
         assignments={},
         tune=False,
-        cache=str(cache_dir() / "tuned"),
+        cache=str((folder / "costs").resolve()),
         rounds=9,
         quick=config.quick,
         costs=True,
@@ -223,7 +248,6 @@ def searched(name: str, config: Config, pieces: common.Pieces, folder: Path) -> 
             versions={"jax": jax.__version__},
             data=plan.digest(*(np.asarray(batch[0]) for batch in benchmark.batches)),
         )
-        plan.save(chosen, folder / f"{name}.plan.json")
         row = {
             "model": name,
             "layers": len(problem.layers),
@@ -237,10 +261,18 @@ def searched(name: str, config: Config, pieces: common.Pieces, folder: Path) -> 
             "evaluations": result.ledger.evaluations,
         }
         assignments = {"mixed": mixed, "bf16_profitable": dict.fromkeys(profitable, LOW)}
-        return {}, {"row": row, "assignments": assignments}, result.ledger + scores.ledger
+        path = Path(folder / f"{name}.plan.json")
+        plan.save(chosen, path)
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return {}, {"row": row, "assignments": assignments, "plan": kept}, result.ledger + scores.ledger
 
     meta = pieces.get(f"{name} search", compute).meta
+    write_json(folder / f"{name}.plan.json", meta["plan"])  # also where the piece was there before
     return {"row": meta["row"], "assignments": meta["assignments"]}
+
+
+class JobFailed(RuntimeError):
+    """A process of `speed_run` ended with an error."""
 
 
 def run(job: Job, cores: int, pieces: common.Pieces) -> dict[str, Any]:
@@ -254,7 +286,7 @@ def run(job: Job, cores: int, pieces: common.Pieces) -> dict[str, Any]:
             with pinned(cores):  # a process starts on the cores of the thread that starts it
                 done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise RuntimeError(f"{job.model}, {cores} cores: {' '.join(command)} failed:\n{done.stderr[-3000:]}")
+                raise JobFailed(f"{job.model}, {cores} cores: {' '.join(command)} failed:\n{done.stderr[-3000:]}")
             return {}, {"result": json.loads(answer.read_text(encoding="utf-8"))}, Ledger()
 
     what = "costs" if job.costs else f"{job.outputs} batch {job.batch}"

@@ -26,12 +26,14 @@ from mpjax.files import jsonable, write_json
 from mpjax.models import Batches, Model
 
 TOKENS = 128
+FAILURES = (compiled.MiscompiledError, jax.errors.JaxRuntimeError)
 IN_UNITS: Mapping[str, Callable[..., jax.Array]] = {
     "pose_landmark_full": pose_landmark.in_torso_units,
     "iris_landmark": benchmarks.iris_in_eye_widths,
     "face_landmark": benchmarks.face_in_eye_distances,
 }
 LANDMARKS = {"pose_landmark_full": ("Identity",)}
+BASES = ("fp32_naive", "fp32_tuned", "litert_fp32", "flax_bf16")  # what times are divided by
 _FORCE_FP16 = 4  # XNNPACK's delegate flag
 _JUDGED = 48  # held-out examples behind an NME
 
@@ -68,10 +70,11 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model as it is timed: float32, Flax's plain bfloat16, inputs, and the user's error of a program (None: no metric)."""
+    """A model as it is timed: mpjax's, plain jitted Flax, Flax in bfloat16; inputs; the error of a program (None: no metric)."""
 
     model: Model
-    plain: Call
+    naive: Call
+    plain_bfloat16: Call
     batches: Batches
     judge: Callable[[Call, Call], float] | None
     file: Path | None
@@ -83,14 +86,10 @@ def main(job: Job) -> dict[str, Any]:
         return layer_costs(job)
     subject = encoder(job) if job.model in ENCODERS else vision(job)
     example = subject.batches[0]
-    naive = apply.apply(subject.model, {}, lowering="xla")
-    function, (weights, *_) = autotune.as_function(naive, example)
-    placed = jax.device_put(weights)
-    jitted = jax.jit(function)
-    variants: dict[str, Call] = {"fp32_naive": lambda *inputs: jitted(placed, *inputs)}
+    variants: dict[str, Call] = {"fp32_naive": subject.naive}
     programs, notes, tunings = low_precision(job, subject)
-    variants |= {"fp32_tuned": programs["fp32_tuned"], "flax_bf16": subject.plain}
-    variants |= {name: program for name, program in programs.items() if name != "fp32_tuned"}
+    variants |= {name: programs[name] for name in ("fp32_tuned",) if name in programs}
+    variants |= {"flax_bf16": subject.plain_bfloat16} | {n: p for n, p in programs.items() if n != "fp32_tuned"}
     peers: dict[str, Peer] = {}
     if subject.file is not None:
         for name, maker in (("litert_fp32", interpreter), ("litert_fp16", litert_fp16)):
@@ -106,7 +105,7 @@ def main(job: Job) -> dict[str, Any]:
     variants |= peers
     times = in_turns(runs, job.rounds)
     truth = [variants["fp32_naive"](*batch) for batch in subject.batches]
-    ratios = {name: base_ratios(times, name) for name in ("fp32_naive", "fp32_tuned", "litert_fp32") if name in times}
+    ratios = {name: base_ratios(times, name) for name in BASES if name in times}
     rows = []
     for name, run in variants.items():
         found = [run(*(np.asarray(each) for each in batch)) for batch in subject.batches]
@@ -120,24 +119,29 @@ def main(job: Job) -> dict[str, Any]:
                 "ms_median": float(np.median(times[name])),
                 "ms_min": float(times[name].min()),
                 "vs_fp32_naive": ratios["fp32_naive"][name],
-                "vs_fp32_tuned": ratios["fp32_tuned"][name],
-                "vs_litert": ratios["litert_fp32"][name] if "litert_fp32" in ratios else None,
+                "vs_fp32_tuned": ratios.get("fp32_tuned", {}).get(name),
+                "vs_litert": ratios.get("litert_fp32", {}).get(name),
                 "nme": None if subject.judge is None else subject.judge(run, variants["fp32_naive"]),
                 "max_rel_error": largest_error(found, truth),
             }
         )
     spread = [
-        {"variant": name, **dict(zip(("low", "high"), np.percentile(each, (25, 75)).tolist(), strict=True))}
+        {
+            "variant": name,
+            **dict(zip(("low", "high"), np.percentile(each, (25, 75)).tolist(), strict=True)),
+            "vs_flax_bf16": ratios["flax_bf16"][name],
+        }
         for name, each in times.items()
     ]
-    shares = programs["mixed"].report(*device) if job.report and "mixed" in programs else None
+    shown = programs.get("mixed") or programs.get("bf16_profitable")
+    shares = shown.report(*device) if job.report and shown is not None else None
     return {
         "rows": rows,
         "spread": spread,
         "notes": notes,
         "tuning": tunings,
         "report": None if shares is None else {"rows": list(shares.rows), "program": dict(shares.program)},
-        "options": {name: executable.name(program.options) for name, program in programs.items()},
+        "nme_all_low": all_low(subject) if job.report and subject.judge is not None else None,
     }
 
 
@@ -156,10 +160,14 @@ def low_precision(job: Job, subject: Subject) -> tuple[dict[str, compiled.Compil
     tunings: list[dict[str, Any]] = []
     for name, model in wanted.items():
         tuned = job.tune and (name in ("fp32_tuned", "mixed") or job.model in ENCODERS)
+        choice = None
         try:
             choice = autotune.tune(model, subject.batches, cache=job.cache) if tuned else None
+        except FAILURES as error:
+            notes.append(f"{name} was not tuned: {error}")
+        try:
             programs[name] = compiled.compile(model, subject.batches, lowering=choice or "rule")
-        except compiled.MiscompiledError as error:
+        except FAILURES as error:
             notes.append(f"{name}: {error}")
             continue
         if choice is not None:
@@ -189,7 +197,7 @@ def low_precision(job: Job, subject: Subject) -> tuple[dict[str, compiled.Compil
                     "notes": "; ".join(choice.notes),
                 }
             )
-    if "mixed" in programs:
+    if "mixed" in programs and "fp32_tuned" in programs:
         pair = {name: programs[name] for name in ("fp32_tuned", "mixed")}
         if compiled.fastest(pair, *subject.batches[0], rounds=job.rounds).name == "fp32_tuned":
             notes.append("nothing pays on this machine: mixed is the tuned float32 program")
@@ -209,6 +217,13 @@ class Peer:
         self.write(x)
         self.invoke()
         return self.read()
+
+
+def all_low(subject: Subject) -> float:
+    """The user's error with every layer in bfloat16: what a tolerance is a share of."""
+    assert subject.judge is not None
+    low = apply.apply(subject.model, dict.fromkeys(subject.model.names, "bfloat16"), lowering="rule")
+    return subject.judge(compiled.compile(low, subject.batches), subject.naive)
 
 
 def interpreter(file: Path, batch: int) -> Peer:
@@ -266,14 +281,13 @@ def vision(job: Job) -> Subject:
     task = searches_tasks.load(job.model, quick=job.quick)
     images, units = (np.concatenate([np.asarray(batch[i]) for batch in task.heldout]) for i in (0, 1))
     count = min(_JUDGED, len(images)) // job.batch * job.batch
-    if count < 2 * job.batch:
-        repeats = -(-2 * job.batch // len(images))
-        images, units = np.tile(images, (repeats, 1, 1, 1)), np.tile(units, repeats)
-        count = 2 * job.batch
+    if count < 2 * job.batch:  # two batches, the second beginning half-way through the examples
+        take = np.concatenate([np.arange(job.batch) + shift for shift in (0, len(images) // 2)]) % len(images)
+        images, units, count = images[take], units[take], 2 * job.batch
     batches = benchmarks.in_batches((images[:count],), job.batch)
     file, keep = assets.fetch(job.model), LANDMARKS[job.model] if job.outputs == "landmarks" else None
     graph = load_tflite(file, outputs=keep)
-    plain = load_tflite(file, outputs=keep, dtype=jnp.bfloat16)
+    low = load_tflite(file, outputs=keep, dtype=jnp.bfloat16)
 
     def landmarks(run: Call) -> np.ndarray:
         found = []
@@ -288,7 +302,8 @@ def vision(job: Job) -> Subject:
 
     return Subject(
         model=models.from_linen(graph.module, graph.variables, batches[0][0]),
-        plain=_jitted(plain.module, plain.variables),
+        naive=_jitted(load_tflite(file, outputs=keep, plain=True).module, graph.variables),
+        plain_bfloat16=_jitted(low.module, low.variables),
         batches=batches[:2],
         judge=judge,
         file=file,
@@ -303,7 +318,8 @@ def encoder(job: Job) -> Subject:
     plain = EncoderStack(layers=layers, width=width, heads=heads, dtype=jnp.bfloat16)
     return Subject(
         model=models.from_linen(module, variables, x),
-        plain=_jitted(plain, variables),
+        naive=_jitted(module, variables),
+        plain_bfloat16=_jitted(plain, variables),
         batches=[(x,), (other,)],
         judge=None,
         file=None,

@@ -1,6 +1,6 @@
 """What makes a low-precision layer fast or slow on this CPU: small programs, each way timed in turns.
 
-    .venv/bin/python scripts/speed_examples.py [--cores 1]      (about two minutes; writes docs/speed/examples.csv)
+    .venv/bin/python scripts/speed_examples.py [--cores 1]      (about two minutes; writes docs/speed/examples.json)
 
 Products and casts as `docs/speed.md` tells them. Microseconds include the start of a program, about 10.
 """
@@ -22,7 +22,9 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax import lax  # noqa: E402
 
+from experiments import common  # noqa: E402
 from mpjax import depthwise, executable, formats, lowering, report, resize, timing  # noqa: E402
+from mpjax.files import jsonable, write_json  # noqa: E402
 from mpjax.pages import Column  # noqa: E402
 
 DOCS = ROOT / "docs/speed"
@@ -197,9 +199,7 @@ def main() -> None:
         ]
     report.print_table(rows, COLUMNS)
     where = report.environment(device=timing.device_name())
-    DOCS.mkdir(parents=True, exist_ok=True)
-    report.write_table(DOCS, "examples", rows, COLUMNS)
-    (DOCS / "examples.tex").unlink()
+    write_json(DOCS / "examples.json", {"environment": jsonable(where), "commit": common.commit(), "rows": rows})
     print(f"{where['device']}, {where['cores']} cores, jax {where['jax']}, {where['date'][:10]}")
 
 

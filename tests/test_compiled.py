@@ -340,7 +340,9 @@ def test_outputs_that_are_not_finite_must_agree_too(small, monkeypatch):
     assert not np.isfinite(program(*batches[0])["out"]).all() and np.isfinite(program.verification.error)
     assert verification.errors([np.array([1.0, np.nan])], [np.array([1.0, np.inf])]) == (np.inf, np.inf)
     assert verification.errors([np.array([np.nan, 1.0])], [np.array([1.0, 1.0])]) == (np.inf, np.inf)
-    infinite = dict.fromkeys(("error", "limit", "worst", "worst_limit", "distance", "own_distance", "usual_distance"), np.inf)
+    infinite = dict.fromkeys(
+        ("error", "limit", "worst", "worst_limit", "distance", "own_distance", "usual_distance"), np.inf
+    )
     assert not compiled.Verification(**infinite, spread=0.0, inputs=2).agrees
 
 
