@@ -1,7 +1,7 @@
 """Number formats: what each can hold, how it represents 0.3952, and what it does to a real model's weights and activations.
 
-    python -m experiments.number_formats            (about a minute on 2 cores)
-    python -m experiments.number_formats --quick    (under half: 2 crops instead of 24)
+    python -m experiments.number_formats            (about half a minute on 2 cores)
+    python -m experiments.number_formats --quick    (a quarter: 2 crops instead of 24)
 
 Rows: bits that carry information (tensorfloat32 uses 19 of the 32 that store it), largest number, smallest normal and subnormal,
 epsilon (gap above 1); the number nearest to 0.3952 (ties to even), its distance, and the gap between the format's two numbers
@@ -73,6 +73,8 @@ SHARES_TABLE = (
     Column(key="flushed", title="rounded to 0", format=".3%"),
     Column(key="relative_error", title="relative error", format=".5f"),
 )
+_SHORT = ("format", "bits", "max", "min_normal", "min_subnormal", "epsilon")
+TERMINAL_TABLE = tuple(column for column in FORMATS_TABLE if column.key in _SHORT)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +119,11 @@ def main(config: Config) -> None:
     summary = report.jsonable(summary)
     report.write_summary(folder, summary, row_fields=ROW_FIELDS)
     page = write(folder, summary)
-    report.print_table(table_rows(summary), FORMATS_TABLE, title="What the formats hold")
+    report.print_table(table_rows(summary), TERMINAL_TABLE, title="What the formats hold")
     report.print_table(table_rows(summary), VALUE_TABLE, title="0.3952")
-    report.print_table(summary["shares"], SHARES_TABLE, title=f"{benchmark.name}: numbers that are not 0")
+    for name in found:
+        shares = [row for row in summary["shares"] if row["numbers"] == name]
+        report.print_table(shares, SHARES_TABLE[1:], title=f"{benchmark.name}: {name} that are not 0")
     print(f"{summary['seconds']:.0f} s. Report: {page}")
 
 
@@ -257,15 +261,20 @@ def write(folder: Path, summary: Mapping[str, Any]) -> Path:
                 "Flat: half an epsilon. To the left of its smallest normal number a format's step no longer shrinks, so the "
                 "relative error grows, up to 1, where numbers round to 0. An integer's step never shrinks.",
             ],
-            pictures=[_picture(figures.errors(folder), "Largest relative rounding error of each format by magnitude")],
+            pictures=[
+                _picture(
+                    figures.errors(folder),
+                    "Largest relative rounding error of each format by magnitude (integers with largest number 1)",
+                )
+            ],
         ),
         Section(
             heading=f"A real model's numbers: {model['name']}",
             paragraphs=[
                 f"{model['layers']} layers: their weights, and their inputs on {model['examples']} {model['source']}. "
-                "Shares are of the numbers that are not 0. Scaled: divided by a scale per tensor that maps its largest magnitude "
-                "onto the format's. Relative error: the norm of the error over the norm of the numbers, all layers together, so "
-                "that large numbers dominate it.",
+                "Shares are of the numbers that are not 0. Scaled: divided by a scale per tensor that maps its largest "
+                "magnitude onto the format's; an unscaled integer has step 1. Relative error: the norm of the error over the "
+                "norm of the numbers, all layers together, so that large numbers dominate it.",
                 *findings(summary),
             ],
             html=[tables["shares"]],
@@ -279,9 +288,13 @@ def write(folder: Path, summary: Mapping[str, Any]) -> Path:
         f"{where['device']}, {where['cores']} cores; Python {where['python']}, jax {where['jax']}, flax {where['flax']}; "
         f"{where['date']}; commit {summary['commit']}; {summary['seconds']:.0f} s."
     )
+    lead = (
+        f"What {len(rows)} formats can hold, how they represent 0.3952, and what they do to the weights and activations of "
+        f"{model['name']}."
+    )
     sections.append(Section(heading="Where and how", paragraphs=[machine], html=[report.code(summary["command"])]))
     path = folder / "report.html"
-    path.write_text(report.html_page("Number formats", sections), encoding="utf-8")
+    path.write_text(report.html_page("Number formats", sections, lead=lead), encoding="utf-8")
     return path
 
 

@@ -24,7 +24,20 @@ COLOURS = dict(
         strict=True,
     )
 )
-_PARTS = {"sign": BLACK, "exponent": PALETTE[4], "mantissa": PALETTE[5], "integer": "#D5E8F3", "unused": "white"}
+_PARTS = {"sign": BLACK, "exponent": PALETTE[4], "mantissa": PALETTE[0], "integer": "#D5E8F3", "unused": "white"}
+
+_NAMES = {  # where a format's name stands in the figure of errors: magnitude, error, alignment
+    "float64": (3e1, 1.8e-16, "bottom"),
+    "float32": (3e1, 9e-8, "bottom"),
+    "tensorfloat32": (1.5e-10, 5.5e-4, "bottom"),
+    "bfloat16": (1.5e-10, 4.3e-3, "bottom"),
+    "float16": (1.5e-4, 4.4e-4, "top"),
+    "float8_e4m3fn": (7e0, 5.7e-2, "top"),
+    "float8_e5m2": (1.2e3, 1.15e-1, "top"),
+    "float4_e2m1fn": (7.7e0, 2.5e-1, "center"),
+    "int8": (1.3e0, 4.3e-3, "bottom"),
+    "int4": (1.3e0, 8.6e-2, "center"),
+}
 
 
 def layouts(folder: Path) -> Path:
@@ -70,25 +83,14 @@ def _cells(axes: Axes, part: str, start: int, line: int, width: int) -> None:
         axes.add_patch(cell)
     if width:
         patch = {"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"} if width > 2 else None
-        ink = "white" if part == "sign" else "black"
+        ink = "white" if part in ("sign", "mantissa") else "black"
         axes.text(start + width / 2, line, str(width), ha="center", va="center", fontsize=9, color=ink, bbox=patch)
 
 
 def errors(folder: Path) -> Path:
     """The largest relative rounding error of each format against magnitude, log-log, with a cut in the vertical axis."""
     x = np.geomspace(1e-10, 1e7, 4000)
-    places = {  # where the name stands: magnitude, error
-        "float64": (3e1, 1.5e-16, "bottom"),
-        "float32": (3e1, 7.5e-8, "bottom"),
-        "tensorfloat32": (1.5e-10, 5.5e-4, "bottom"),
-        "bfloat16": (1.5e-10, 2.2e-3, "bottom"),
-        "float16": (1.5e-4, 4.4e-4, "top"),
-        "float8_e4m3fn": (2.5e-2, 5.7e-2, "top"),
-        "float8_e5m2": (1.2e3, 1.15e-1, "top"),
-        "float4_e2m1fn": (8e0, 2.5e-1, "center"),
-        "int8": (8.5e-2, 3e-2, "bottom"),
-        "int4": (4.5e-1, 1.35e-1, "bottom"),
-    }
+    dashes = {"tensorfloat32": (0, (6, 3)), "int8": (0, (4, 1, 1, 1)), "int4": (0, (4, 1, 1, 1))}
     with report.style():
         figure, (upper, lower) = plt.subplots(
             2, 1, sharex=True, figsize=(10, 6.2), gridspec_kw={"height_ratios": [4, 1]}
@@ -96,22 +98,24 @@ def errors(folder: Path) -> Path:
         for grid in GRIDS:
             error = grid.worst_error(x)
             axes = lower if grid.mantissa_bits > 10 and grid.exponent_bits else upper
-            dash = {"tensorfloat32": (0, (6, 3)), "float32": "-", "int8": (0, (4, 1, 1, 1)), "int4": (0, (4, 1, 1, 1))}
-            axes.plot(x, error, color=COLOURS[grid.name], linestyle=dash.get(grid.name, "-"), linewidth=2)
+            shown = np.where(error < 1, error, np.nan)
+            axes.plot(x, shown, color=COLOURS[grid.name], linestyle=dashes.get(grid.name, "-"), linewidth=2)
             largest = float(grid.max)
             if largest < x[-1]:
                 end = error[np.isfinite(error)][-1]
                 axes.plot([largest, largest], [end, 1], color=COLOURS[grid.name], linestyle=":", linewidth=1.2)
                 axes.plot(largest, end, "o", color=COLOURS[grid.name], markersize=5)
-            where, height, side = places[grid.name]
+            where, height, side = _NAMES[grid.name]
             axes.text(where, height, grid.name, color="black", fontsize=9, va=side)
         upper.set_ylim(1e-4, 2)
-        lower.set_ylim(2e-17, 1e-6)
-        lower.set_yticks([1e-16, 1e-12, 1e-8])
+        lower.set_ylim(2e-17, 1e-5)
+        upper.axhline(1, color=GREY, linewidth=0.8)
+        upper.text(1.5e-10, 1.1, "1: rounded to 0", fontsize=9, va="bottom")
         for axes in (upper, lower):
             axes.set_xscale("log")
             axes.set_yscale("log")
             axes.minorticks_off()
+        lower.set_yticks([1e-16, 1e-12, 1e-8])
         upper.set_xlim(x[0], x[-1])
         upper.spines["bottom"].set_visible(False)
         upper.tick_params(bottom=False)
@@ -149,14 +153,9 @@ def _ticks(axes: Axes, grids: Sequence[Grid], window: tuple[float, float], title
         else:
             axes.vlines(grid.around(max(low, 0.0), high), line - 0.28, line + 0.28, color="#666666", linewidth=0.9)
         if low <= nearest <= high:
-            axes.plot(nearest, line, "o", color=PALETTE[1], markersize=6, zorder=4)
+            axes.plot(nearest, line, "o", color=PALETTE[1], markersize=7, markeredgecolor="white", zorder=4)
         else:
-            right = nearest > high
-            axes.annotate(
-                f"{nearest:.4g}", xy=(1.0 if right else 0.0, line), xytext=(-6 if right else 6, 0), fontsize=9,
-                xycoords=("axes fraction", "data"), textcoords="offset points", va="center", ha="right" if right else "left",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-            )  # fmt: skip
+            _at_edge(axes, line, nearest, right=nearest > high)
     axes.axvline(float(VALUE), color=PALETTE[0], linewidth=1.2, zorder=3)
     axes.set_xlim(low, high)
     axes.set_ylim(len(grids) - 0.5, -0.7)
@@ -164,6 +163,20 @@ def _ticks(axes: Axes, grids: Sequence[Grid], window: tuple[float, float], title
     axes.grid(False)
     axes.spines["left"].set_visible(False)
     axes.set_title(title)
+
+
+def _at_edge(axes: Axes, line: int, number: float, *, right: bool) -> None:
+    """A number that lies outside the window."""
+    axes.annotate(
+        f"{number:.5g} ▸" if right else f"◂ {number:.5g}",
+        xy=(1.0 if right else 0.0, line),
+        xytext=(-6 if right else 6, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        fontsize=9,
+        va="center",
+        ha="right" if right else "left",
+    )
 
 
 def ranges(folder: Path, histograms: Histograms, facts: Mapping[str, str]) -> Path:
