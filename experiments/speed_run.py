@@ -151,8 +151,9 @@ def main(job: Job) -> dict[str, Any]:
 def low_precision(job: Job, subject: Subject) -> tuple[dict[str, compiled.Compiled], list[str], list[dict[str, Any]]]:
     """The float32 program and the mixed ones; `mixed` is the float32 one where that is not slower."""
     everything = {"bf16_profitable": dict.fromkeys(subject.model.names, "bfloat16")}
+    attention = "bfloat16" if job.model in ENCODERS else "float32"  # as Flax's dtype= has it
     wanted = {"fp32_tuned": subject.model} | {
-        name: apply.apply(subject.model, assignment, lowering="rule")
+        name: apply.apply(subject.model, assignment, lowering="rule", attention=attention)
         for name, assignment in (job.assignments or everything).items()
     }
     programs: dict[str, compiled.Compiled] = {}

@@ -5,6 +5,7 @@ The package exports modules, not names: `import mpjax as mp; mp.sensitivity.loca
 
 from mpjax import (
     apply,
+    attention,
     autotune,
     branch,
     compiled,
@@ -31,6 +32,7 @@ from mpjax import (
     predicted,
     problem,
     profiling,
+    quantized,
     report,
     resize,
     search,
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "apply",
+    "attention",
     "autotune",
     "branch",
     "compiled",
@@ -68,6 +71,7 @@ __all__ = [
     "predicted",
     "problem",
     "profiling",
+    "quantized",
     "report",
     "resize",
     "search",

@@ -1,7 +1,8 @@
 """Rewrite a model's parameters and dtypes by an assignment: the mixed-precision model that really executes.
 
 Weights are stored in the assigned dtype and the product is computed on operands of that dtype, accumulated in float32
-(`preferred_element_type`), through the override alone: Flax's plain `dtype=` would round the product's result, too.
+(`preferred_element_type`), through the override alone: Flax's plain `dtype=` would round the product's result, too. Weights in a
+weight-only format are multiplied out to float32 before the model runs, inside the compiled program.
 `float16_acc16` has no hardware behind it in XLA: its arithmetic is emulated in float32, its storage is real.
 """
 
@@ -12,13 +13,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from mpjax import lowering as ways
 from mpjax import partition
+from mpjax.attention import narrow
 from mpjax.emulate import Calibration, product_in
 from mpjax.formats import FLOAT32, Format, amax_scale, narrowed, parse
 from mpjax.models import Array, Layer, Model, Override, Params, Product
+from mpjax.quantized import dequantize, quantize
+
+MULTIPLIED_OUT = "multiplied_out"  # scope of weight-only weights becoming float32
 
 
 def apply(
@@ -28,6 +34,7 @@ def apply(
     calibration: Calibration | None = None,
     lowering: str | Mapping[str, str] = "own",
     activations: str = "float32",
+    attention: str = "float32",
 ) -> Model:
     """The model with each layer stored and computed in its assigned format; `model` is untouched.
 
@@ -40,6 +47,7 @@ def apply(
             (`lowering.WAYS`; lax where that way does not cover the product).
         activations: dtype in which lowered layers hand on their outputs. "float32" is the definition of every format; a narrower
             one rounds once more, and saves memory traffic on a GPU. The layers after it compute as Flax promotes.
+        attention: dtype of the operands of products without weights, "bfloat16" or "float16" for attention's scores and values.
 
     Returns:
         A Model whose params are {"weights": the params with lowered kernels, "weight_scales", "input_scales"}.
@@ -58,7 +66,7 @@ def apply(
             f"The assignment names {len(unknown)} layers that the model has not: {', '.join(unknown[:5])}. Nearest "
             f"known to the first: {', '.join(near or model.names[:3])}."
         )
-    call = _call(model, formats, lowering, activations)
+    call = _call(model, formats, lowering, activations, attention)
     kernels: dict[str, Array] = {}
     weight_scales: dict[str, Array] = {}
     input_scales: dict[str, Array] = {}
@@ -67,6 +75,10 @@ def apply(
         if fmt == FLOAT32:
             continue
         weights = partition.select(model.params, layer.block)[layer.kernel]
+        if fmt.weight_only:
+            kernels[layer.kernel], scale = quantize(weights, fmt, layer.summed)
+            weight_scales |= {} if scale is None else {layer.name: scale}
+            continue
         if fmt.scaled:
             if calibration is None or layer.name not in calibration:
                 raise ValueError(
@@ -78,14 +90,21 @@ def apply(
             weights = weights / weight_scales[layer.name]
         kernels[layer.kernel] = _cast(weights, fmt.storage, fmt)
     params = {
-        "weights": partition.replace(model.params, kernels),
+        "weights": partition.replace(model.params, kernels, reshape=True),  # two weights of four bits are one byte
         "weight_scales": weight_scales,
         "input_scales": input_scales,
     }
 
     complete = {name: formats.get(name, FLOAT32).name for name in model.names}
     return replace(
-        model, params=params, call=call, original=model, assignment=complete, lowering=lowering, activations=activations
+        model,
+        params=params,
+        call=call,
+        original=model,
+        assignment=complete,
+        lowering=lowering,
+        activations=activations,
+        attention=attention,
     )
 
 
@@ -103,17 +122,21 @@ def lowered(model: Model, lowering: str | Mapping[str, str], *, activations: str
     if model.original is None:
         return apply(model, {}, lowering=lowering, activations=activations)
     formats = {name: parse(each) for name, each in (model.assignment or {}).items()}
-    call = _call(model.original, formats, lowering, activations)
+    call = _call(model.original, formats, lowering, activations, model.attention)
     return replace(model, call=call, lowering=lowering, activations=activations)
 
 
 def _call(
-    model: Model, formats: Mapping[str, Format], lowering: str | Mapping[str, str], activations: str
+    model: Model,
+    formats: Mapping[str, Format],
+    lowering: str | Mapping[str, str],
+    activations: str,
+    attention: str,
 ) -> Callable[..., Any]:
     """What the mixed model computes, from params as `apply` makes them."""
     if activations not in ("float32", "bfloat16", "float16"):
         raise ValueError(f'activations must be "float32", "bfloat16" or "float16"; found {activations!r}.')
-    way = ways.choose(model, lowering, narrow=any_narrow(formats.values()))
+    way = ways.choose(model, lowering, narrow=attention != "float32" or any_narrow(formats.values()))
 
     def call(mixed_params: Params, *inputs: Array, override: Override | None = None) -> Any:
         if override is not None:
@@ -127,15 +150,37 @@ def _call(
             out = multiply(fmt, ways.lowered(product, way(layer, product, lhs, rhs)), lhs, rhs, both)
             return out if fmt == FLOAT32 or activations == "float32" else narrowed(out, activations)
 
-        return model.call(mixed_params["weights"], *inputs, override=execute)
+        def whole(weights: Params, *each: Array) -> Any:
+            return model.call(weights, *each, override=execute)
+
+        return narrow(whole, attention, model.names)(_multiplied_out(model, formats, mixed_params), *inputs)
 
     return call
+
+
+def _multiplied_out(model: Model, formats: Mapping[str, Format], mixed_params: Params) -> Params:
+    """The weights, those in weight-only formats as float32."""
+    found: dict[str, Array] = {}
+    for layer in model.layers:
+        fmt = formats.get(layer.name, FLOAT32)
+        if not fmt.weight_only:
+            continue
+        stored = partition.select(mixed_params["weights"], layer.block)[layer.kernel]
+        with jax.named_scope(f"{layer.name}/{MULTIPLIED_OUT}"):
+            scale = mixed_params["weight_scales"].get(layer.name)
+            found[layer.kernel] = dequantize(stored, scale, fmt, layer.kernel_shape, layer.summed)
+    return partition.replace(mixed_params["weights"], found, reshape=True) if found else mixed_params["weights"]
 
 
 def kernels(model: Model, params: Params) -> dict[str, Any]:
     """Layer -> its kernel's leaf in a tree shaped like the model's params, float32 or mixed."""
     weights = params if model.original is None else params["weights"]
     return {layer.name: partition.select(weights, layer.block)[layer.kernel] for layer in model.layers}
+
+
+def runs_narrow(model: Model) -> bool:
+    """Whether the model multiplies narrow operands for real."""
+    return model.attention != "float32" or any_narrow(map(parse, (model.assignment or {}).values()))
 
 
 def any_narrow(formats: Iterable[Format]) -> bool:

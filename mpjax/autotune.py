@@ -141,7 +141,7 @@ def tune(
     if kept is not None and (piece := kept.load("tuning")) is not None:
         return _from_json(piece.meta)
     names = list(dict.fromkeys(name for name in (model.assignment or {}).values() if name != FLOAT32.name))
-    sets = executable.option_sets(narrow=apply.any_narrow(map(parse, names)))
+    sets = executable.option_sets(narrow=apply.runs_narrow(model))
     costs = cost.measure(
         model.original or model,
         names or [FLOAT32],
@@ -264,11 +264,12 @@ class _Trials:
         function, (leaves, *inputs) = as_function(self._variant(changes, dtype), self.batches[0])
         try:
             program = executable.build(function, (leaves, *inputs), options)
+            weights = jax.device_put(leaves)
+            jax.block_until_ready(program(weights, *inputs))  # XLA:CPU compiles some products that it then cannot run
         except jax.errors.JaxRuntimeError as error:
             what = str(error).splitlines()[0][:200]
-            self.notes.append(f"{changes or 'rule'}, {executable.name(options)}: does not compile ({what})")
+            self.notes.append(f"{changes or 'rule'}, {executable.name(options)}: does not compile or run ({what})")
             return
-        weights = jax.device_put(leaves)
         self.which.append(which)
         self.runs.append(lambda *batch: jax.block_until_ready(program(weights, *batch)))
         self.samples.append(np.array([np.inf]))
@@ -276,8 +277,7 @@ class _Trials:
 
 def ways_of(model: Model, *inputs: Array) -> dict[str, str]:
     """Layer -> the way in which `model` computes it for these inputs; of a layer that runs several times, the first run's."""
-    low = map(parse, (model.assignment or {}).values())
-    choose = lowerings.choose(model, model.lowering, narrow=apply.any_narrow(low))
+    choose = lowerings.choose(model, model.lowering, narrow=apply.runs_narrow(model))
     found: dict[str, str] = {}
     for call in graph.calls(model, *inputs):
         dtype = parse((model.assignment or {}).get(call.layer, FLOAT32.name)).operand

@@ -28,6 +28,7 @@ from mpjax.executable import Executable
 from mpjax.files import write_bytes
 from mpjax.formats import parse
 from mpjax.models import Array, Batches, Layer, Model
+from mpjax.quantized import stored_bytes
 from mpjax.verification import MiscompiledError, Verification, stepwise
 
 __all__ = [
@@ -52,10 +53,13 @@ class Report:
 
     Attributes:
         rows: one flat mapping per layer: "layer", "requested" (format), "executed" (operand dtypes in the optimised program),
-            "result" (dtype), "opcode", "way", "weights" (number), "weight_bytes", "flops" (for the compiled batch), "share" of
+            "result" (dtype), "opcode", "way", "weights" (number), "weight_bytes" (as stored, with scales), "full_copy" (of a
+            weight-only format: whether the program makes float32 weights in memory before it multiplies, so that the format
+            saves storage only), "flops" (for the compiled batch), "share" of
             the time (None if not measured), "dropped" (whether the outputs that are kept do not need it).
-        program: "options", "activations", "skipped" (options that this jaxlib does not know), "weight_bytes", "peak_bytes",
-            "flops", "compile_seconds", "error" and "limit" of the verification, "outside" (share of time outside of layers).
+        program: "options", "activations", "attention", "skipped" (options that this jaxlib does not know), "weight_bytes",
+            "peak_bytes", "flops", "compile_seconds", "error" and "limit" of the verification, "outside" (share of time outside of
+            layers).
     """
 
     rows: tuple[Mapping[str, Any], ...]
@@ -96,7 +100,8 @@ class Compiled:
     `weights`: what the program takes as arguments, those that its outputs need; float32 vectors packed into the first.
     `executed`: layer -> dtypes in the optimised HLO.
     `assignment`: layer -> requested format; `lowering`: layer -> way; `activations`: dtype that lowered layers hand on.
-    `dropped`: layers that no output needs. `options`: the compiler options in force; `skipped`: what this jaxlib did not know.
+    `attention`: dtype of the operands of products without weights. `dropped`: layers that no output needs.
+    `options`: the compiler options in force; `skipped`: what this jaxlib did not know.
     `weight_bytes`, `peak_bytes` (temporaries, arguments and outputs, from XLA's memory analysis).
     """
 
@@ -107,6 +112,7 @@ class Compiled:
     assignment: Mapping[str, str]
     lowering: Mapping[str, str]
     activations: str
+    attention: str
     executed: Mapping[str, hlo.Executed]
     dropped: tuple[str, ...]
     verification: Verification
@@ -137,6 +143,7 @@ class Compiled:
             *inputs: real inputs, if each layer's share of the time is to be measured (twenty profiled runs).
         """
         text = self.program.compiled.as_text()
+        copies = hlo.copied(text, {layer.name: layer.weights for layer in self.layers}, apply.MULTIPLIED_OUT)
         names = tuple(layer.name for layer in self.layers)
         seconds = profiling.layer_seconds(lambda: self(*inputs), text, names) if inputs else None
         total = sum(seconds.values()) if seconds else 0.0
@@ -154,7 +161,8 @@ class Compiled:
                     "opcode": "" if dropped else executed.opcode,
                     "way": self.lowering.get(name, "own"),
                     "weights": layer.weights,
-                    "weight_bytes": 0 if dropped else layer.weights * parse(self.assignment[name]).bytes_per_weight,
+                    "weight_bytes": 0 if dropped else _stored(layer, self.assignment[name]),
+                    "full_copy": None if dropped or not parse(self.assignment[name]).weight_only else name in copies,
                     "flops": 0 if dropped else layer.flops * batch,
                     "share": seconds.get(name, 0.0) / total if seconds and total else None,
                     "dropped": dropped,
@@ -163,6 +171,7 @@ class Compiled:
         program = {
             "options": executable.name(self.options),
             "activations": self.activations,
+            "attention": self.attention,
             "skipped": list(self.skipped),
             "weight_bytes": self.weight_bytes,
             "peak_bytes": self.peak_bytes,
@@ -183,6 +192,7 @@ class Compiled:
             "assignment": dict(self.assignment),
             "lowering": dict(self.lowering),
             "activations": self.activations,
+            "attention": self.attention,
             "options": dict(self.options),
             "weights": [{"shape": each.shape, "dtype": str(each.dtype)} for each in self.weights],
             "executed": {name: vars(each) for name, each in self.executed.items()},
@@ -251,8 +261,7 @@ def compile(  # noqa: A001 - the design's name
     wanted = model.lowering if lowering is None else lowering
     if isinstance(wanted, str) and wanted == "auto":
         wanted = autotune.tune(model, batches, activations=(model.activations,), cache=cache, progress=progress)
-    low = [parse(each) for each in (model.assignment or {}).values()]
-    sets = executable.option_sets(narrow=apply.any_narrow(low))
+    sets = executable.option_sets(narrow=apply.runs_narrow(model))
     if isinstance(wanted, Tuning):
         model = apply.lowered(model, wanted.lowering, activations=wanted.activations)
         sets = (dict(wanted.options), *(each for each in sets if each != wanted.options))
@@ -266,10 +275,10 @@ def compile(  # noqa: A001 - the design's name
     for options in sets:
         try:
             program = executable.build(function, (weights, *batches[0]), options)
-        except jax.errors.JaxRuntimeError as error:
-            errors.append(f"{executable.name(options)}: does not compile ({str(error).splitlines()[0][:200]})")
+            verification = expected.verify(lambda *batch, run=program: run(weights, *batch))
+        except jax.errors.JaxRuntimeError as error:  # XLA:CPU compiles some products that it then cannot run
+            errors.append(f"{executable.name(options)}: does not compile or run ({str(error).splitlines()[0][:200]})")
             continue
-        verification = expected.verify(lambda *batch, run=program: run(weights, *batch))
         if verification.agrees:
             break
         errors.append(f"{executable.name(program.options)}: {verification.reason}")
@@ -292,6 +301,7 @@ def compile(  # noqa: A001 - the design's name
         assignment=dict(model.assignment or dict.fromkeys(model.names, "float32")),
         lowering=autotune.ways_of(model, *batches[0]),
         activations=model.activations,
+        attention=model.attention,
         executed=hlo.executed_dtypes(program.compiled.as_text(), model.names),
         dropped=_dropped(model, needed),
         verification=verification,
@@ -468,6 +478,10 @@ def _check_inputs(inputs: Sequence[Any], specs: Sequence[jax.ShapeDtypeStruct]) 
     expected = tuple((spec.shape, np.dtype(spec.dtype)) for spec in specs)
     if found != expected:
         raise ValueError(f"Expected inputs {expected}, found {found}: compile again for other shapes or dtypes.")
+
+
+def _stored(layer: Layer, fmt: str) -> int:
+    return stored_bytes(parse(fmt), layer.kernel_shape, layer.summed)
 
 
 def _finite(value: float) -> float | None:

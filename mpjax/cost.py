@@ -26,6 +26,8 @@ from mpjax import apply, executable, graph, timing
 from mpjax import lowering as lowerings
 from mpjax.formats import FLOAT32, FORMATS, Format, parse_all
 from mpjax.models import Array, Model, check_batches
+from mpjax.product import flops
+from mpjax.quantized import dequantize, quantize, stored_bytes
 
 _CLEARLY = 0.9  # of the rule's time: what another way must take, alone, to be preferred
 
@@ -310,15 +312,16 @@ def _static(model: Model, low: tuple[Format, ...], inputs: Sequence[Array], call
         return np.array([sum(call.runs * size(call) for call in each) for each in own], np.int64)
 
     widths = [jnp.dtype(fmt.operand).itemsize for fmt in low]
-    storage = [fmt.bytes_per_weight for fmt in low]
     read, written = count(lambda call: _size(call.lhs)), count(lambda call: _size(call.out))
     return Costs(
         layers=model.names,
         formats=tuple(fmt.name for fmt in low),
         examples=examples,
-        weight_bytes=np.outer([layer.weights for layer in model.layers], storage),
+        weight_bytes=np.array(
+            [[stored_bytes(fmt, layer.kernel_shape, layer.summed) for fmt in low] for layer in model.layers], np.int64
+        ),
         activation_bytes=(np.outer(read, widths) + 4 * written[:, None]) // examples,
-        flops=count(lambda call: 2 * _size(call.out) * _size(call.rhs) // max(call.rhs.shape[-1], 1)) // examples,
+        flops=count(lambda call: flops(call.product, call.lhs, call.rhs, call.out)) // examples,
         runs=count(lambda call: 1),
     )
 
@@ -372,14 +375,18 @@ def _programs(fmt: Format, call: graph.Call, way: str) -> timing.Programs:
         return rng.standard_normal(spec.shape).astype(np.float32)
 
     scale = np.ones((), np.float32) if fmt.scaled else None
-    weights = numbers(call.rhs).astype(jnp.dtype(fmt.storage))
+    weights: Any = numbers(call.rhs)
+    weights = quantize(weights, fmt, call.product.summed) if fmt.weight_only else weights.astype(jnp.dtype(fmt.storage))
     bias = None if call.bias is None else numbers(call.bias)
     lhs = numbers(call.lhs)
 
-    def product(lhs: Array, weights: Array, bias: Array | None, scale: Array | None) -> Array:
+    def product(lhs: Array, weights: Any, bias: Array | None, scale: Array | None) -> Array:
+        if fmt.weight_only:
+            stored, scales = weights
+            weights = dequantize(stored, scales, fmt, call.rhs.shape, call.product.summed)
         return apply.multiply(fmt, replace(call.product, bias=bias), lhs, weights, scale)
 
-    def whole(lhs: Array, weights: Array, bias: Array | None, scale: Array | None) -> Array:
+    def whole(lhs: Array, weights: Any, bias: Array | None, scale: Array | None) -> Array:
         return product(apply.operand(fmt, lhs, scale), weights, bias, scale)
 
     rest = (weights, bias, scale)

@@ -9,6 +9,7 @@ last and rounded. (The product of two float16 numbers is exact in float32, so fu
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from mpjax.formats import FLOAT32, Format, amax_scale, parse_all, round_to
 from mpjax.models import Array, Batches, Layer, Model, Override, Params, Product, check_batches
+from mpjax.quantized import round_weights
 
 Calibration = Mapping[str, float]  # layer name -> largest |activation| at its input
 
@@ -70,6 +72,8 @@ def product_in(fmt: Format, product: Product, lhs: Array, rhs: Array, *, amax: f
     """
     if fmt == FLOAT32:
         return product(lhs, rhs)
+    if fmt.weight_only:
+        return product(lhs, round_weights(rhs, fmt, product.summed))
     if fmt.scaled:
         if amax is None:
             raise ValueError(
@@ -169,22 +173,16 @@ def _amax(calibration: Calibration | None, layer: Layer) -> float | None:
 def _accumulate_float16(product: Product, lhs: Array, rhs: Array) -> Array:
     """The product with one float16 accumulator per output number; float32 arrays that hold float16 values."""
     if product.kind == "dot":
-        (lhs_dims, rhs_dims), (lhs_batch, rhs_batch) = product.dimension_numbers
-        if (tuple(lhs_dims), tuple(rhs_dims)) != ((lhs.ndim - 1,), (0,)) or lhs_batch or rhs_batch:
-            raise NotImplementedError(
-                f"float16_acc16 is defined here for (…, n) x (n, m) products; found {product.dimension_numbers}."
-            )
-        out = _accumulate_taps([lhs], rhs.reshape(1, 1, *rhs.shape))
-        return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
+        return _dot_float16(product, lhs, rhs)
     spatial = lhs.ndim - 2
-    if any(each != 1 for each in product.lhs_dilation):
-        raise NotImplementedError("float16_acc16 is not defined here for convolutions with input dilation.")
     window = rhs.shape[:spatial]
     dilated = [(size - 1) * step + 1 for size, step in zip(window, product.rhs_dilation, strict=True)]
     padding = product.padding
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(lhs.shape[1:-1], dilated, product.window_strides, padding)
-    padded = jnp.pad(lhs, [(0, 0), *padding, (0, 0)])
+    between = [each - 1 for each in product.lhs_dilation or (1,) * spatial]  # zeros, of a transposed convolution
+    pads = [(low, high, inner) for (low, high), inner in zip(padding, between, strict=True)]
+    padded = jax.lax.pad(lhs, jnp.zeros((), lhs.dtype), [(0, 0, 0), *pads, (0, 0, 0)])
     groups, features = product.feature_group_count, rhs.shape[-1]
     taps = []
     for offset in np.ndindex(*window):
@@ -196,6 +194,20 @@ def _accumulate_float16(product: Product, lhs: Array, rhs: Array) -> Array:
     weights = rhs.reshape(len(taps), rhs.shape[spatial], groups, features // groups)
     out = _accumulate_taps(taps, jnp.swapaxes(weights, 1, 2))
     return out.reshape(*out.shape[:-2], features)
+
+
+def _dot_float16(product: Product, lhs: Array, rhs: Array) -> Array:
+    """Of a dot over any axes: batch axes, free axes of `lhs`, free axes of `rhs`, as lax orders them."""
+    (contract, over), (batch, batch_rhs) = product.dimension_numbers
+    free = [axis for axis in range(lhs.ndim) if axis not in (*contract, *batch)]
+    free_rhs = [axis for axis in range(rhs.ndim) if axis not in (*over, *batch_rhs)]
+    size = math.prod(lhs.shape[axis] for axis in contract)
+    shape = [lhs.shape[axis] for axis in (*batch, *free)] + [rhs.shape[axis] for axis in free_rhs]
+    count = math.prod(lhs.shape[axis] for axis in batch)
+    x = lhs.transpose(*batch, *free, *contract).reshape(count, -1, size)
+    weights = rhs.transpose(*batch_rhs, *over, *free_rhs).reshape(count, size, -1)
+    out = jax.vmap(lambda a, b: _accumulate_taps([a], b[None, None]))(x, weights)
+    return out.reshape(shape)
 
 
 def _accumulate_taps(taps: Sequence[Array], weights: Array) -> Array:

@@ -27,7 +27,9 @@ class Format:
     `storage`: dtype of the stored weights. `operand`: dtype to which both operands of the product are rounded.
     `accumulate`: dtype of the accumulator. `output`: dtype that the product hands to the bias and then, always as
     float32, to the next layer. `scaled`: the operands are divided by a scale (largest magnitude / largest value of
-    the format) before rounding, and the product multiplied by both scales afterwards.
+    the format) before rounding, and the product multiplied by both scales afterwards. `weight_only`: the weights are stored
+    in the format, and multiplied out to float32 before a float32 product (`quantized`). `group`: weights that share a scale
+    along the input axis; 0: all of an output channel.
     """
 
     name: str
@@ -36,16 +38,19 @@ class Format:
     accumulate: str = "float32"
     output: str = "float32"
     scaled: bool = False
+    weight_only: bool = False
+    group: int = 0
 
     @property
-    def bytes_per_weight(self) -> int:
-        """Bytes of one stored weight."""
-        return jnp.dtype(self.storage).itemsize
+    def bits(self) -> int:
+        """Bits of one stored weight, without scales."""
+        return 4 if self.storage == "int4" else 8 * jnp.dtype(self.storage).itemsize
 
     @property
     def max(self) -> float:
-        """Largest finite magnitude of an operand."""
-        return float(jnp.finfo(self.operand).max)
+        """Largest magnitude of an operand; of a weight-only format, of a stored weight (integers are symmetric)."""
+        dtype = self.storage if self.weight_only else self.operand
+        return float((jnp.iinfo if dtype.startswith("int") else jnp.finfo)(dtype).max)
 
 
 FLOAT32 = Format(name="float32", storage="float32", operand="float32")
@@ -56,6 +61,10 @@ _KNOWN = (
     Format(name="float16_acc16", storage="float16", operand="float16", accumulate="float16", output="float16"),
     Format(name="float8_e4m3fn", storage="float8_e4m3fn", operand="float8_e4m3fn", scaled=True),
     Format(name="float8_e5m2", storage="float8_e5m2", operand="float8_e5m2", scaled=True),
+    Format(name="bfloat16_w", storage="bfloat16", operand="float32", weight_only=True),
+    Format(name="float8_e4m3fn_w", storage="float8_e4m3fn", operand="float32", weight_only=True),
+    Format(name="int8_w", storage="int8", operand="float32", weight_only=True),
+    Format(name="int4_w", storage="int4", operand="float32", weight_only=True, group=32),
 )
 FORMATS: dict[str, Format] = {each.name: each for each in _KNOWN}
 
@@ -137,22 +146,15 @@ def _bfloat16_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
 def amax_scale(amax: Float[Array, ...], fmt: Format) -> Float[Array, ...]:
     """The scale that maps a largest magnitude `amax` onto the format's largest value; 1 where amax is 0.
 
-    Formats that are not scaled get 1.
+    Formats that are neither scaled nor weight-only get 1.
     """
     amax = jnp.asarray(amax, jnp.float32)
-    if not fmt.scaled:
+    if not (fmt.scaled or fmt.weight_only):
         return jnp.ones_like(amax)
     usable = jnp.isfinite(amax) & (amax > 0)
     # A scale below the smallest normal float32 would be flushed to zero, so it stops there.
     tiny = float(np.finfo(np.float32).tiny)
     return jnp.where(usable, jnp.maximum(amax / fmt.max, tiny), jnp.float32(1.0))
-
-
-def round_weights(weights: Float[Array, ...], fmt: Format) -> Float[Array, ...]:
-    """The float32 values that a layer's stored weights stand for in this format (per-tensor scale by amax)."""
-    weights = jnp.asarray(weights, jnp.float32)
-    scale = amax_scale(jnp.max(jnp.abs(weights), initial=0.0), fmt)
-    return round_to(weights / scale, fmt.storage) * scale
 
 
 def _round_bfloat16(x: Array) -> Array:

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr, Literal
 
+from mpjax import traced
 from mpjax.models import Array, Layer, Model, Product
+from mpjax.traced import INPUT, OUTPUT
 
 Edges = tuple[tuple[str, str], ...]
 _Sources = frozenset[str]
 _NONE: _Sources = frozenset()
-_INPUT, _OUTPUT = "mpjax layer input ", "mpjax layer output "
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,24 +72,24 @@ def edges(model: Model, *inputs: Array) -> Edges:
 
 def calls(model: Model, *inputs: Array) -> tuple[Call, ...]:
     """Every product of the program for these inputs, in execution order. See `edges` for arguments and errors."""
-    jaxpr, traced = _trace(model, inputs)
+    jaxpr, found = _trace(model, inputs)
     runs: Counter[int] = Counter()
-    _count(jaxpr, 1, [max(math.prod(call.lhs.shape), 1) for call in traced], runs)
+    traced.count(jaxpr, 1, [max(math.prod(call.lhs.shape), 1) for call in found], runs)
     # Flax traces a scanned body more than once: what is not in the program never runs.
-    return tuple(replace(call, runs=runs[number]) for number, call in enumerate(traced) if runs[number])
+    return tuple(replace(call, runs=runs[number]) for number, call in enumerate(found) if runs[number])
 
 
 def _trace(model: Model, inputs: Sequence[Any]) -> tuple[Jaxpr, list[Call]]:
     if not inputs:
         raise ValueError("Expected the model's inputs after the model, found none: pass one batch, *batches[0].")
     model = model.original or model
-    traced: list[Call] = []
+    found: list[Call] = []
 
     def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
-        number = len(traced)
-        out = product(checkpoint_name(lhs, f"{_INPUT}{number}"), rhs)
+        number = len(found)
+        out = product(checkpoint_name(lhs, f"{INPUT}{number}"), rhs)
         bias = None if product.bias is None else _spec(product.bias)
-        traced.append(
+        found.append(
             Call(
                 layer=layer.name,
                 product=replace(product, bias=None),
@@ -99,11 +100,11 @@ def _trace(model: Model, inputs: Sequence[Any]) -> tuple[Jaxpr, list[Call]]:
                 runs=0,
             )
         )
-        return checkpoint_name(out, f"{_OUTPUT}{number}")
+        return checkpoint_name(out, f"{OUTPUT}{number}")
 
     specs = jax.tree.map(_spec, (model.params, *inputs))
     closed = jax.make_jaxpr(lambda params, *each: model.call(params, *each, override=override))(*specs)
-    return closed.jaxpr, traced
+    return closed.jaxpr, found
 
 
 def _spec(x: Any) -> jax.ShapeDtypeStruct:
@@ -124,10 +125,10 @@ def _walk(
 
     for equation in jaxpr.eqns:
         operands = [read(atom) for atom in equation.invars]
-        mark, number = _marker(equation)
-        if mark == _INPUT:
+        mark, number = traced.marker(equation)
+        if mark == INPUT:
             found.update((producer, layers[number]) for producer in operands[0])
-        if mark == _OUTPUT:
+        if mark == OUTPUT:
             results = [frozenset({layers[number]})]
         else:
             results = _through(equation, operands, layers, found)
@@ -144,7 +145,7 @@ def _through(
         return _walk(program, sources, layers, found)
 
     name, params = equation.primitive.name, equation.params
-    programs = list(_programs(params))
+    programs = list(traced.programs(params))
     count = len(equation.outvars)
     if not programs:
         return [_union(operands)] * count
@@ -152,7 +153,7 @@ def _through(
         consts, carried = operands[: sizes[0]], operands[sizes[0] : sum(sizes)]
         return _scan(programs[0], consts, carried, operands[sum(sizes) :], params["length"], walk)
     if name == "while":
-        test, body = _program(params["cond_jaxpr"]), _program(params["body_jaxpr"])
+        test, body = traced.program(params["cond_jaxpr"]), traced.program(params["body_jaxpr"])
         first, second = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
         carry = operands[second:]
         while True:
@@ -197,27 +198,6 @@ def _scan(
     return [*carry, *stacked]
 
 
-def _count(jaxpr: Jaxpr, times: int, sizes: Sequence[int], runs: Counter[int]) -> None:
-    """Adds to `runs` how often each marked product runs; `sizes`: elements of its input in one run."""
-    for equation in jaxpr.eqns:
-        mark, number = _marker(equation)
-        if mark == _INPUT:
-            elements = math.prod(getattr(equation.invars[0].aval, "shape", ()))  # more than one run's under vmap
-            runs[number] += times * max(elements // sizes[number], 1)
-        turns = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for program in _programs(equation.params):
-            _count(program, times * turns, sizes, runs)
-
-
-def _marker(equation: Any) -> tuple[str, int]:
-    """Which of our two markers an equation is, and of which call; ("", 0) for all others."""
-    text = str(equation.params.get("name", "")) if equation.primitive.name == "name" else ""
-    for mark in (_INPUT, _OUTPUT):
-        if text.startswith(mark):
-            return mark, int(text.removeprefix(mark))
-    return "", 0
-
-
 def _scan_sizes(params: Mapping[str, Any]) -> list[int] | None:
     """How many operands of a scan are constants and how many are carried; None where this jax does not say it as known."""
     if "num_consts" in params and "num_carry" in params:
@@ -232,18 +212,6 @@ def _same_shapes(equation: Any, program: Jaxpr) -> bool:
     inner = ([each.aval for each in atoms] for atoms in (program.invars, program.outvars))
     shapes = [[[getattr(aval, "shape", None) for aval in avals] for avals in both] for both in (outer, inner)]
     return shapes[0] == shapes[1]
-
-
-def _programs(params: Mapping[str, Any]) -> Iterator[Jaxpr]:
-    """The jaxprs inside an equation."""
-    for value in params.values():
-        for each in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(each, ClosedJaxpr | Jaxpr):
-                yield _program(each)
-
-
-def _program(jaxpr: Any) -> Jaxpr:
-    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
 
 
 def _union(sources: Iterable[_Sources]) -> _Sources:

@@ -7,9 +7,10 @@ Layers are found by their named scope in the instructions' `op_name` metadata.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 _DTYPES = {
@@ -24,6 +25,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(?[a-
 _OPCODE = re.compile(r"(?:[\])}>]|\)) (?P<opcode>[a-z][\w\-]*)\(")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _TYPE = re.compile(r"\b(pred|[suf]\d+\w*|bf16)\[")
+_SHAPE = re.compile(r"\b(?P<dtype>pred|[suf]\d+\w*|bf16)\[(?P<sizes>[\d,]*)\]")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
@@ -94,6 +96,32 @@ def executed_dtypes(text: str, layers: Sequence[str]) -> dict[str, Executed]:
         if (name := owner(each.scope)) is not None:
             by_layer[name].append(each)
     return {name: _executed(name, found) for name, found in by_layer.items()}
+
+
+def copied(text: str, sizes: Mapping[str, int], scope: str) -> set[str]:
+    """Layers for which the program keeps an array of at least so many numbers in memory, made in a scope below the layer's.
+
+    Args:
+        text: of an optimised program.
+        sizes: layer -> number of elements.
+        scope: name of the scope.
+    """
+    found, inside = set(), ""
+    fused = {match[1] for match in _CALLS.finditer(text)}  # what a fusion computes on the way is not kept
+    patterns = {name: re.compile(rf"(?:^|/){re.escape(name)}/{re.escape(scope)}(?:/|$)") for name in sizes}
+    for line in text.splitlines():
+        if (head := _COMPUTATION.match(line)) is not None:
+            inside = head["name"]
+        match, op_name = _INSTRUCTION.match(line), _OP_NAME.search(line)
+        if match is None or op_name is None or inside in fused or scope not in op_name.group(1):
+            continue
+        shape = _SHAPE.search(line.split(" = ", 1)[1])
+        count = math.prod(int(each) for each in shape["sizes"].split(",") if each) if shape else 0
+        wide = shape is not None and shape["dtype"] in ("f32", "bf16", "f16")
+        found |= {
+            name for name, each in patterns.items() if wide and count >= sizes[name] and each.search(op_name.group(1))
+        }
+    return found
 
 
 def owners(text: str, layers: Sequence[str]) -> dict[str, str | None]:

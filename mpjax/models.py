@@ -5,129 +5,39 @@ Everything mpjax does to a layer (emulation, local-rounding taps, low-precision 
     override(layer, product, lhs, rhs) -> out
 
 called in place of each layer's product: `lhs` the activations, `rhs` the weights, `product` a frozen description that
-can be called (`product(lhs, rhs)` is the product as the model computes it, bias included). Only Flax's public hooks are
-used: `promote_dtype`, `dot_general` and `conv_general_dilated`. Linen modules are reached through `nn.intercept_methods`,
-NNX modules by setting the same hooks on a merged copy; the user's object is never changed.
+can be called (`product(lhs, rhs)` is the product as the model computes it). How it gets there: `hooks`.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from mpjax import hooks
+from mpjax.hooks import Session
 from mpjax.partition import Block
+from mpjax.product import Array as Array
+from mpjax.product import Layer as Layer
+from mpjax.product import OtherParameter as OtherParameter
+from mpjax.product import Override as Override
+from mpjax.product import Params as Params
+from mpjax.product import Product as Product
+from mpjax.product import flops as flops_of
+from mpjax.traced import INPUT, count
 
-Array = jax.Array
-Params = Any
 Batches = Sequence[tuple[Array, ...]]
-Override = Callable[["Layer", "Product", Array, Array], Array]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layer:
-    """A module that multiplies its own weights with its input.
-
-    `name`: slash path. `kernel`, `bias`: slash paths in the model's params. Shapes are those of the example
-    inputs, `flops` are per example (first axis) and over all `calls`, two per multiply-add.
-    """
-
-    name: str
-    kind: str
-    kernel: str
-    bias: str | None
-    kernel_shape: tuple[int, ...]
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    groups: int
-    calls: int
-    flops: int
-
-    @property
-    def block(self) -> Block:
-        """The parameters that a format lowers."""
-        return Block(name=self.name, paths=(self.kernel,))
-
-    @property
-    def weights(self) -> int:
-        """Number of weights in the kernel."""
-        return int(np.prod(self.kernel_shape))
-
-
-@dataclass(frozen=True, kw_only=True)
-class OtherParameter:
-    """A parameter that no format lowers, and why."""
-
-    path: str
-    shape: tuple[int, ...]
-    owner: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Product:
-    """One dot or convolution, and the bias added to it.
-
-    `kind`: "dot" | "conv". For a dot only `dimension_numbers` and `precision` say something. `function` is the
-    module's own hook, or the plain lax function; `extra` what else Flax hands to it (`preferred_element_type`, say).
-    """
-
-    kind: str
-    function: Callable[..., Array]
-    dimension_numbers: Any
-    precision: Any = None
-    window_strides: tuple[int, ...] = ()
-    padding: Any = None
-    lhs_dilation: tuple[int, ...] = ()
-    rhs_dilation: tuple[int, ...] = ()
-    feature_group_count: int = 1
-    bias: Array | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def __call__(self, lhs: Array, rhs: Array) -> Array:
-        """The product as the model computes it, bias included."""
-        return self.add_bias(self.multiply(lhs, rhs))
-
-    def multiply(self, lhs: Array, rhs: Array, *, accumulate: str | None = None) -> Array:
-        """The product without bias.
-
-        `accumulate`: dtype of accumulation and result where the operands are narrower (`preferred_element_type`). A
-        hook that has no such argument gets its operands converted up first: the result is the same.
-        """
-        if accumulate is not None and not _takes_preferred_type(self.function):
-            lhs, rhs, accumulate = lhs.astype(accumulate), rhs.astype(accumulate), None
-        extra = dict(self.extra) if accumulate is None else {"preferred_element_type": jnp.dtype(accumulate)}
-        if self.kind == "dot":
-            return self.function(lhs, rhs, self.dimension_numbers, precision=self.precision, **extra)
-        return self.function(
-            lhs,
-            rhs,
-            self.window_strides,
-            self.padding,
-            lhs_dilation=self.lhs_dilation,
-            rhs_dilation=self.rhs_dilation,
-            dimension_numbers=self.dimension_numbers,
-            feature_group_count=self.feature_group_count,
-            precision=self.precision,
-            **extra,
-        )
-
-    def add_bias(self, out: Array) -> Array:
-        """`out` plus the bias, added in the dtype of `out`."""
-        if self.bias is None:
-            return out
-        bias = self.bias.astype(out.dtype)
-        return out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +56,7 @@ class Model:
     assignment: Mapping[str, str] | None = None
     lowering: str | Mapping[str, str] = "own"
     activations: str = "float32"
+    attention: str = "float32"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -174,17 +85,23 @@ class OverrideNotReached(RuntimeError):
     """A product ran without passing through the override."""
 
 
+class ModelError(ValueError):
+    """A module that cannot be called with the given inputs."""
+
+
 def from_linen(module: nn.Module, variables: Mapping[str, Any], *example: Array, **kwargs: Any) -> Model:
     """A linen module as a Model.
 
     Args:
-        module: any linen module; its Dense and Conv submodules become layers, wherever they are.
+        module: any linen module. Its Dense, DenseGeneral, Conv, ConvLocal, ConvTranspose and Einsum submodules become layers,
+            wherever they are, and so does each weight that a module of one's own multiplies with its input.
         variables: as `module.init` returns them; everything beside "params" is held constant.
         *example: inputs, leading axis = example; only shapes and dtypes are used.
-        **kwargs: handed to `module.apply` at each call (`train=False`, say).
+        **kwargs: handed to `module.apply` at each call (`train=False`, `deterministic=True`, say).
 
     Raises:
         ValueError: no "params", no example input, or no layer that a format could lower.
+        ModelError: the module cannot be called so; the message gives Flax's own words.
     """
     variables = dict(variables)
     if "params" not in variables:
@@ -193,40 +110,30 @@ def from_linen(module: nn.Module, variables: Mapping[str, Any], *example: Array,
         )
     params = variables.pop("params")
 
-    def run(run_params: Params, inputs: tuple[Array, ...], session: _Session) -> Any:
-        with nn.intercept_methods(_linen_interceptor(session)):
+    def run(run_params: Params, inputs: tuple[Array, ...], session: Session) -> Any:
+        with nn.intercept_methods(hooks.linen_interceptor(session)):
             return module.apply({**variables, "params": run_params}, *inputs, **kwargs)
 
     return _build(run, params, example)
 
 
 def from_nnx(module: nnx.Module, *example: Array, **kwargs: Any) -> Model:
-    """An NNX module as a Model: its Linear and Conv submodules become layers. `module` itself is not changed.
+    """An NNX module as a Model: Linear, LinearGeneral, Conv, ConvTranspose, Einsum and modules of one's own, as in `from_linen`.
 
-    Params are the pure dict of its `nnx.Param` state, whose paths agree with linen's; all other state is held constant.
+    Params are the pure dict of its `nnx.Param` state, whose paths agree with linen's; all other state is held constant. `module`
+    itself is not changed.
 
     Raises:
         ValueError: no example input, or no layer that a format could lower.
+        ModelError: the module cannot be called so; the message gives Flax's own words.
     """
     graphdef, state, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     params = nnx.to_pure_dict(state)
 
-    def run(run_params: Params, inputs: tuple[Array, ...], session: _Session) -> Any:
-        run_state = jax.tree.map(lambda leaf: leaf, state)  # a copy: replace_by_pure_dict works in place
-        nnx.replace_by_pure_dict(run_state, run_params)
-        merged = nnx.merge(graphdef, run_state, rest)
-        sub: Any
-        for path, sub in list(nnx.iter_modules(merged)):
-            session.owners["/".join(map(str, path))] = type(sub).__name__
-            hooks = _hook_of(sub, _NNX_HOOKS)
-            if hooks:
-                name = "/".join(map(str, path)) or type(sub).__name__
-                kernel, bias = _leaf_paths(path, has_bias=sub.bias is not None)
-                call = _Call(session, name, type(sub).__name__, kernel, bias)
-                own = getattr(sub, hooks)
-                setattr(sub, hooks, call.hook(hooks, own))
-                sub.promote_dtype = call.promote_tuple(sub.promote_dtype)
-        return merged(*inputs, **kwargs)
+    def run(run_params: Params, inputs: tuple[Array, ...], session: Session) -> Any:
+        copy = hooks.merged(graphdef, state, rest, run_params)
+        hooks.hook_nnx(copy, session)
+        return copy(*inputs, **kwargs)
 
     return _build(run, params, example)
 
@@ -300,206 +207,28 @@ def check_batches(batches: Batches) -> Batches:
     return batches
 
 
-# --- the machinery behind both adapters -------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class _Session:
-    """What one call of a model gathers while it is traced."""
-
-    override: Override
-    dtypes: Mapping[str, Any]  # slash path -> dtype in the model's own params
-    layers: Mapping[str, Layer] | None = None  # None: discovery
-    found: dict[str, Layer] = field(default_factory=dict)
-    reached: Counter[str] = field(default_factory=Counter)
-    owners: dict[str, str] = field(default_factory=dict)
-    narrow: list[str] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)
-    inside: bool = False
-
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        self.inside = True
-        try:
-            yield
-        finally:
-            self.inside = False
-
-
-@dataclass(kw_only=False)
-class _Call:
-    """The hooks of one layer: `promote` takes the bias away, the product hook gives it to the override."""
-
-    session: _Session
-    name: str
-    kind: str
-    kernel: str
-    bias_path: str | None
-    bias: Array | None = None
-    dtype: Any = None
-
-    def promote(self, own: Callable[..., Any], inputs: Any, kernel: Any, bias: Any, **kwargs: Any) -> tuple:
-        """As the module promotes; but a kernel that is now stored in another dtype than the model's own keeps it."""
-        own_dtype = self.session.dtypes[self.kernel]
-        lowered = kernel.dtype != own_dtype
-        stand_in = jnp.zeros((), own_dtype) if lowered else kernel
-        inputs, promoted, self.bias = own(inputs, stand_in, bias, **kwargs)
-        self.dtype = promoted.dtype
-        nothing = None if self.bias is None else jnp.zeros_like(self.bias)
-        return inputs, kernel if lowered else promoted, nothing
-
-    def promote_tuple(self, own: Callable[..., Any]) -> Callable[..., tuple]:
-        """The NNX form: one tuple of arrays."""
-
-        def hook(arrays: tuple, **kwargs: Any) -> tuple:
-            return self.promote(lambda *each, **more: own(each, **more), *arrays, **kwargs)
-
-        return hook
-
-    def promote_positional(self, own: Callable[..., Any]) -> Callable[..., tuple]:
-        """The linen form: positional arrays."""
-
-        def hook(inputs: Any, kernel: Any, bias: Any, **kwargs: Any) -> tuple:
-            return self.promote(own, inputs, kernel, bias, **kwargs)
-
-        return hook
-
-    def hook(self, which: str, own: Callable[..., Array] | None) -> Callable[..., Array]:
-        """The product hook; composes with the one that the module already has."""
-        return self._dot(own or jax.lax.dot_general) if which == "dot_general" else self._conv(own)
-
-    def _dot(self, own: Callable[..., Array]) -> Callable[..., Array]:
-        def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, **more: Any) -> Array:
-            product = Product(
-                kind="dot",
-                function=own,
-                dimension_numbers=dimension_numbers,
-                precision=precision,
-                bias=self.bias,
-                extra={name: value for name, value in more.items() if value is not None},
-            )
-            return self._run(product, lhs, rhs)
-
-        return dot_general
-
-    def _conv(self, own: Callable[..., Array] | None) -> Callable[..., Array]:
-        def conv_general_dilated(
-            lhs: Array,
-            rhs: Array,
-            window_strides: Any,
-            padding: Any,
-            lhs_dilation: Any = None,
-            rhs_dilation: Any = None,
-            dimension_numbers: Any = None,
-            feature_group_count: int = 1,
-            precision: Any = None,
-            **more: Any,
-        ) -> Array:
-            spatial = len(window_strides)
-            product = Product(
-                kind="conv",
-                function=own or jax.lax.conv_general_dilated,
-                dimension_numbers=dimension_numbers,
-                precision=precision,
-                window_strides=tuple(window_strides),
-                padding=padding if isinstance(padding, str) else tuple(tuple(pair) for pair in padding),
-                lhs_dilation=tuple(lhs_dilation or (1,) * spatial),
-                rhs_dilation=tuple(rhs_dilation or (1,) * spatial),
-                feature_group_count=feature_group_count,
-                bias=self.bias,
-                extra={name: value for name, value in more.items() if value is not None},
-            )
-            return self._run(product, lhs, rhs)
-
-        return conv_general_dilated
-
-    def _run(self, product: Product, lhs: Array, rhs: Array) -> Array:
-        session = self.session
-        session.reached[self.name] += 1
-        if session.layers is None:
-            out = product(lhs, rhs)
-            if {lhs.dtype, rhs.dtype} != {jnp.dtype(jnp.float32)}:
-                session.narrow.append(f"{self.name} ({lhs.dtype} x {rhs.dtype})")
-            session.found[self.name] = self._describe(product, lhs, rhs, out)
-            return out
-        with jax.named_scope(self.name):
-            out = session.override(session.layers[self.name], product, lhs, rhs)
-            return out.astype(product.extra.get("preferred_element_type", self.dtype))
-
-    def _describe(self, product: Product, lhs: Array, rhs: Array, out: Array) -> Layer:
-        macs = out.size * rhs.size // rhs.shape[-1]  # per output number: kernel size x input features of its group
-        seen = self.session.found.get(self.name)
-        examples = max(lhs.shape[0], 1) if lhs.ndim > 1 else 1
-        return Layer(
-            name=self.name,
-            kind=self.kind,
-            kernel=self.kernel,
-            bias=self.bias_path,
-            kernel_shape=tuple(rhs.shape),
-            input_shape=tuple(lhs.shape),
-            output_shape=tuple(out.shape),
-            groups=product.feature_group_count,
-            calls=1 + (seen.calls if seen else 0),
-            flops=2 * macs // examples + (seen.flops if seen else 0),
-        )
-
-
-_LINEN_HOOKS: dict[type, str] = {nn.Dense: "dot_general", nn.Conv: "conv_general_dilated"}
-_NNX_HOOKS: dict[type, str] = {nnx.Linear: "dot_general", nnx.Conv: "conv_general_dilated"}
-
-
-def _hook_of(module: Any, hooks: Mapping[type, str]) -> str | None:
-    return next((hook for kind, hook in hooks.items() if isinstance(module, kind)), None)
-
-
-def _linen_interceptor(session: _Session) -> Callable[..., Any]:
-    def interceptor(next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
-        module = context.module
-        if session.inside or context.method_name != "__call__":
-            return next_fun(*args, **kwargs)
-        session.owners["/".join(module.path)] = type(module).__name__
-        which = _hook_of(module, _LINEN_HOOKS)
-        if which is None:
-            return next_fun(*args, **kwargs)
-        variables = dict(module.variables)
-        kernel, bias = _leaf_paths(module.path, has_bias=module.use_bias)
-        name = "/".join(module.path) or type(module).__name__
-        if kernel not in session.dtypes:  # a model inside the model, with weights of its own
-            session.foreign.append(name)
-            return next_fun(*args, **kwargs)
-        call = _Call(session, name, type(module).__name__, kernel, bias)
-        factory = getattr(module, which + "_cls")
-        own = factory() if factory is not None else getattr(module, which)
-        changes = {
-            which: call.hook(which, own),
-            which + "_cls": None,
-            "promote_dtype": call.promote_positional(module.promote_dtype),
-        }
-        with session.guard():
-            return module.clone(parent=None, **changes).apply(variables, *args, **kwargs)
-
-    return interceptor
-
-
 def _build(
-    run: Callable[[Params, tuple[Array, ...], _Session], Any],
+    run: Callable[[Params, tuple[Array, ...], Session], Any],
     params: Params,
     example: tuple[Array, ...],
 ) -> Model:
     if not example:
         raise ValueError("Expected at least one example input after the module: layers are found by tracing it.")
     dtypes = {path: leaf.dtype for path, leaf in _named_leaves(params)}
-    discovery = _Session(override=_identity, dtypes=dtypes)
-    jax.eval_shape(lambda p, *x: run(p, x, discovery), params, *example)
-    if not discovery.found:
-        raise ValueError(
-            "Found no Dense, Linear or Conv layer that the override can reach; modules seen: "
-            f"{sorted(set(discovery.owners.values()))}. Nothing here can be lowered."
-        )
+    discovery = Session(override=_identity, dtypes=dtypes)
+    try:
+        jax.eval_shape(lambda p, *x: run(p, x, discovery), params, *example)
+    except (flax.errors.FlaxError, TypeError, ValueError) as error:
+        raise ModelError(_explained(error, example)) from error
     if discovery.foreign:
         raise OverrideNotReached(
             f"The weights of {len(discovery.foreign)} layers are not among the model's params: "
             f"{', '.join(discovery.foreign[:5])}. They belong to a module applied inside this one: make it a submodule."
+        )
+    if not discovery.found:
+        raise ValueError(
+            "Found no layer that multiplies its own weights with its input and that the override can reach; modules seen: "
+            f"{sorted(set(discovery.owners.values()))}. Nothing here can be lowered."
         )
     if discovery.narrow:
         raise ValueError(
@@ -507,25 +236,91 @@ def _build(
             f"{', '.join(discovery.narrow[:5])}. Build the module with dtype=float32 (or None) and float32 params and inputs; "
             "mpjax.apply then lowers them."
         )
-    leaves = dict(_named_leaves(params))
-    layers = {name: _stacked(layer, leaves[layer.kernel]) for name, layer in discovery.found.items()}
-    again = _Session(override=_identity, dtypes=dtypes, layers=layers)
-    jax.eval_shape(lambda p, *x: run(p, x, again), params, *example)  # a cached inner trace is skipped now
-    _check_reached(again)
+    layers, expected = _counted(run, params, example, discovery)
 
     def call(call_params: Params, *inputs: Array, override: Override | None = None) -> Any:
-        session = _Session(override=override or _identity, dtypes=dtypes, layers=layers)
+        session = Session(override=override or _identity, dtypes=dtypes, layers=layers)
         outputs = run(call_params, inputs, session)
-        _check_reached(session)
+        _check_reached(session, expected)
         return outputs
 
-    others = _others(params, tuple(layers.values()), discovery.owners)
+    others = _others(params, tuple(layers.values()), discovery)
+    missed = [each for each in others if len(each.shape) >= 2 and each.reason not in _EXPECTED]
+    if missed:
+        warnings.warn(
+            f"{len(missed)} weights stay in float32, because the override does not reach their products: "
+            f"{'; '.join(f'{each.path} ({each.owner}: {each.reason})' for each in missed[:5])}{' …' if len(missed) > 5 else ''}.",
+            stacklevel=3,
+        )
     return Model(params=params, layers=tuple(layers.values()), call=call, others=others)
 
 
-def _check_reached(session: _Session) -> None:
+_LOOKED_UP = "looked up, not multiplied"
+_EXPECTED = (hooks.NO_PRODUCT, _LOOKED_UP, "bias")  # reasons that nobody needs to be warned of
+
+
+def _counted(
+    run: Callable[[Params, tuple[Array, ...], Session], Any],
+    params: Params,
+    example: tuple[Array, ...],
+    discovery: Session,
+) -> tuple[dict[str, Layer], Mapping[str, int]]:
+    """The layers with their whole kernels (under a scan a product sees a slice), runs and FLOPs; and how often each is traced."""
+    traced: list[tuple[str, int, int]] = []  # layer, size of its input, FLOPs of one run
+
+    def mark(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+        out = product(checkpoint_name(lhs, f"{INPUT}{len(traced)}"), rhs)
+        traced.append((layer.name, max(lhs.size, 1), flops_of(product, lhs, rhs, out)))
+        return out
+
+    session = Session(override=mark, dtypes=discovery.dtypes, layers=discovery.found)
+    closed = jax.make_jaxpr(lambda p, *x: run(p, x, session))(params, *example)
+    _check_reached(session, {name: 1 for name in discovery.found})  # an inner trace that was cached is skipped now
+    runs: Counter[int] = Counter()
+    count(closed.jaxpr, 1, [size for _, size, _ in traced], runs)
+    calls, flops = Counter[str](), Counter[str]()
+    for number, (name, _, each) in enumerate(traced):
+        calls[name] += runs[number]
+        flops[name] += runs[number] * each
+    leaves, examples = dict(_named_leaves(params)), max(np.shape(example[0])[:1] or (1,))
+    return {
+        name: replace(
+            layer,
+            kernel_shape=tuple(leaves[layer.kernel].shape),
+            summed=_of_stack(layer, leaves[layer.kernel].shape),
+            calls=calls[name],
+            flops=flops[name] // max(examples, 1),
+        )
+        for name, layer in discovery.found.items()
+    }, session.reached
+
+
+def _of_stack(layer: Layer, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The summed axes in the whole kernel, which a scan slices along its first axes; None where it slices others."""
+    before = len(shape) - len(layer.kernel_shape)
+    if layer.summed is None or tuple(shape[before:]) != layer.kernel_shape:
+        return None
+    return tuple(axis + before for axis in layer.summed)
+
+
+def _explained(error: Exception, example: tuple[Array, ...]) -> str:
+    """Why a module cannot be called with these inputs, and what to do."""
+    said = str(error).strip().splitlines()
+    words = said[0] if said else type(error).__name__
+    shapes = ", ".join(f"{np.shape(each)} {jnp.result_type(each)}" for each in example)
+    hint = "Pass the inputs and keyword arguments with which module.apply works"
+    if "rng" in words.lower():
+        hint = (
+            "It asks for random numbers: turn them off (deterministic=True, train=False), or pass rngs={'dropout': key}"
+        )
+    elif "mutable" in words.lower() or "modify" in words.lower():
+        hint = "It writes to a collection: run it as for inference (train=False, use_running_average=True)"
+    return f"The module cannot be called with ({shapes}): {words} {hint}."
+
+
+def _check_reached(session: Session, expected: Mapping[str, int]) -> None:
     layers = session.layers or {}
-    missed = [name for name, layer in layers.items() if session.reached[name] < layer.calls]
+    missed = [name for name in layers if session.reached[name] < expected[name]]
     if missed:
         raise OverrideNotReached(
             f"The override did not reach the product of {len(missed)} of {len(layers)} layers: "
@@ -534,25 +329,24 @@ def _check_reached(session: _Session) -> None:
         )
 
 
-def _stacked(layer: Layer, kernel: Array) -> Layer:
-    """The layer with its whole kernel: under `nn.scan` a product sees one slice of it at a time."""
-    slices = int(np.prod(kernel.shape)) // max(layer.weights, 1)
-    return replace(layer, kernel_shape=tuple(kernel.shape), flops=layer.flops * slices)
-
-
-def _others(params: Params, layers: Iterable[Layer], owners: Mapping[str, str]) -> tuple[OtherParameter, ...]:
+def _others(params: Params, layers: Iterable[Layer], discovery: Session) -> tuple[OtherParameter, ...]:
     kernels = {layer.kernel for layer in layers}
-    biases = {layer.bias for layer in layers}
+    biases = {layer.bias for layer in layers} | {f"{each.rpartition('/')[0]}/bias" for each in kernels}
     found = []
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        path = "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in keys)
+    for path, leaf in _named_leaves(params):
         if path in kernels:
             continue
-        owner = owners.get(path.rpartition("/")[0], "")
-        is_weight = path.rpartition("/")[2] in ("kernel", "embedding")
-        reason = (
-            "bias" if path in biases else ("its product was not reached" if is_weight else "not a product's weights")
-        )
+        module = path.rpartition("/")[0]
+        owner = discovery.owners.get(module, "")
+        if path in biases:
+            reason = "bias"
+        elif path in discovery.closed or module in discovery.closed:
+            reason = discovery.closed.get(path) or discovery.closed[module]
+        elif owner == "Embed":
+            reason = _LOOKED_UP
+        else:
+            vector = np.ndim(leaf) < 2 or path.rpartition("/")[2] in ("scale", "bias")  # of a norm, maybe scanned
+            reason = hooks.NO_PRODUCT if vector else hooks.NOT_REACHED
         found.append(OtherParameter(path=path, shape=tuple(np.shape(leaf)), owner=owner, reason=reason))
     return tuple(found)
 
@@ -564,21 +358,6 @@ def _named_leaves(params: Params) -> list[tuple[str, Array]]:
 
 def _identity(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
     return product(lhs, rhs)
-
-
-def _leaf_paths(path: Iterable[Any], *, has_bias: bool) -> tuple[str, str | None]:
-    prefix = [str(each) for each in path]
-    return "/".join([*prefix, "kernel"]), "/".join([*prefix, "bias"]) if has_bias else None
-
-
-def _takes_preferred_type(function: Callable[..., Any]) -> bool:
-    if function in (jax.lax.dot_general, jax.lax.conv_general_dilated):
-        return True
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-    return "preferred_element_type" in parameters
 
 
 def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -24,10 +24,12 @@ class Block:
     Attributes:
         name: unique within its partition.
         paths: slash paths of its leaves, at least one.
+        summed: axes of its weights that the layer sums over, for formats with a scale per output channel; None: not known.
     """
 
     name: str
     paths: tuple[str, ...]
+    summed: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.paths or len(set(self.paths)) != len(self.paths):
@@ -109,8 +111,8 @@ def only(blocks: Partition, number: jax.Array, values: Mapping[str, jax.Array]) 
     }
 
 
-def replace(params: Params, values: Mapping[str, jax.Array]) -> Params:
-    """The parameters with some leaves exchanged, by path. The dtype may change, the shape may not.
+def replace(params: Params, values: Mapping[str, jax.Array], *, reshape: bool = False) -> Params:
+    """The parameters with some leaves exchanged, by path. The dtype may change, the shape only with `reshape`.
 
     Raises:
         ValueError: an unknown path, or a value of another shape.
@@ -118,7 +120,7 @@ def replace(params: Params, values: Mapping[str, jax.Array]) -> Params:
     leaves = _named_leaves(params)
     _check_known(values, leaves)
     for path, value in values.items():
-        if jnp.shape(value) != jnp.shape(leaves[path]):
+        if not reshape and jnp.shape(value) != jnp.shape(leaves[path]):
             raise ValueError(f"{path!r} has shape {jnp.shape(leaves[path])}; got {jnp.shape(value)}")
     return jax.tree.unflatten(jax.tree.structure(params), list({**leaves, **values}.values()))
 

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.formats import FLOAT32, Format, parse_all, round_weights
+from mpjax.formats import FLOAT32, Format, parse_all
 from mpjax.ledger import Ledger
 from mpjax.losses import Loss
 from mpjax.models import Array, Batches, Model, Params, check_batches
 from mpjax.partition import Partition, select_all
+from mpjax.quantized import round_weights
 
 Key = Array
 Scorer = Callable[[Model, Batches, Sequence[str | Format], Key], "Scores"]
@@ -202,12 +203,13 @@ class Rounding:
 
 
 def rounding_of(params: Params, blocks: Partition, formats: Sequence[Format], timed: Timed | None = None) -> Rounding:
-    """The rounding errors of every block's weights in every format (per-tensor scales where a format has them)."""
+    """The rounding errors of every block's weights in every format (with scales where a format has them: `quantized`)."""
     timed = timed or Timed()
     leaves = select_all(params, blocks)
+    summed = {path: block.summed for block in blocks for path in block.paths}
 
     def errors(fmt: Format, values: dict[str, Array]) -> dict[str, Array]:
-        return {path: round_weights(w, fmt).astype(w.dtype) - w for path, w in values.items()}
+        return {path: round_weights(w, fmt, summed[path]).astype(w.dtype) - w for path, w in values.items()}
 
     deltas = tuple(timed.jit(partial(errors, fmt))(leaves) for fmt in formats)
     host = [{path: np.float64(value) for path, value in delta.items()} for delta in deltas]

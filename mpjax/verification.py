@@ -129,7 +129,8 @@ def stepwise(model: Model, batches: Batches) -> Stepwise:
         ValueError: fewer.
     """
     check_inputs(batches)
-    low = model.original is not None and any(name != "float32" for name in (model.assignment or {}).values())
+    formats = {model.attention, *(model.assignment or {}).values()} - {"float32"}
+    low = model.original is not None and bool(formats)
     original = model.original or model
     expected = model if low else original  # a float32 program has to agree with what the user gave
     own = apply.lowered(model, "own") if low and model.lowering != "own" else None

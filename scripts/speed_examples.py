@@ -199,6 +199,7 @@ def main() -> None:
         ]
     report.print_table(rows, COLUMNS)
     where = report.environment(device=timing.device_name())
+    DOCS.mkdir(parents=True, exist_ok=True)
     write_json(DOCS / "examples.json", {"environment": jsonable(where), "commit": common.commit(), "rows": rows})
     print(f"{where['device']}, {where['cores']} cores, jax {where['jax']}, {where['date'][:10]}")
 

@@ -285,7 +285,7 @@ def test_options_under_which_it_does_not_compile_are_passed_over(small, monkeypa
     monkeypatch.setattr(executable, "option_sets", lambda *, narrow: ({}, executable.EXACT))
     assert compiled.compile(model, batches).options == executable.EXACT
     monkeypatch.setattr(executable, "option_sets", lambda *, narrow: ({},))
-    with pytest.raises(compiled.MiscompiledError, match="does not compile .INTERNAL: no such thing"):
+    with pytest.raises(compiled.MiscompiledError, match="does not compile or run .INTERNAL: no such thing"):
         compiled.compile(model, batches)
 
 

@@ -11,19 +11,23 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mpjax"
 
 LAYERS = {
-    **dict.fromkeys(("ledger", "metrics", "files", "pages", "windows", "resize"), 0),
-    **dict.fromkeys(("formats", "partition", "problem", "hlo", "report", "losses", "depthwise", "executable"), 1),
-    **dict.fromkeys(("models", "curvature", "branch", "plan", "profiling"), 2),
-    **dict.fromkeys(("predicted", "estimate", "lowering", "emulate", "grams", "graph"), 3),
-    **dict.fromkeys(("strategies", "scores", "gradients", "apply"), 4),
-    **dict.fromkeys(("search", "pareto", "hessian_scores", "rounding_scores", "verification", "evaluation"), 5),
-    **dict.fromkeys(("from_loss", "output_scores", "cross_terms", "timing"), 6),
-    **dict.fromkeys(("sensitivity", "cost"), 7),
-    "autotune": 8,
-    "compiled": 9,
-    "__init__": 10,
+    **dict.fromkeys(("ledger", "metrics", "files", "pages", "windows", "resize", "traced"), 0),
+    **dict.fromkeys(
+        ("formats", "partition", "problem", "hlo", "report", "losses", "depthwise", "executable", "reach"), 1
+    ),
+    **dict.fromkeys(("product", "quantized", "attention", "curvature", "branch", "plan", "profiling"), 2),
+    **dict.fromkeys(("hooks", "predicted", "estimate"), 3),
+    "models": 4,
+    **dict.fromkeys(("lowering", "emulate", "grams", "graph", "strategies", "scores"), 5),
+    **dict.fromkeys(("gradients", "apply", "search", "pareto"), 6),
+    **dict.fromkeys(("hessian_scores", "rounding_scores", "verification", "evaluation"), 7),
+    **dict.fromkeys(("from_loss", "output_scores", "cross_terms", "timing"), 8),
+    **dict.fromkeys(("sensitivity", "cost"), 9),
+    "autotune": 10,
+    "compiled": 11,
+    "__init__": 12,
 }
-FLAX = {"models", "apply"}  # the only modules that import flax
+FLAX = {"models", "hooks"}  # the only modules that import flax
 PLAIN = {
     "ledger",
     "metrics",

@@ -72,9 +72,9 @@ def test_linen_identity_override_changes_nothing(linen):
     expected = Linen().apply(variables, IMAGES)
     np.testing.assert_array_equal(model.call(model.params, IMAGES), expected)
     np.testing.assert_array_equal(model.call(model.params, IMAGES, override=recording(seen)), expected)
-    # DenseGeneral (attention's projections) is not lowered yet, so it is listed instead
-    assert [name for name, *_ in seen] == ["stem", "depthwise", "shared", "shared", "head"]
-    assert model.names == ("stem", "depthwise", "shared", "head")
+    attention = [f"attention/{each}" for each in ("query", "key", "value", "out")]
+    assert [name for name, *_ in seen] == ["stem", "depthwise", *attention, "shared", "shared", "head"]
+    assert model.names == ("stem", "depthwise", *attention, "shared", "head")
 
 
 def test_nnx_identity_override_changes_nothing(nnx_module):
@@ -91,7 +91,9 @@ def test_nnx_identity_override_changes_nothing(nnx_module):
 
 def test_layers_say_what_they_are(linen):
     _, model = linen
-    stem, depthwise, shared, head = model.layers
+    stem, depthwise, *attention, shared, head = model.layers
+    assert {each.kind for each in attention} == {"DenseGeneral"} and attention[0].kernel_shape == (8, 2, 4)
+    assert attention[0].flops == 2 * 16 * 64 == attention[3].flops and attention[3].summed == (0, 1)
     assert (stem.kind, stem.kernel, stem.bias) == ("Conv", "stem/kernel", "stem/bias")
     assert stem.output_shape == (2, 4, 4, 8) and stem.kernel_shape == (3, 3, 3, 8)
     assert stem.flops == 2 * 4 * 4 * 8 * 27
@@ -106,7 +108,7 @@ def test_others_are_listed_with_the_reason(linen):
     why = {each.path: each.reason for each in model.others}
     assert why["stem/bias"] == "bias"
     assert why["norm/scale"] == "not a product's weights"
-    assert why["attention/query/kernel"] == "its product was not reached"
+    assert why["attention/query/bias"] == "bias"
     kernels = {layer.kernel for layer in model.layers}
     paths = {
         jax.tree_util.keystr(keys, simple=True, separator="/")
@@ -114,7 +116,7 @@ def test_others_are_listed_with_the_reason(linen):
     }
     assert set(why) | kernels == paths
     text = models.summary(model)
-    assert "4 layers" in text and "attention/query/kernel" in text and "8.0 MFLOP" not in text
+    assert "8 layers" in text and "attention/query" in text and "norm/scale" in text and "8.0 MFLOP" not in text
 
 
 def test_the_override_replaces_the_result(linen):
@@ -243,7 +245,7 @@ def test_clear_errors(linen):
         models.from_linen(Linen(), variables["params"], IMAGES)
     with pytest.raises(ValueError, match="at least one example input"):
         models.from_linen(Linen(), variables)
-    with pytest.raises(ValueError, match="no Dense, Linear or Conv"):
+    with pytest.raises(ValueError, match="no layer that multiplies its own weights"):
         norm = nn.LayerNorm()
         models.from_linen(norm, norm.init(KEY, IMAGES), IMAGES)
     with pytest.raises(KeyError, match="stem"):

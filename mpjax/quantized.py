@@ -1,0 +1,111 @@
+"""Weights as a format stores them, and the float32 numbers that they stand for.
+
+| format | stored | scale |
+| --- | --- | --- |
+| `bfloat16`, `float16`, `bfloat16_w` … | the dtype | none |
+| `float8_e4m3fn`, `float8_e5m2` | the dtype | one for all weights, float32 |
+| `float8_e4m3fn_w`, `int8_w` | the dtype | one for each output channel, float32 |
+| `int4_w` | two in a byte | one for each 32 weights along the input axis (or each channel), bfloat16 |
+
+A scale is the largest magnitude that shares it, divided by the format's largest number; integers are symmetric (±127, ±7). An
+output channel is what is left of the weights' axes when those are taken away that the product sums over (`summed`).
+
+Sources: Dettmers et al., "LLM.int8()", arXiv 2208.07339 (scales per row); Frantar et al., "GPTQ", arXiv 2210.17323 (groups of
+4-bit weights).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mpjax.formats import Format, amax_scale, narrowed, round_to
+
+Summed = Sequence[int] | None  # axes of the weights that the product sums over; None: unknown, one scale for all
+
+
+def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed) -> tuple[Array, Array | None]:
+    """Weights as a weight-only format stores them: (numbers, scales), scales None where it has none.
+
+    `int4_w` gives a flat array of bytes: the first half of the weights in the lower four bits, the second in the upper.
+    """
+    if fmt.storage == "bfloat16":
+        return narrowed(weights, "bfloat16"), None
+    groups, axes = _groups(weights, fmt, summed)
+    amax = jnp.max(jnp.abs(groups), axis=axes, keepdims=True)
+    scale = amax_scale(amax, fmt).astype(scale_dtype(fmt))
+    numbers = groups / scale.astype(jnp.float32)
+    if fmt.storage.startswith("int"):
+        stored = jnp.clip(jnp.round(numbers), -fmt.max, fmt.max).astype(jnp.int8)
+    else:
+        stored = round_to(numbers, fmt.storage).astype(fmt.storage)
+    stored = stored.reshape(weights.shape)
+    return (packed(stored) if fmt.bits == 4 else stored), scale
+
+
+def dequantize(
+    stored: Array, scale: Array | None, fmt: Format, shape: Sequence[int], summed: Summed
+) -> Float[Array, ...]:
+    """The float32 weights of this shape that `quantize` stored."""
+    numbers = unpacked(stored, shape) if fmt.bits == 4 else stored
+    if scale is None:
+        return numbers.astype(jnp.float32)
+    groups, _ = _groups(numbers, fmt, summed)
+    return (groups.astype(jnp.float32) * scale.astype(jnp.float32)).reshape(tuple(shape))
+
+
+def round_weights(weights: Float[Array, ...], fmt: Format, summed: Summed = None) -> Float[Array, ...]:
+    """The float32 values that a layer's stored weights stand for in this format."""
+    weights = jnp.asarray(weights, jnp.float32)
+    if fmt.weight_only:
+        return dequantize(*quantize(weights, fmt, summed), fmt, weights.shape, summed)
+    scale = amax_scale(jnp.max(jnp.abs(weights), initial=0.0), fmt)
+    return round_to(weights / scale, fmt.storage) * scale
+
+
+def stored_bytes(fmt: Format, shape: Sequence[int], summed: Summed) -> int:
+    """Bytes of a layer's weights of this shape, with scales per channel or group (one for all weights counts nothing)."""
+    count = math.prod(shape)
+    size = -(-count * fmt.bits // 8)
+    if not fmt.weight_only or fmt.storage == "bfloat16":
+        return size
+    groups, axes = _groups(np.broadcast_to(np.zeros((), np.int8), tuple(shape)), fmt, summed)
+    return size + count // max(math.prod(groups.shape[axis] for axis in axes), 1) * jnp.dtype(scale_dtype(fmt)).itemsize
+
+
+def scale_dtype(fmt: Format) -> Any:
+    """Of the stored scales: bfloat16 for groups, of which there are many."""
+    return jnp.bfloat16 if fmt.group else jnp.float32
+
+
+def packed(numbers: Array) -> Array:
+    """Integers from -8 to 7, any shape -> (ceil(n / 2),) bytes."""
+    flat = jnp.ravel(numbers).astype(jnp.uint8) & 0xF
+    half = -(-flat.size // 2)
+    upper = jnp.pad(flat[half:], (0, 2 * half - flat.size))
+    return flat[:half] | (upper << 4).astype(jnp.uint8)
+
+
+def unpacked(stored: Array, shape: Sequence[int]) -> Array:
+    """What `packed` packed, as int8 of this shape."""
+    signed = stored.astype(jnp.int8)
+    lower, upper = (signed << 4).astype(jnp.int8) >> 4, signed >> 4
+    return jnp.concatenate([lower, upper])[: math.prod(shape)].reshape(tuple(shape))
+
+
+def _groups(weights: Any, fmt: Format, summed: Summed) -> tuple[Any, tuple[int, ...]]:
+    """The weights so that those which share a scale lie along the axes returned."""
+    axes = tuple(range(weights.ndim)) if summed is None else tuple(axis % weights.ndim for axis in summed)
+    if not fmt.group or not axes:
+        return weights, axes
+    axis = max(axes, key=lambda each: (weights.shape[each], each))  # the input channels
+    size = weights.shape[axis]
+    if size % fmt.group:
+        return weights, axes
+    shape = (*weights.shape[:axis], size // fmt.group, fmt.group, *weights.shape[axis + 1 :])
+    return weights.reshape(shape), (axis + 1,)

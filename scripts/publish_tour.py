@@ -1,0 +1,47 @@
+"""Put a run of experiments/tour.py into docs/formats.md.
+
+.venv/bin/python -m experiments.tour
+.venv/bin/python scripts/publish_tour.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from publish_estimators import check, insert  # noqa: E402
+
+from experiments.models.architectures import NAMES  # noqa: E402
+
+
+def main() -> None:
+    """Rewrite the page."""
+    summary = json.loads((ROOT / "results/tour/summary.json").read_text())
+    check(summary, ())
+    if missing := set(NAMES) - {row["architecture"] for row in summary["rows"]}:
+        raise SystemExit(f"Not published: it lacks {', '.join(sorted(missing))}.")
+    lines = [
+        "| architecture | layers | kinds | in bfloat16 | error / all low | bytes / float32 | weights left in float32 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in summary["rows"]:
+        lines.append(
+            f"| `{row['architecture']}` | {row['layers']} | {row['kinds']} | {row['layers_low']} | {row['error']:.1e} / "
+            f"{row['error_all']:.1e} | {row['weight_bytes']:,} / {row['weight_bytes_fp32']:,} | {row['left'] or '–'} |"
+        )
+    where = summary["environment"]
+    said = (
+        "Small, with random weights; each is scored, searched (bfloat16, half of the all-low error), compiled and verified. "
+        f"`{summary['command'].strip()}` on {where['device']}, Python {where['python']}, jax {where['jax']}, flax "
+        f"{where['flax']}, {where['date'][:10]}, commit {summary['commit']}, {summary['seconds']:.0f} s."
+    )
+    page = ROOT / "docs/formats.md"
+    page.write_text(
+        insert(page.read_text(), "\n".join([*lines, "", said, ""]), "<!-- tour -->", "<!-- end of tour -->")
+    )
+
+
+if __name__ == "__main__":
+    main()

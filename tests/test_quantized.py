@@ -1,0 +1,148 @@
+"""Weight-only storage: against a plain NumPy oracle, exact sizes, and through scores, search, apply, report and files."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mpjax import apply, compiled, cost, emulate, models, quantized, sensitivity
+from mpjax.formats import FORMATS, parse
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+
+NAMES = ("bfloat16_w", "float8_e4m3fn_w", "int8_w", "int4_w")
+
+
+def oracle(weights: np.ndarray, name: str, summed: tuple[int, ...] | None) -> np.ndarray:
+    """Scale by scale, in float64 but for the float32 division."""
+    if name == "bfloat16_w":
+        return weights.astype(ml_dtypes.bfloat16).astype(np.float32)
+    summed = tuple(range(weights.ndim)) if summed is None else summed
+    top = {"float8_e4m3fn_w": 448.0, "int8_w": 127.0, "int4_w": 7.0}[name]
+    out = np.zeros_like(weights)
+    axis = max(summed, key=lambda each: (weights.shape[each], each)) if summed else 0
+    grouped = name == "int4_w" and summed and weights.shape[axis] % 32 == 0
+    for index in np.ndindex(*weights.shape):
+        where = [slice(None) if a in summed else i for a, i in enumerate(index)]
+        if grouped:
+            start = index[axis] // 32 * 32
+            where = [slice(start, start + 32) if a == axis else i for a, i in enumerate(index)]
+        amax = np.abs(weights[tuple(where)]).max()
+        scale = np.float32(amax / np.float32(top)) if amax else np.float32(1)
+        if name == "int4_w":
+            scale = np.float32(ml_dtypes.bfloat16(scale))
+        number = weights[index] / scale
+        if name == "float8_e4m3fn_w":
+            stored = np.float32(np.clip(number, -top, top).astype(ml_dtypes.float8_e4m3fn))
+        else:
+            stored = np.clip(np.round(number), -top, top)
+        out[index] = np.float32(stored) * scale
+    return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("shape", "summed"),
+    [
+        ((64, 6), (0,)),
+        ((64, 3, 2), (0,)),
+        ((3, 5, 40, 4), (0, 1, 2)),
+        ((5, 7), (1,)),
+        ((4, 33), None),
+        ((2, 32, 3), (1,)),
+    ],
+)
+def test_rounding_is_the_oracles(name, shape, summed):
+    for seed in range(2):
+        weights = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+        weights[(0,) * len(shape)] = 0
+        found = quantized.round_weights(weights, FORMATS[name], summed)
+        # a scale that differs in its last bit moves a number by that, or over a midpoint
+        np.testing.assert_allclose(found, oracle(weights, name, summed), rtol=3e-7, atol=1e-7)
+        again = quantized.round_weights(found, FORMATS[name], summed)
+        np.testing.assert_allclose(again, found, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 4, 4)])
+def test_four_bits_are_packed_two_in_a_byte(shape):
+    numbers = np.random.default_rng(0).integers(-8, 8, shape).astype(np.int8)
+    stored = quantized.packed(jnp.asarray(numbers))
+    assert stored.dtype == jnp.uint8 and stored.nbytes == -(-numbers.size // 2)
+    np.testing.assert_array_equal(quantized.unpacked(stored, shape), numbers)
+
+
+def test_weights_of_zero_and_huge_ones_stay():
+    for name in NAMES:
+        np.testing.assert_array_equal(quantized.round_weights(np.zeros((4, 2), np.float32), FORMATS[name], (0,)), 0)
+        huge = np.full((64, 2), 3e38, np.float32)
+        assert np.isfinite(quantized.round_weights(huge, FORMATS[name], (0,))).all()
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), name="conv")(x)).mean((1, 2))
+        return nn.Dense(6, name="second")(nn.relu(nn.Dense(64, name="first")(x)))
+
+
+@pytest.fixture(scope="module")
+def net():
+    keys = jax.random.split(jax.random.key(0), 3)
+    batches = [(jax.random.normal(key, (4, 8, 8, 5), jnp.float32),) for key in keys[1:]]
+    return models.from_linen(Net(), Net().init(keys[0], *batches[0]), *batches[0]), batches
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_they_go_through_scores_apply_compile_report_and_files(net, name, tmp_path):
+    model, batches = net
+    fmt = parse(name)
+    scores = sensitivity.local_rounding(num_probes=None)(model, batches, (name,), jax.random.key(0))
+    assert np.isfinite(scores.value).all() and (scores.value > 0).all()
+    assert {f"{each}" for each in scores.status.ravel()} == {"ok"}
+    # the score of a layer is half the mean squared change of the outputs, as measured, where it is the last
+    alone = apply.apply(model, {"second": name})
+    change = np.stack([alone.call(alone.params, *b) - model.call(model.params, *b) for b in batches])
+    np.testing.assert_allclose(scores.value[2, 0], 0.5 * (np.float64(change) ** 2).sum(-1).mean(), rtol=1e-4)
+    static = cost.static(model, (name,), *batches[0])
+    mixed = apply.apply(model, dict.fromkeys(model.names, name))
+    stored = apply.kernels(mixed, mixed.params)
+    for layer, kernel, counted in zip(model.layers, stored.values(), static.weight_bytes[:, -1], strict=True):
+        scale = mixed.params["weight_scales"].get(layer.name)
+        found = kernel.nbytes + (0 if scale is None else scale.nbytes)
+        assert found == counted == quantized.stored_bytes(fmt, layer.kernel_shape, layer.summed)
+        assert kernel.nbytes == -(-layer.weights * fmt.bits // 8)
+    program = compiled.compile(mixed, batches)
+    override = emulate.in_format(dict.fromkeys(model.names, fmt))
+    for batch in batches:
+        np.testing.assert_allclose(program(*batch), model.call(model.params, *batch, override=override), atol=1e-5)
+    report = program.report()
+    assert [row["weight_bytes"] for row in report.rows] == static.weight_bytes[:, -1].tolist()
+    assert all(isinstance(row["full_copy"], bool) for row in report.rows)
+    small, whole = (
+        program.export(tmp_path / "low.mpjax"),
+        compiled.compile(model, batches).export(tmp_path / "whole.mpjax"),
+    )
+    saved = 4 * sum(layer.weights for layer in model.layers) - static.weight_bytes[:, -1].sum()
+    assert abs((whole.stat().st_size - small.stat().st_size) - saved) < 8000  # headers and programs differ
+    np.testing.assert_array_equal(compiled.load(small)(*batches[0]), program(*batches[0]))
+
+
+def test_a_full_copy_is_seen_and_its_absence_too():
+    from mpjax import hlo
+
+    text = """
+%fused (p: s8[64,6]) -> f32[64,6] {
+  ROOT %c = f32[64,6]{1,0} convert(%p), metadata={op_name="jit(f)/second/multiplied_out/convert"}
+}
+
+ENTRY %main (a: s8[64,6]) -> f32[4,6] {
+  %a = s8[64,6]{1,0} parameter(0)
+  %f = f32[64,6]{1,0} fusion(%a), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/second/multiplied_out/convert"}
+  ROOT %d = f32[4,6]{1,0} dot(%x, %f), metadata={op_name="jit(f)/second/dot_general"}
+}
+"""
+    assert hlo.copied(text, {"second": 384, "first": 384}, "multiplied_out") == {"second"}
+    inside = text.replace("%f = f32[64,6]{1,0} fusion", "%f = f32[4,6]{1,0} fusion")
+    assert hlo.copied(inside, {"second": 384}, "multiplied_out") == set()

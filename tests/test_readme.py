@@ -1,0 +1,28 @@
+"""README's examples run as they stand, each in an interpreter of its own."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"<!-- example: (\w+) -->\n```python\n(.*?)```\n<!-- end of example -->", README, re.DOTALL))
+
+
+def test_both_kinds_of_module_have_one():
+    assert set(EXAMPLES) == {"linen", "nnx"}
+    for code in EXAMPLES.values():
+        assert len([line for line in code.splitlines() if line and not line.startswith(("import", "from"))]) <= 16
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_runs(name, tmp_path):
+    script = tmp_path / "example.py"
+    script.write_text(EXAMPLES[name], encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "of weights" in done.stdout and "differs from an op-by-op run" in done.stdout
+    assert ("bfloat16" if name == "linen" else "int8_w") in done.stdout
