@@ -100,7 +100,14 @@ def test_linen_modules_are_reached_and_unchanged_by_the_identity(name):
 
 
 @pytest.mark.parametrize("name", LINEN)
-@pytest.mark.parametrize("fmt", ["bfloat16", "float16_acc16", "float8_e4m3fn", "int8_w", "int4_w"])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        "bfloat16",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("float16_acc16", "float8_e4m3fn")),
+        "int4_w",
+    ],
+)
 def test_linen_modules_execute_what_is_emulated(name, fmt):
     module, x, _ = LINEN[name]
     _, model = linen(module, x)
