@@ -178,11 +178,12 @@ def run(forms: Mapping[BatchNorm, "Form"], tolerances: tuple[float, ...], advanc
     rows, searches, curves, scores = [], [], [], []
     limits: dict[str, float] = {}
     for form in forms.values():
+        _ = form.calibration  # a piece of its own, and not a part of the next one
         rows.append(form.row("fp32", "float32", None, form.baseline))
         for fmt in FORMATS:
             lowered = Assignment.uniform(form.names, fmt)
             rows.append(form.row("all", fmt, None, lowered))
-            limits[fmt] = float(np.fmin(limits.get(fmt, np.log(CLASSES)), form.both(lowered)))  # NaN is no limit
+            limits[fmt] = float(np.fmin(limits.get(fmt, np.log(CLASSES)), form.both(fmt)))  # NaN is no limit
             advance()
     for form in forms.values():
         _ = form.scores  # of all formats at once
@@ -199,7 +200,7 @@ def run(forms: Mapping[BatchNorm, "Form"], tolerances: tuple[float, ...], advanc
                     lowest.setdefault(layer, tolerance)
                 advance()
             scores += form.score_rows(fmt, lowest)
-    outputs = [form.judged(form.baseline)["heldout_logits"] for form in forms.values()]
+    outputs = [form.judged(form.baseline)["heldout"] for form in forms.values()]
     return {
         "rows": rows,
         "searches": searches,
@@ -221,7 +222,7 @@ class Form:
         self.baseline = Assignment.uniform(model.names)
         self.key = jax.random.key(seed)
         self._digest = plan.digest(data.calibration.images, data.heldout.images, data.sanity, data.labels)
-        self._judged: dict[Assignment, dict[str, Any]] = {}
+        self._judged: dict[Assignment, Mapping[str, np.ndarray]] = {}
         self._known: dict[str, dict[Assignment, Measurement]] = {fmt: {} for fmt in FORMATS}
 
     def piece(self, name: str, compute: Any, **key: Any) -> Any:
@@ -244,7 +245,6 @@ class Form:
     @functools.cached_property
     def scores(self) -> Scores:
         """Predicted KL of each layer alone in each format."""
-
         ranges = self.calibration
 
         def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
@@ -263,31 +263,35 @@ class Form:
         batches = self.data.calibration.batches
         return Evaluation(self.model, batches, FORMATS, kl_error, calibration=self.calibration)
 
-    def judged(self, assignment: Assignment) -> dict[str, Any]:
-        """Logits of an assignment on the held-out and on the labelled images, and its KL on the calibration images."""
+    def judged(self, assignment: Assignment) -> Mapping[str, np.ndarray]:
+        """(N, 1000) logits of an assignment on the held-out and on the labelled images: "heldout", "sanity"."""
         if assignment not in self._judged:
 
             def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
-                evaluation = self.evaluation
-                heldout = evaluation.over(self.data.heldout.batches).outputs(assignment)
-                sanity = evaluation.over(in_batches((normalised(self.data.sanity),), BATCH)).outputs(assignment)
-                arrays = {"heldout_logits": np.float32(heldout), "sanity_logits": np.float32(sanity)}
-                count = 2 * self.size.images + len(sanity)
-                kl = evaluation(assignment).value
-                return arrays, {"kl_calibration": kl}, Ledger(forward=count, evaluations=2)
+                heldout = self.evaluation.over(self.data.heldout.batches).outputs(assignment)
+                sanity = self.evaluation.over(in_batches((normalised(self.data.sanity),), BATCH)).outputs(assignment)
+                ledger = Ledger(forward=len(heldout) + len(sanity), evaluations=1)
+                return {"heldout": np.float32(heldout), "sanity": np.float32(sanity)}, {}, ledger
 
             name = f"outputs, {len(assignment.lowered)} layers low"
-            piece = self.piece(name, compute, assignment=dict(assignment))
-            self._judged[assignment] = {**piece.arrays, "kl_calibration": _number(piece.meta["kl_calibration"])}
+            self._judged[assignment] = self.piece(name, compute, assignment=dict(assignment)).arrays
         return self._judged[assignment]
 
     def kl(self, assignment: Assignment) -> np.ndarray:
         """(N,) KL of the held-out images."""
-        return kl_error(self.judged(assignment)["heldout_logits"], self.judged(self.baseline)["heldout_logits"])
+        return kl_error(self.judged(assignment)["heldout"], self.judged(self.baseline)["heldout"])
 
-    def both(self, assignment: Assignment) -> float:
-        """Mean KL of the calibration and the held-out images, parts of one size."""
-        return 0.5 * (self.judged(assignment)["kl_calibration"] + float(self.kl(assignment).mean()))
+    def both(self, fmt: str) -> float:
+        """Mean KL of the calibration and the held-out images, parts of one size, with all layers low."""
+        lowered = Assignment.uniform(self.names, fmt)
+
+        def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
+            ledger = Ledger(forward=self.size.images, evaluations=1)
+            return {"kl": np.array(self.evaluation(lowered).value)}, {}, ledger
+
+        kl = float(self.piece(f"all layers in {fmt}", compute).arrays["kl"])
+        self._known[fmt][lowered] = Measurement(value=kl)
+        return 0.5 * (kl + float(self.kl(lowered).mean()))
 
     def curve(self, fmt: str) -> list[dict[str, Any]]:
         """Calibration KL of prefixes of the ranking, evenly spaced; kept for the search, too."""
@@ -296,12 +300,13 @@ class Form:
         prefixes = [self.baseline.replace(dict.fromkeys(ranked[:length], fmt)) for length in lengths]
 
         def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
-            values = [self.evaluation(prefix).value for prefix in prefixes]
-            ledger = Ledger(forward=len(values) * self.size.images, evaluations=len(values))
-            return {"kl": np.array(values)}, {}, ledger
+            new = [prefix for prefix in prefixes if prefix not in known]
+            measured = known | {prefix: self.evaluation(prefix) for prefix in new}
+            ledger = Ledger(forward=len(new) * self.size.images, evaluations=len(new))
+            return {"kl": np.array([measured[prefix].value for prefix in prefixes])}, {}, ledger
 
-        kl = self.piece(f"prefixes in {fmt}", compute, lengths=lengths).arrays["kl"]
         known = self._known[fmt]
+        kl = self.piece(f"prefixes in {fmt}", compute, lengths=lengths).arrays["kl"]
         known |= {prefix: Measurement(value=float(value)) for prefix, value in zip(prefixes, kl, strict=True)}
         return [
             {"batch_norm": self.batch_norm, "format": fmt, "layers_low": length, "kl": float(value)}
@@ -341,9 +346,9 @@ class Form:
             "tolerance": tolerance,
             "layers_low": len(assignment.lowered),
             "layers": len(self.names),
-            "top1_agreement": float(agreement(low["heldout_logits"], reference["heldout_logits"]).mean()),
+            "top1_agreement": float(agreement(low["heldout"], reference["heldout"]).mean()),
             "kl": float(self.kl(assignment).mean()),
-            "sanity_top1": float(top1(low["sanity_logits"], self.data.labels).mean()),
+            "sanity_top1": float(top1(low["sanity"], self.data.labels).mean()),
         }
 
     def searched(self, fmt: str, tolerance: float, limit: float, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -395,10 +400,6 @@ def top1(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     if logits.shape[:1] != labels.shape:
         raise ValueError(f"Expected a label for each of {len(logits)} examples, found shape {labels.shape}.")
     return np.isfinite(logits).all(axis=1) & (logits.argmax(axis=1) == labels)
-
-
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else value
 
 
 if __name__ == "__main__":
