@@ -91,7 +91,7 @@ class Size:
     points: int
 
 
-FULL = Size(images=48, scored=24, probes=8, points=11)
+FULL = Size(images=56, scored=28, probes=16, points=11)
 QUICK = Size(images=12, scored=4, probes=4, points=6)
 
 
@@ -163,7 +163,7 @@ def facts(data: Data, size: Size) -> dict[str, Any]:
     return {
         "photographs": list(classifier_data.PHOTOGRAPHS),
         "videos": [assets.ASSETS[name].requirement + " " + name for name in classifier_data.VIDEOS],
-        "scenes": classifier_data.SCENES,
+        "places": classifier_data.PLACES,
         "images": size.images,
         "blocks_calibration": len(np.unique(data.calibration.block)),
         "blocks_heldout": len(np.unique(data.heldout.block)),

@@ -1,12 +1,12 @@
 """Photographs and video frames for an ImageNet classifier, without labels; and 20 labelled images as a sanity check.
 
-Sources: eight photographs that scikit-image, scikit-learn and matplotlib carry, and nine videos, which show three scenes (each
-of two by four cameras at once): eleven independent ones, however many images are cut out of them.
+Sources: eight photographs that scikit-image, scikit-learn and matplotlib carry, and nine videos of two places (one outdoors, one
+laboratory by four cameras at two times): ten independent ones, however many images are cut out of them.
 
-A photograph gives its central square and four windows in its corners. A video's picture is cut into six windows that do not
-overlap, two frames of each. Calibration and held-out images are samples of one population: the photographs, and of each
-video the windows, are dealt at random, so that none is in both parts (another camera may see the same place). What is found
-holds for these sources.
+A photograph gives its central square and four windows in its corners. A video gives two windows, left and right, which do not
+overlap, at four moments each. Calibration and held-out images are samples of one population: the photographs, and the two
+windows of each video, are dealt at random, so that none is in both parts (another camera may see the same place). What is
+found holds for these sources.
 """
 
 import re
@@ -28,14 +28,13 @@ from experiments.models.efficientnet import SIZE, normalised
 from mpjax.files import Checkpoint
 from mpjax.models import Batches
 
-SCENES = 3  # that the nine videos show
+PLACES = 2  # that the nine videos show
 BATCH = 4
 LABELLED = 20  # images of the sanity check
 
-_VERSION = 1  # part of the cache key: raise it when the images would change
+_VERSION = 2  # part of the cache key: raise it when the images would change
 _CORNER = 0.7  # side of a photograph's windows, of its short side
-_COLUMNS, _ROWS = 3, 2  # windows of a video
-_PER_PART = _COLUMNS * _ROWS // 2
+_MOMENTS = 4  # of each window of a video
 
 PHOTOGRAPHS: dict[str, Callable[[], np.ndarray]] = {
     "astronaut": skimage.data.astronaut,
@@ -158,7 +157,7 @@ def photograph_views(image: np.ndarray) -> np.ndarray:
 
 
 def video_blocks(path: str, random: np.random.Generator) -> np.ndarray:
-    """(6, 2, 224, 224, 3) uint8: six windows, each at a random moment of the first and of the second half.
+    """(2, 4, 224, 224, 3) uint8: the left and the right window, each at a random moment of each quarter of the video.
 
     Raises:
         experiments.data.DataError: OpenCV cannot decode the video.
@@ -166,18 +165,18 @@ def video_blocks(path: str, random: np.random.Generator) -> np.ndarray:
     capture = cv2.VideoCapture(path)
     try:
         total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-        if total < 2:
+        if total < _MOMENTS:
             raise DataError(f"{path}: OpenCV cannot decode this video ({total} frames).")
-        count = _COLUMNS * _ROWS
-        moments = np.stack([random.integers(0, total // 2, count), random.integers(total // 2, total, count)], axis=1)
-        found = np.zeros((count, 2, SIZE, SIZE, 3), np.uint8)
+        quarters = np.arange(_MOMENTS + 1) * total // _MOMENTS
+        moments = random.integers(quarters[:-1], quarters[1:], (2, _MOMENTS))
+        found = np.zeros((2, _MOMENTS, SIZE, SIZE, 3), np.uint8)
         for number in range(int(moments.max()) + 1):
             if not capture.grab():
                 raise DataError(f"{path}: OpenCV decoded {number} of {total} frames.")
             if (wanted := np.argwhere(moments == number)).size:
                 image = cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
-                for block, half in wanted:
-                    found[block, half] = window(image, *_corners(image.shape[0], image.shape[1])[block])
+                for side, moment in wanted:
+                    found[side, moment] = window(image, *_corners(image.shape[0], image.shape[1])[side])
     finally:
         capture.release()
     return found
@@ -186,18 +185,17 @@ def video_blocks(path: str, random: np.random.Generator) -> np.ndarray:
 def deal(
     photographs: Sequence[np.ndarray], videos: Sequence[np.ndarray], random: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """The blocks of photographs (5, …) and of videos (6, 2, …), half of each to either part.
+    """The photographs (5, …), half of them to either part, and of each video's windows (2, 4, …) one.
 
-    Each part is ordered so that the first images come from different blocks: the photographs' squares, the windows' first
+    Each part is ordered so that the first images come from different blocks: the photographs' squares and the windows' first
     frames, then the others in the same order.
     """
     parts: tuple[list[tuple[int, np.ndarray]], ...] = ([], [])
     for number, index in enumerate(random.permutation(len(photographs))):
         parts[number % 2].append((int(index), photographs[index]))
-    for number, blocks in enumerate(videos):
-        for place, index in enumerate(random.permutation(len(blocks))):
-            block = len(photographs) + number * len(blocks) + int(index)
-            parts[place // _PER_PART].append((block, blocks[index]))
+    for number, windows in enumerate(videos):
+        for part, side in zip(parts, random.permutation(2), strict=True):
+            part.append((len(photographs) + 2 * number + int(side), windows[side]))
     arrays = {}
     for name, part in zip(("calibration", "heldout"), parts, strict=True):
         turns = range(max(len(images) for _, images in part))
@@ -207,14 +205,10 @@ def deal(
     return arrays
 
 
-def _corners(height: int, width: int) -> list[tuple[int, int, int]]:
-    """Left, top and side of six squares that do not overlap, spread over the picture."""
-    side = min(height // _ROWS, width // _COLUMNS)
-    return [
-        (column * (width - side) // (_COLUMNS - 1), row * (height - side) // (_ROWS - 1), side)
-        for row in range(_ROWS)
-        for column in range(_COLUMNS)
-    ]
+def _corners(height: int, width: int) -> tuple[tuple[int, int, int], ...]:
+    """Left, top and side of two squares that do not overlap, at the edges and half-way up."""
+    side = min(height, width // 2)
+    return tuple((left, (height - side) // 2, side) for left in (0, width - side))
 
 
 def _decoded(data: bytes) -> np.ndarray:

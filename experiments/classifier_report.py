@@ -138,7 +138,7 @@ def images(facts: Mapping[str, Any]) -> list[str]:
         f"{facts['images']} calibration and {facts['images']} held-out images, from {facts['blocks_calibration']} and "
         f"{facts['blocks_heldout']} photographs and windows of videos, dealt at random. Independent sources: "
         f"{len(facts['photographs'])} photographs ({', '.join(facts['photographs'])}) and {len(facts['videos'])} videos of "
-        f"{facts['scenes']} scenes. Many of the windows show no object of ImageNet, so that the network is unsure and its first "
+        f"{facts['places']} places. Many of the windows show no object of ImageNet, so that the network is unsure and its first "
         "choice changes easily; of other images nothing is said.",
         f"Scores: {facts['probes']} random labels for each of {facts['scored']} calibration images. The {facts['sanity_images']} "
         "labelled images of foolbox are a sanity check of the imported network, not an estimate of its accuracy: one image is "

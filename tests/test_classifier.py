@@ -27,7 +27,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(6, (16, 16), strides=(16, 16), name="stem")(x)
+        x = nn.Conv(6, (2, 2), strides=(16, 16), name="stem")(x)
         if self.norm:
             x = nn.BatchNorm(use_running_average=True, name="stem_norm")(x)
         x = nn.relu(x).reshape(x.shape[0], 7, 2, 7, 2, 6).mean(axis=(2, 4)).reshape(x.shape[0], -1)
@@ -151,12 +151,12 @@ def test_the_report_is_written(ran, tmp_path, capsys) -> None:
     summary = ran[2]
     classifier_report.write(tmp_path, summary)
     page = (tmp_path / "report.html").read_text()
-    for word in ("sanity check", "kept", "folded", "3 scenes", "astronaut", "float16_acc16"):
+    for word in ("sanity check", "kept", "folded", "2 places", "astronaut", "float16_acc16"):
         assert word in page
     for name in ("kl_against_layers", "agreement", *(f"sensitivity_{fmt}" for fmt in FORMATS)):
         assert (tmp_path / f"{name}.png").stat().st_size > 5_000
     assert (tmp_path / "rows.csv").read_text().count("\n") == 1 + len(summary["rows"])
-    assert "bfloat16" in capsys.readouterr().out
+    assert "EfficientNet-Lite0 against its float32 output" in capsys.readouterr().out
 
 
 def test_findings_are_computed_from_the_numbers(ran) -> None:
@@ -217,20 +217,20 @@ def test_tolerances_that_are_no_shares_are_refused(tolerances) -> None:
 
 def test_no_block_is_in_both_parts_and_the_first_images_are_of_different_ones() -> None:
     photographs = [np.full((5, 2, 2, 3), 10 * number, np.uint8) for number in range(8)]
-    videos = [np.full((6, 2, 2, 2, 3), 100 + number, np.uint8) for number in range(9)]
+    videos = [np.full((2, 4, 2, 2, 3), 100 + number, np.uint8) for number in range(9)]
     arrays = classifier_data.deal(photographs, videos, np.random.default_rng(0))
     blocks = {name: arrays[f"{name}_block"] for name in ("calibration", "heldout")}
     assert not set(blocks["calibration"]) & set(blocks["heldout"])
     for name, block in blocks.items():
-        assert len(block) == len(arrays[f"{name}_images"]) == 4 * 5 + 9 * 3 * 2
-        assert len(set(block[: 4 + 27].tolist())) == 4 + 27
+        assert len(block) == len(arrays[f"{name}_images"]) == 4 * 5 + 9 * 4
+        assert len(set(block[:13].tolist())) == len(set(block.tolist())) == 13
         values = arrays[f"{name}_images"][:, 0, 0, 0]
         for value, number in zip(values, block, strict=True):
-            assert value == (10 * number if number < 8 else 100 + (number - 8) // 6)
+            assert value == (10 * number if number < 8 else 100 + (number - 8) // 2)
 
 
 def test_windows_of_a_video_do_not_overlap_and_lie_inside() -> None:
-    for height, width in ((994, 1768), (1080, 1920), (500, 600)):
+    for height, width in ((994, 1768), (1080, 1920), (300, 900)):
         covered = np.zeros((height, width), int)
         for x, y, side in classifier_data._corners(height, width):
             assert 0 <= x and x + side <= width and 0 <= y and y + side <= height
@@ -241,10 +241,10 @@ def test_windows_of_a_video_do_not_overlap_and_lie_inside() -> None:
 def test_views_of_a_photograph() -> None:
     image = np.zeros((300, 400, 3), np.uint8)
     image[:, 50:350, 0] = 255  # the central square
-    image[:210, :210, 1] = 255  # the upper left window
+    image[:210, :210, 1] = 255  # the upper left window, which overlaps the lower right one
     views = classifier_data.photograph_views(image)
     assert views.shape == (5, 224, 224, 3)
-    assert views[0, ..., 0].min() == 255 and views[1, ..., 1].min() == 255 and views[4, ..., 1].max() < 255
+    assert views[0, ..., 0].min() == 255 and views[1, ..., 1].min() == 255 and not views[4, 150:, 150:, 1].any()
 
 
 def test_parts_are_cut_and_batched() -> None:
@@ -281,7 +281,7 @@ def test_real_images_are_the_same_each_time() -> None:
         images, labels = classifier_data.sanity_images()
     except assets.RegistryUnreachable as error:
         pytest.skip(str(error))
-    assert [len(part.images) for part in parts] == [74, 74]
+    assert [len(part.images) for part in parts] == [56, 56]
     again = classifier_data.frames()
     assert all((a.images == b.images).all() and a.images.std() > 30 for a, b in zip(parts, again, strict=True))
     assert images.shape == (20, 224, 224, 3) and labels[:3].tolist() == [243, 559, 438]
