@@ -18,6 +18,7 @@ Writes results/classifier/: summary.json, tables (CSV, LaTeX), figures (PNG, PDF
 """
 
 import functools
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -91,7 +92,7 @@ class Size:
     points: int
 
 
-FULL = Size(images=56, scored=28, probes=16, points=11)
+FULL = Size(images=56, scored=28, probes=16, points=26)
 QUICK = Size(images=12, scored=4, probes=4, points=6)
 
 
@@ -176,14 +177,14 @@ def facts(data: Data, size: Size) -> dict[str, Any]:
 def run(forms: Mapping[BatchNorm, "Form"], tolerances: tuple[float, ...], advance: report.Advance) -> dict[str, Any]:
     """The summary's tables: rows, searches, curves, scores, and how far the two forms are apart in float32."""
     rows, searches, curves, scores = [], [], [], []
-    limits: dict[str, float] = {}
+    limits = dict.fromkeys(FORMATS, math.log(CLASSES))
     for form in forms.values():
         _ = form.calibration  # a piece of its own, and not a part of the next one
         rows.append(form.row("fp32", "float32", None, form.baseline))
         for fmt in FORMATS:
             lowered = Assignment.uniform(form.names, fmt)
             rows.append(form.row("all", fmt, None, lowered))
-            limits[fmt] = float(np.fmin(limits.get(fmt, np.log(CLASSES)), form.both(fmt)))  # NaN is no limit
+            limits[fmt] = float(np.fmin(limits[fmt], form.both(fmt)))  # NaN is no limit
             advance()
     for form in forms.values():
         _ = form.scores  # of all formats at once

@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 
 import cv2
 import matplotlib.cbook
@@ -44,7 +45,9 @@ PHOTOGRAPHS: dict[str, Callable[[], np.ndarray]] = {
     "motorcycle": lambda: skimage.data.stereo_motorcycle()[0],
     "china": lambda: sklearn.datasets.load_sample_image("china.jpg"),
     "flower": lambda: sklearn.datasets.load_sample_image("flower.jpg"),
-    "hopper": lambda: _decoded(matplotlib.cbook.get_sample_data("grace_hopper.jpg").read()),
+    "hopper": lambda: _decoded(
+        Path(str(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))).read_bytes()
+    ),
 }
 
 

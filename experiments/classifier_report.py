@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import to_hex
 from matplotlib.patches import Patch
 
 from mpjax import report
@@ -17,7 +18,6 @@ from mpjax.pages import Column, Picture, Section
 
 Row = Mapping[str, Any]
 FORM_COLOURS = {"folded": report.PALETTE[1], "kept": report.BLUE}
-LOWERED = ("#00442f", report.GREEN, "#8fd9c0")  # from the least tolerance to the largest
 NEVER = "#bbbbbb"
 SANITY = 18 / 20  # what the float32 network gets right of the labelled images
 
@@ -229,17 +229,21 @@ def sensitivity(folder: Path, summary: Mapping[str, Any], fmt: str) -> Path:
     rows = [row for row in summary["scores"] if row["format"] == fmt]
     forms = list(dict.fromkeys(row["batch_norm"] for row in rows))
     tolerances = sorted({row["tolerance"] for row in summary["searches"]})
-    colours = dict(zip(tolerances, np.resize(LOWERED, len(tolerances)).tolist(), strict=True))
+    shades = plt.get_cmap("Greens_r")(np.linspace(0, 0.6, len(tolerances)))  # the least tolerance is the darkest
+    colours = dict(zip(tolerances, map(to_hex, shades), strict=True))
+    positive = [row["score"] for row in rows if row["score"]]
     with report.style():
-        figure, axes = plt.subplots(len(forms), 1, figsize=(11, 3.0 * len(forms) + 1), sharex=True, squeeze=False)
+        figure, axes = plt.subplots(
+            len(forms), 1, figsize=(11, 3.0 * len(forms) + 1), sharex=True, sharey=True, squeeze=False
+        )
         for axis, form in zip(axes[:, 0], forms, strict=True):
             own = [row for row in rows if row["batch_norm"] == form]
             values = np.array([np.nan if row["score"] is None else row["score"] for row in own])
             shown = [colours.get(row["lowered_at"], NEVER) for row in own]
             axis.bar(range(len(own)), np.nan_to_num(values), color=shown, width=0.8)
-            if (positive := values[values > 0]).size:
+            if positive:
                 axis.set_yscale("log")
-                axis.set_ylim(bottom=positive.min() / 2)
+                axis.set_ylim(bottom=min(positive) / 2)
             axis.set_title(f"{fmt}, batch norm {form}")
             axis.set_ylabel("predicted KL, nats")
         layers = [row["layer"] for row in own]
