@@ -187,7 +187,7 @@ def _unpickle(file: io.BytesIO) -> Any:
                 f"opcode {opcode.name} at byte {position}, which no checkpoint of tensors needs: it was not run."
             )
         # The memo is a list in memory: a huge index would fill it.
-        if opcode.name.endswith("BINPUT") and not 0 <= int(argument) <= int(position or 0):
+        if opcode.name.endswith("BINPUT") and (argument or 0) > (position or 0):
             raise CheckpointError(f"memo index {argument} at byte {position}: a damaged pickle.")
     file.seek(start)
     return _Unpickler(file).load()
