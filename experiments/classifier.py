@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from scipy.special import softmax
 
 from experiments import assets, classifier_data, classifier_report, common
 from experiments.benchmarks import in_batches, kl_error
@@ -175,7 +176,7 @@ def facts(data: Data, size: Size) -> dict[str, Any]:
 
 
 def run(forms: Mapping[BatchNorm, "Form"], tolerances: tuple[float, ...], advance: report.Advance) -> dict[str, Any]:
-    """The summary's tables: rows, searches, curves, scores, and how far the two forms are apart in float32."""
+    """The summary's tables: rows, searches, curves, scores; how far the two forms are apart in float32, and how sure it is."""
     rows, searches, curves, scores = [], [], [], []
     limits = dict.fromkeys(FORMATS, math.log(CLASSES))
     for form in forms.values():
@@ -208,6 +209,7 @@ def run(forms: Mapping[BatchNorm, "Form"], tolerances: tuple[float, ...], advanc
         "curves": curves,
         "scores": scores,
         "folding_error": metrics.relative_error(outputs[0], outputs[-1]),
+        "top_probability": float(np.median(softmax(outputs[0], axis=1).max(axis=1))),
     }
 
 

@@ -70,8 +70,7 @@ HOW = (
 )
 FORMS = (
     "Folded: each batch norm multiplied into the kernel before it, a bias added; kept: the kernel as trained, and the norm in "
-    "float32 after it. In float32 the two are one function. The formats round what is multiplied, so they are not one in low "
-    "precision: one scale of float8 serves a whole kernel, whose channels the norm had made unequal."
+    "float32 after it. In float32 the two are one function; in low precision they are not, because other numbers are rounded."
 )
 
 
@@ -138,8 +137,8 @@ def images(facts: Mapping[str, Any]) -> list[str]:
         f"{facts['images']} calibration and {facts['images']} held-out images, from {facts['blocks_calibration']} and "
         f"{facts['blocks_heldout']} photographs and windows of videos, dealt at random. Independent sources: "
         f"{len(facts['photographs'])} photographs ({', '.join(facts['photographs'])}) and {len(facts['videos'])} videos of "
-        f"{facts['places']} places. Many of the windows show no object of ImageNet, so that the network is unsure and its first "
-        "choice changes easily; of other images nothing is said.",
+        f"{facts['places']} places. People and rooms are no classes of ImageNet: the network is unsure of most frames, and its "
+        "first choice changes easily. Of other images nothing is said.",
         f"Scores: {facts['probes']} random labels for each of {facts['scored']} calibration images. The {facts['sanity_images']} "
         "labelled images of foolbox are a sanity check of the imported network, not an estimate of its accuracy: one image is "
         f"{1 / facts['sanity_images']:.0%}.",
@@ -168,9 +167,15 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
             for row in summary["searches"]
             if (row["format"], row["batch_norm"]) == (fmt, forms[0])
         )
+        highest = "; ".join(_most_sensitive(summary["scores"], fmt, form) for form in forms)
         found.append(
-            f"{fmt}, all {whole[forms[0]]['layers']} layers: {said}. Layers lowered within a tolerance of {lowered}."
+            f"{fmt}, all {whole[forms[0]]['layers']} layers: {said}. Layers lowered within a tolerance of {lowered}. Most "
+            f"sensitive: {highest}."
         )
+    found.append(
+        f"In float32 the first choice has a probability of {summary['top_probability']:.0%} in the median of the "
+        f"{summary['facts']['images']} held-out images; one image is {1 / summary['facts']['images']:.1%} of agreement."
+    )
     within = [row["within_tolerance"] for row in summary["searches"]]
     found.append(f"{sum(within)} of {len(within)} results are within their limit on the held-out images, too.")
     ranks = []
@@ -215,6 +220,16 @@ def targets(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"target": target, "value": value, "limit": most, "met": value <= most if met is None else met}
         for target, value, most, met in checks
     ]
+
+
+def _most_sensitive(scores: Sequence[Row], fmt: str, form: str) -> str:
+    """The layer of the largest score, and its share of their sum; one whose score is not finite comes first."""
+    own = [row for row in scores if (row["format"], row["batch_norm"]) == (fmt, form)]
+    infinite = [row["layer"] for row in own if row["score"] is None]
+    if infinite:
+        return f"{form}, {', '.join(infinite)} (not finite)"
+    largest = max(own, key=lambda row: row["score"])
+    return f"{form}, {largest['layer']} ({largest['score'] / sum(row['score'] for row in own):.0%} of all predicted KL)"
 
 
 def _nats(value: float | None) -> str:

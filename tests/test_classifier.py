@@ -143,7 +143,10 @@ def test_a_second_run_computes_nothing_and_says_the_same(ran, monkeypatch) -> No
     forms = make_forms(folder / "pieces")
     tables = classifier.run(forms, TOLERANCES, lambda steps=1: None)
     again = report.jsonable(tables)
-    assert all(again[name] == summary[name] for name in ("rows", "searches", "curves", "scores", "folding_error"))
+    assert all(
+        again[name] == summary[name]
+        for name in ("rows", "searches", "curves", "scores", "folding_error", "top_probability")
+    )
     assert forms["kept"].pieces.ledger.as_dict() == summary["ledger"]
 
 
@@ -168,9 +171,13 @@ def test_findings_are_computed_from_the_numbers(ran) -> None:
             row["sanity_top1"] = 0.9
     for row in summary["searches"]:
         row["within_tolerance"] = row["format"] == "bfloat16"
+    for row in summary["scores"]:
+        row["score"] = 3.0 if row["layer"] == "stem" else None if row["format"] == "float16_acc16" else 0.5
     said = classifier_report.findings(summary)
     assert "batch norm folded, top-1 agreement 0%, KL not finite" in said[2]
-    assert f"{2 * len(TOLERANCES)} of {6 * len(TOLERANCES)} results are within their limit" in said[3]
+    assert "Most sensitive: folded, stem (67% of all predicted KL)" in said[0] and "classifier (not finite)" in said[1]
+    assert f"{2 * len(TOLERANCES)} of {6 * len(TOLERANCES)} results are within their limit" in said[4]
+    assert "in the median of the 8 held-out images; one image is 12.5% of agreement" in said[3]
     assert "90% with batch norm folded, 90% with batch norm kept of 20 labelled images" in said[-1]
     met = {row["target"]: row["met"] for row in classifier_report.targets(summary)}
     assert met["sanity images right in float32, at least"]
