@@ -1,7 +1,7 @@
 """An ImageNet classifier in low precision: which layers of EfficientNet-Lite0 can be lowered, batch norm folded or kept.
 
     python -m experiments.classifier            (about 8 minutes on 2 cores; again: under 1)
-    python -m experiments.classifier --quick    (about 2: fewer images, probes and points)
+    python -m experiments.classifier --quick    (about 2: fewer images, probes and tolerances)
 
 Truth is the float32 model's own output on unlabelled photographs and video frames: top-1 agreement, and KL of the
 probabilities in nats. The 20 labelled images are a sanity check (18 right in float32), too few for a claim about accuracy.
@@ -24,7 +24,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -63,7 +63,7 @@ class Config:
     """How the experiment runs."""
 
     quick: bool = False
-    """A first look: fewer images, probes and points."""
+    """A first look: fewer images, probes and points, two tolerances."""
     tolerances: tuple[float, ...] = TOLERANCES
     """Shares of the KL with all layers low."""
     results: Path = Path("results")
@@ -76,6 +76,13 @@ class Config:
     def __post_init__(self) -> None:
         if not self.tolerances or not all(0 < each <= 1 for each in self.tolerances):
             raise SystemExit(f"--tolerances: expected shares in (0, 1]; found {self.tolerances}.")
+
+    @property
+    def effective(self) -> "Config":
+        """What --quick makes of it."""
+        if not self.quick or self.tolerances != TOLERANCES:
+            return self
+        return replace(self, tolerances=(0.1, 0.5))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,7 @@ class Size:
 
 
 FULL = Size(images=56, scored=28, probes=16, points=26)
-QUICK = Size(images=12, scored=4, probes=4, points=6)
+QUICK = Size(images=8, scored=4, probes=4, points=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +125,7 @@ class Data:
 def main(config: Config) -> None:
     """Run the experiment, and print where the report is."""
     start = time.perf_counter()
+    config = config.effective
     size = QUICK if config.quick else FULL
     folder = report.run_folder(config.results, "classifier")
     environment = report.environment(device=common.device_name())

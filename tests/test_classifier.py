@@ -220,6 +220,12 @@ def test_tolerances_that_are_no_shares_are_refused(tolerances) -> None:
         Config(tolerances=tolerances)
 
 
+def test_quick_means_two_tolerances_unless_others_are_given() -> None:
+    assert Config().effective.tolerances == TOLERANCES
+    assert Config(quick=True).effective.tolerances == (0.1, 0.5)
+    assert Config(quick=True, tolerances=(0.3,)).effective.tolerances == (0.3,)
+
+
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
