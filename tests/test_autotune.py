@@ -200,7 +200,7 @@ def test_what_does_not_compile_is_left_out_with_a_note(small, instant, monkeypat
 
     monkeypatch.setattr(executable, "build", build)
     found = autotune.tune(model, batches, rounds=1)
-    assert f"rule, {executable.name(sets[1])}: does not compile (INTERNAL: no such kernel)" in found.notes
+    assert f"rule, {executable.name(sets[1])}: does not compile or run (INTERNAL: no such kernel)" in found.notes
     assert sets[1] not in [each.options for each in found.candidates] and found.options == sets[0]
 
 

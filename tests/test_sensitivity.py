@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mpjax import curvature, emulate, estimate, formats, losses, models, partition, sensitivity
+from mpjax import curvature, emulate, estimate, formats, losses, models, partition, quantized, sensitivity
 from mpjax.scores import rounding_of
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -134,7 +134,7 @@ def test_quadratic_is_half_delta_ggn_delta(seed):
                 return model.call(params, x).ravel()
 
             kernel = model.params[scope]["kernel"]
-            delta = np.float64(formats.round_weights(kernel, formats.parse(name)) - kernel).ravel()
+            delta = np.float64(quantized.round_weights(kernel, formats.parse(name)) - kernel).ravel()
             expected = 0.0
             for (x,) in batches:
                 jacobian = np.float64(jax.jacobian(outputs)(kernel, x)).reshape(-1, delta.size)
@@ -148,7 +148,7 @@ def test_quadratic_with_a_loss_of_ones_own_is_the_true_hessian():
     half = losses.Loss(name="half", value=lambda o, reference, y: jnp.sum((o - y) ** 2, -1) / 2, num_targets=1)
     labelled = [(x, target) for (x,) in batches]
     kernel = model.params["only"]["kernel"]
-    delta = np.float64(formats.round_weights(kernel, formats.parse("bfloat16")) - kernel)
+    delta = np.float64(quantized.round_weights(kernel, formats.parse("bfloat16")) - kernel)
     # linear regression: H = XᵀX / n for each output, whatever the targets are
     expected = np.mean([0.5 * np.sum((np.float64(x) @ delta) ** 2) / 6 for (x,) in batches])
     for hessian, counts in (("true", ("hvp", 12)), ("gauss_newton", ("jvp", 12))):
@@ -358,7 +358,7 @@ def test_quadratic_by_gauss_newton_is_exact(classifier, loss):
     found = of(sensitivity.quadratic(loss=loss), model, batches)
     for row, name in enumerate(model.names):
         kernel = partition.select(model.params, model.layer(name).block)[model.layer(name).kernel]
-        delta = np.float64(formats.round_weights(kernel, formats.FORMATS["bfloat16"]) - kernel).ravel()
+        delta = np.float64(quantized.round_weights(kernel, formats.FORMATS["bfloat16"]) - kernel).ravel()
         expected = 0.5 * delta @ dense_gauss_newton(model, batches, loss, name) @ delta
         assert found.value[row, 0] == pytest.approx(expected, rel=1e-3)
 
@@ -383,7 +383,7 @@ def test_hessian_scores_of_a_labelled_loss_are_those_of_the_dense_hessian(classi
             return jnp.mean(jnp.stack([jnp.mean(jax.vmap(of_example, (None, 0, 0))(k, x, y)) for x, y in batches]))
 
         hessian = np.float64(jax.hessian(mean)(flat))
-        delta = np.float64(formats.round_weights(flat, formats.FORMATS["bfloat16"]) - flat)
+        delta = np.float64(quantized.round_weights(flat, formats.FORMATS["bfloat16"]) - flat)
         gradients = np.concatenate([jax.vmap(jax.grad(of_example), (None, 0, 0))(flat, x, y) for x, y in batches])
         values = np.linalg.eigvalsh(hessian)
         assert quadratic.value[row, 0] == pytest.approx(0.5 * delta @ hessian @ delta, rel=5e-3, abs=1e-10)
@@ -495,7 +495,7 @@ def test_baselines(small):
     norm = of(sensitivity.rounding_norm(), model, batches, ("bfloat16", "float32"))
     for row, layer in enumerate(model.layers):
         kernel = partition.select(model.params, layer.block)[layer.kernel]
-        delta = np.float64(formats.round_weights(kernel, formats.FORMATS["bfloat16"]) - kernel)
+        delta = np.float64(quantized.round_weights(kernel, formats.FORMATS["bfloat16"]) - kernel)
         assert norm.value[row, 0] == pytest.approx(np.sum(delta**2), rel=1e-6)
     assert (norm.status[:, 1] == sensitivity.ZERO).all()
     assert of(sensitivity.depth(), model, batches).ranking("bfloat16") == model.names[::-1]

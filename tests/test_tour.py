@@ -32,7 +32,12 @@ LEFT = {
 }
 
 
-@pytest.mark.parametrize("name", architectures.NAMES)
+QUICK = ("mlp", "unet", "gpt", "experts")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in architectures.NAMES]
+)
 def test_layers_are_found_and_the_identity_changes_nothing(name):
     subject = architectures.architecture(name)
     model, (x,) = subject.model, subject.batches[0]
