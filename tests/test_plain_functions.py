@@ -11,6 +11,8 @@ from mpjax.formats import parse
 from mpjax.quantized import round_weights
 from mpjax.sensitivity import from_loss
 
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (20, 4), jnp.float32)
 Y = jnp.sin(X[:, :2])
@@ -19,7 +21,7 @@ FORMATS = ("bfloat16", "int8_w")
 
 def equinox_loss():
     eqx = pytest.importorskip("equinox")
-    net = eqx.nn.MLP(4, 2, 6, 2, activation=jnp.tanh, key=KEY)
+    net = eqx.nn.MLP(4, 2, 6, 2, activation=jnp.tanh, dtype=jnp.float32, key=KEY)
     params, static = eqx.partition(net, eqx.is_inexact_array)
     return lambda p: jnp.mean((jax.vmap(eqx.combine(p, static))(X) - Y) ** 2), params, 3
 
