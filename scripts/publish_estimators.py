@@ -61,7 +61,7 @@ def check(summary: dict[str, Any], models: Iterable[str] = MODELS) -> None:
     wrong = []
     if summary["config"]["quick"]:
         wrong.append("it ran with --quick")
-    if missing := set(models) - {row["model"] for row in summary["rows"]}:
+    if missing := set(models) - {row.get("model") for row in summary["rows"]}:
         wrong.append(f"it lacks {', '.join(sorted(missing))}")
     if summary["commit"].endswith("+") or summary["commit"] == "unknown":
         wrong.append(f"it ran on uncommitted changes ({summary['commit']})")
