@@ -161,11 +161,10 @@ def _call(
 def _multiplied_out(model: Model, formats: Mapping[str, Format], mixed_params: Params) -> Params:
     """The weights, those in weight-only formats as float32."""
     found: dict[str, Array] = {}
-    for layer in model.layers:
+    for layer, stored in zip(model.layers, kernels(model, mixed_params["weights"]).values(), strict=True):
         fmt = formats.get(layer.name, FLOAT32)
         if not fmt.weight_only:
             continue
-        stored = partition.select(mixed_params["weights"], layer.block)[layer.kernel]
         with jax.named_scope(f"{layer.name}/{MULTIPLIED_OUT}"):
             scale = mixed_params["weight_scales"].get(layer.name)
             found[layer.kernel] = dequantize(stored, scale, fmt, layer.kernel_shape, layer.summed)

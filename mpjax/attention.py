@@ -79,14 +79,13 @@ def _product(equation: Any, operands: Any, dtype: str) -> Any:
     )
 
 
-def _rewritten(given: Any, program: Jaxpr, dtype: str, names: frozenset[str], scope: str) -> Any:
-    """A program inside an equation, rewritten: it takes and gives what it did."""
-    if not _any_free(program, names, scope):
+def _rewritten(given: Any, program: ClosedJaxpr, dtype: str, names: frozenset[str], scope: str) -> Any:
+    """A program inside an equation, rewritten: it takes and gives what it did, and is closed where `given` is."""
+    if not _any_free(program.jaxpr, names, scope):
         return given
-    closed = given if isinstance(given, ClosedJaxpr) else ClosedJaxpr(given, ())
-    avals: Any = [each.aval for each in program.invars]
+    avals: Any = program.in_avals
     specs = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in avals]
-    new = jax.make_jaxpr(functools.partial(_inside, program, closed.consts, dtype, names, scope))(*specs)
+    new = jax.make_jaxpr(functools.partial(_inside, program, dtype, names, scope))(*specs)
     if isinstance(given, ClosedJaxpr):
         return new
     if new.consts:
@@ -94,14 +93,14 @@ def _rewritten(given: Any, program: Jaxpr, dtype: str, names: frozenset[str], sc
     return new.jaxpr
 
 
-def _inside(program: Jaxpr, consts: Any, dtype: str, names: frozenset[str], scope: str, *arguments: Any) -> list[Any]:
-    return _run(program, consts, arguments, dtype, names, scope)
+def _inside(program: ClosedJaxpr, dtype: str, names: frozenset[str], scope: str, *arguments: Any) -> list[Any]:
+    return _run(program.jaxpr, program.consts, arguments, dtype, names, scope)
 
 
 def _any_free(program: Jaxpr, names: frozenset[str], outer: str) -> bool:
     return any(
         _free(equation, names, outer)
-        or any(_any_free(inner, names, _scope(equation, outer)) for _, inner in _programs(equation))
+        or any(_any_free(inner.jaxpr, names, _scope(equation, outer)) for _, inner in _programs(equation))
         for equation in program.eqns
     )
 
@@ -118,14 +117,7 @@ def _scope(equation: Any, outer: str) -> str:
     return f"{outer}/{equation.source_info.name_stack}"
 
 
-def _programs(equation: Any) -> list[tuple[str, Jaxpr]]:
-    """(parameter, program) of those that an equation runs; a tuple of branches is left as it is."""
-    if equation.primitive.name in ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"):
-        return []  # their derivative rules belong to the program that they have
-    found = []
-    for name, value in equation.params.items():
-        if isinstance(value, ClosedJaxpr):
-            found.append((name, value.jaxpr))
-        elif isinstance(value, Jaxpr):
-            found.append((name, value))
-    return found
+def _programs(equation: Any) -> list[tuple[str, ClosedJaxpr]]:
+    """(parameter, program) of those that may be rewritten: derivative rules belong to the program that they have."""
+    custom = equation.primitive.name in ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
+    return [] if custom else list(traced.inside(equation))

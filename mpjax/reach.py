@@ -8,7 +8,7 @@ is handed to a function. All other equations run as they are, so that the identi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,35 +24,25 @@ Axes = tuple[int | None, ...]
 Multiply = Callable[[str, str, Callable[..., Array], Mapping[str, Any], Array, Array, Axes], Array]
 
 _MOVES = frozenset(
-    (
-        "broadcast_in_dim",
-        "copy",
-        "copy_p",
-        "dynamic_slice",
-        "expand_dims",
-        "gather",
-        "reshape",
-        "rev",
-        "slice",
-        "squeeze",
-    )
-) | {"transpose"}
-_CALLS = frozenset(("pjit", "jit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call"))
-_CALLS |= {"custom_vjp_call", "custom_vjp_call_jaxpr"}
+    "broadcast_in_dim copy copy_p dynamic_slice expand_dims gather reshape rev slice squeeze transpose".split()
+)
+_CALLS = frozenset(
+    "pjit jit closed_call core_call remat remat2 checkpoint custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr".split()
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uses:
-    """What a program does with its weights: `products`, how many for each; `otherwise`: those that it also uses differently."""
+    """What a program does with its weights: those in `products`, and those that it (also) uses `otherwise`."""
 
-    products: Mapping[str, int]
+    products: frozenset[str]
     otherwise: frozenset[str]
 
 
 @dataclass(kw_only=True)
 class _Run:
     multiply: Multiply
-    products: dict[str, int] = field(default_factory=dict)
+    products: set[str] = field(default_factory=set)
     otherwise: set[str] = field(default_factory=set)
 
 
@@ -85,7 +75,7 @@ def run(
     ]
     found = _program(closed.jaxpr, [_Value(each) for each in closed.consts], values, state)
     outputs = [_own(each, atom.aval.dtype, state) for each, atom in zip(found, closed.jaxpr.outvars, strict=True)]
-    return outputs, Uses(products=state.products, otherwise=frozenset(state.otherwise))
+    return outputs, Uses(products=frozenset(state.products), otherwise=frozenset(state.otherwise))
 
 
 def _program(jaxpr: Jaxpr, consts: Sequence[_Value], arguments: Sequence[_Value], state: _Run) -> list[_Value]:
@@ -122,7 +112,7 @@ def _product(equation: Any, operands: Sequence[_Value], state: _Run) -> Array:
     parameters = dict(equation.params)
     weight = first.weight or second.weight
     assert weight is not None
-    state.products[weight] = state.products.get(weight, 0) + 1
+    state.products.add(weight)
     # What lax's functions do not take, or take under their defaults.
     parameters.pop("out_sharding", None)
     if parameters.get("preferred_element_type") == equation.invars[0].aval.dtype:
@@ -200,15 +190,7 @@ def _bind(equation: Any, values: Sequence[Any]) -> list[_Value]:
 
 def _inner(equation: Any) -> ClosedJaxpr | None:
     """The one program that an equation calls with all of its operands."""
-    programs = list(_closed(equation.params))
+    programs = [program for _, program in traced.inside(equation)]
     if len(programs) != 1 or len(programs[0].jaxpr.invars) != len(equation.invars):
         return None
     return programs[0]
-
-
-def _closed(parameters: Mapping[str, Any]) -> Iterator[ClosedJaxpr]:
-    for each in parameters.values():
-        if isinstance(each, ClosedJaxpr):
-            yield each
-        elif isinstance(each, Jaxpr):
-            yield ClosedJaxpr(each, ())

@@ -51,6 +51,13 @@ def program(jaxpr: Any) -> Jaxpr:
     return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
 
 
+def inside(equation: Any) -> Iterator[tuple[str, ClosedJaxpr]]:
+    """(parameter, program) of those that an equation itself runs; a tuple of branches is none."""
+    for name, value in equation.params.items():
+        if isinstance(value, ClosedJaxpr | Jaxpr):
+            yield name, value if isinstance(value, ClosedJaxpr) else ClosedJaxpr(value, ())
+
+
 def scope(equation: Any) -> AbstractContextManager[Any]:
     """The scope that an equation was traced in, so that a program that it is put into still names it."""
     name = str(equation.source_info.name_stack)

@@ -69,6 +69,11 @@ def check(summary: dict[str, Any], models: Iterable[str] = MODELS) -> None:
         raise SystemExit("Not published:\n  " + "\n  ".join(wrong))
 
 
+def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
+    """A table in Markdown."""
+    return ["| " + " | ".join(each) + " |" for each in (header, ["---"] * len(header), *rows)]
+
+
 def insert(text: str, block: str, start: str = START, end: str = END) -> str:
     """The text with the block between the markers.
 

@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from publish_estimators import check, insert  # noqa: E402
+from publish_estimators import check, insert, markdown  # noqa: E402
 
 DOCS = ROOT / "docs/formats"
 FIGURES = {
@@ -45,11 +45,6 @@ def main() -> None:
         for table in TABLES[name]:
             shutil.copy(ROOT / f"results/{name}/{table}.csv", DOCS / f"{name}_{table}.csv")
     page.write_text(text)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in Markdown."""
-    return ["| " + " | ".join(each) + " |" for each in (header, ["---"] * len(header), *rows)]
 
 
 def machine(summary: dict[str, Any], name: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from publish_estimators import check, insert  # noqa: E402
+from publish_estimators import check, insert, markdown  # noqa: E402
 
 from experiments.speed import Config  # noqa: E402
 from mpjax.files import jsonable  # noqa: E402
@@ -51,11 +51,6 @@ def main() -> None:
         shutil.copy(RUN / f"speed_{model}.png", DOCS / f"speed_{model}.png")
     page.write_text(text)
     readme.write_text(first)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in Markdown."""
-    return ["| " + " | ".join(each) + " |" for each in (header, ["---"] * len(header), *rows)]
 
 
 def times(rows: list[dict[str, Any]]) -> list[str]:

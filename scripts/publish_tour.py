@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from publish_estimators import check, insert  # noqa: E402
+from publish_estimators import check, insert, markdown  # noqa: E402
 
 from experiments.models.architectures import NAMES  # noqa: E402
 
@@ -22,15 +22,28 @@ def main() -> None:
     check(summary, ())
     if missing := set(NAMES) - {row["architecture"] for row in summary["rows"]}:
         raise SystemExit(f"Not published: it lacks {', '.join(sorted(missing))}.")
-    lines = [
-        "| architecture | layers | kinds | in bfloat16 | error / all low | bytes / float32 | weights left in float32 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+    rows = [
+        [
+            f"`{row['architecture']}`",
+            str(row["layers"]),
+            row["kinds"],
+            str(row["layers_low"]),
+            f"{row['error']:.1e} / {row['error_all']:.1e}",
+            f"{row['weight_bytes']:,} / {row['weight_bytes_fp32']:,}",
+            row["left"] or "–",
+        ]
+        for row in summary["rows"]
     ]
-    for row in summary["rows"]:
-        lines.append(
-            f"| `{row['architecture']}` | {row['layers']} | {row['kinds']} | {row['layers_low']} | {row['error']:.1e} / "
-            f"{row['error_all']:.1e} | {row['weight_bytes']:,} / {row['weight_bytes_fp32']:,} | {row['left'] or '–'} |"
-        )
+    header = [
+        "architecture",
+        "layers",
+        "kinds",
+        "in bfloat16",
+        "error / all low",
+        "bytes / float32",
+        "weights left in float32",
+    ]
+    lines = markdown(header, rows)
     where = summary["environment"]
     said = (
         "Small, with random weights; each is scored, searched (bfloat16, half of the all-low error), compiled and verified. "

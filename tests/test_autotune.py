@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import linen
 
-from mpjax import apply, autotune, compiled, executable, models, plan, search, timing
+from mpjax import apply, autotune, compiled, executable, plan, search, timing
 from mpjax.depthwise import depthwise_conv
 
 pytestmark = [
@@ -28,12 +29,6 @@ class Small(nn.Module):
         x = nn.Conv(8, (3, 3), feature_group_count=8, conv_general_dilated=depthwise_conv, name="depthwise")(x)
         x = nn.relu(nn.Conv(16, (1, 1), name="pointwise")(x))
         return nn.Dense(3, name="head")(x.mean((1, 2)))
-
-
-def linen(module, *shape):
-    keys = jax.random.split(jax.random.key(0), 3)
-    batches = [(jax.random.normal(key, shape, jnp.float32),) for key in keys[1:]]
-    return models.from_linen(module, module.init(keys[0], *batches[0]), *batches[0]), batches
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import pytest
+from helpers import linen
 
-from mpjax import apply, compiled, executable, models, verification
+from mpjax import apply, compiled, executable, verification
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -20,12 +21,6 @@ class Small(nn.Module):
     @nn.compact
     def __call__(self, x):
         return nn.Conv(40, (1, 1), name="second")(nn.relu(nn.Conv(16, (3, 3), name="first")(x)))
-
-
-def linen(module, *shape):
-    keys = jax.random.split(jax.random.key(0), 3)
-    batches = [(jax.random.normal(key, shape, jnp.float32),) for key in keys[1:]]
-    return models.from_linen(module, module.init(keys[0], *batches[0]), *batches[0]), batches
 
 
 @pytest.fixture(scope="module")
