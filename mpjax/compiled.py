@@ -66,7 +66,8 @@ class Report:
     program: Mapping[str, Any]
 
     def __str__(self) -> str:
-        header = ("layer", "requested", "executed", "by", "way", "KiB", "MFLOP", "share")
+        stored = {None: "", True: "storage only", False: "read small"}
+        header = ("layer", "requested", "executed", "by", "way", "KiB", "MFLOP", "share", "weights")
         lines = [
             (
                 row["layer"],
@@ -77,6 +78,7 @@ class Report:
                 f"{row['weight_bytes'] / 1024:.1f}",
                 f"{row['flops'] / 1e6:.2f}",
                 "" if row["share"] is None else f"{row['share']:.1%}",
+                stored[row["full_copy"]],
             )
             for row in self.rows
         ]

@@ -12,6 +12,7 @@ A layer alone is not the layer in its model: XLA fuses neighbours, caches are wa
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -177,7 +178,8 @@ def measure(
     kept = timing.Timings(None if cache is None else Path(cache), rounds=rounds, options=options)
     overhead = kept.of({"overhead": timing.start_only()})["overhead"]
     ynn = not executable.without_ynn(options)
-    rule = {(call.layer, fmt.name): _ways(fmt, call, "rule", ynn)[0] for call in calls for fmt in timed}
+    products = [call for call in calls if call.product.kind != "lookup"] or calls  # a lookup has one way, its own
+    rule = {(call.layer, fmt.name): _ways(fmt, call, "rule", ynn)[0] for call in [*calls, *products] for fmt in timed}
     distinct: dict[tuple, graph.Call] = {}
     for call in calls:
         distinct.setdefault(_identity(call), call)
@@ -200,11 +202,12 @@ def measure(
     for (row, name), (column, fmt) in itertools.product(enumerate(costs.layers), enumerate(low)):
         if fmt not in timed:
             continue
-        own = [(call.runs, entries[_identity(call)]) for call in calls if call.layer == name]
-        common = [way for way in lowerings.WAYS if all((fmt.name, way) in each for _, each in own)]
+        own = [(call, entries[_identity(call)]) for call in calls if call.layer == name]
+        several = [each for call, each in own if call.product.kind != "lookup"] or [each for _, each in own]
+        common = [way for way in lowerings.WAYS if all((fmt.name, way) in each for each in several)]
         sums = {}
         for way in common:
-            found = [(runs, each[fmt.name, way]) for runs, each in own]
+            found = [(call.runs, each.get((fmt.name, way)) or each[fmt.name, "own"]) for call, each in own]
             good = [(runs, entry) for runs, entry in found if isinstance(entry, timing.Entry)]
             if len(good) == len(found):
                 sums[way] = [
@@ -212,7 +215,7 @@ def measure(
                 ]
         if not sums:
             failed = next(
-                each[fmt.name, way] for _, each in own for way in common if isinstance(each[fmt.name, way], str)
+                each[fmt.name, way] for each in several for way in common if isinstance(each[fmt.name, way], str)
             )
             notes.append(f"{name} in {fmt.name} was not timed: {failed}")
             continue
@@ -311,8 +314,12 @@ def _static(model: Model, low: tuple[Format, ...], inputs: Sequence[Array], call
     def count(size: Callable[[graph.Call], int]) -> np.ndarray:
         return np.array([sum(call.runs * size(call) for call in each) for each in own], np.int64)
 
-    widths = [jnp.dtype(fmt.operand).itemsize for fmt in low]
-    read, written = count(lambda call: _size(call.lhs)), count(lambda call: _size(call.out))
+    def bytes_read(call: graph.Call, fmt: Format) -> int:
+        dtype = call.lhs.dtype if call.product.kind == "lookup" else jnp.dtype(fmt.operand)
+        return _size(call.lhs) * dtype.itemsize
+
+    read = np.stack([count(functools.partial(bytes_read, fmt=fmt)) for fmt in low], axis=1)
+    written = count(lambda call: _size(call.out))
     return Costs(
         layers=model.names,
         formats=tuple(fmt.name for fmt in low),
@@ -320,7 +327,7 @@ def _static(model: Model, low: tuple[Format, ...], inputs: Sequence[Array], call
         weight_bytes=np.array(
             [[stored_bytes(fmt, layer.kernel_shape, layer.summed) for fmt in low] for layer in model.layers], np.int64
         ),
-        activation_bytes=(np.outer(read, widths) + 4 * written[:, None]) // examples,
+        activation_bytes=(read + 4 * written[:, None]) // examples,
         flops=count(lambda call: flops(call.product, call.lhs, call.rhs, call.out)) // examples,
         runs=count(lambda call: 1),
     )
@@ -370,6 +377,8 @@ def _programs(fmt: Format, call: graph.Call, way: str) -> timing.Programs:
         call = replace(call, product=lowerings.lowered(call.product, way))
         described = f"{described} as {way}"
     rng = np.random.default_rng(0)
+    if call.product.kind == "lookup":
+        return _lookup_programs(fmt, call, f"{fmt.name}: {described}", rng)
 
     def numbers(spec: jax.ShapeDtypeStruct) -> np.ndarray:
         return rng.standard_normal(spec.shape).astype(np.float32)
@@ -392,6 +401,18 @@ def _programs(fmt: Format, call: graph.Call, way: str) -> timing.Programs:
     rest = (weights, bias, scale)
     narrow = None if fmt == FLOAT32 else (product, (lhs.astype(jnp.dtype(fmt.operand)), *rest))
     return timing.Programs(name=f"{fmt.name}: {described}", whole=(whole, (lhs, *rest)), product=narrow)
+
+
+def _lookup_programs(fmt: Format, call: graph.Call, described: str, rng: np.random.Generator) -> timing.Programs:
+    shape = call.rhs.shape
+    table: Any = rng.standard_normal(shape).astype(np.float32)
+    table = quantize(table, fmt, call.product.summed) if fmt.weight_only else table.astype(jnp.dtype(fmt.storage))
+    ids = rng.integers(0, shape[0], call.lhs.shape).astype(call.lhs.dtype)
+
+    def whole(ids: Array, table: Any) -> Array:
+        return apply.look_up(fmt, call.product, ids, (*table, shape) if fmt.weight_only else table)
+
+    return timing.Programs(name=described, whole=(whole, (ids, table)), product=None)
 
 
 # --- small things -------------------------------------------------------------------------------------------------

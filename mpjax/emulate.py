@@ -44,6 +44,8 @@ def calibrate(
         return np.asarray(value, np.float32)
 
     def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+        if product.kind == "lookup":
+            return product(lhs, rhs)
         amax = jnp.max(jnp.abs(lhs)).astype(jnp.float32)
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         seen = jax.pure_callback(functools.partial(receive, layer.name), scalar, amax, vmap_method="sequential")
@@ -72,6 +74,8 @@ def product_in(fmt: Format, product: Product, lhs: Array, rhs: Array, *, amax: f
     """
     if fmt == FLOAT32:
         return product(lhs, rhs)
+    if product.kind == "lookup":
+        return _rows(fmt, product(lhs, rhs), rhs).astype(fmt.output)
     if fmt.weight_only:
         return product(lhs, round_weights(rhs, fmt, product.summed))
     if fmt.scaled:
@@ -164,6 +168,15 @@ def _require_calibration(model: Model, formats: Sequence[Format], calibration: C
             f"Formats {', '.join(scaled)} need a calibrated activation range for every layer; {len(missing)} are missing "
             f"(first: {missing[0]!r}). Pass calibration=emulate.calibrate(model, batches)."
         )
+
+
+def _rows(fmt: Format, rows: Array, table: Array) -> Array:
+    """Rows of a table, rounded as the whole table would be."""
+    if fmt.weight_only:
+        rounded = round_weights(rows, fmt, (rows.ndim - 1,))
+        return jnp.where(jnp.isnan(rows), rows, rounded)  # of a row that the table has not
+    scale = amax_scale(jnp.max(jnp.abs(table)), fmt)
+    return round_to(rows / scale, fmt.operand) * scale
 
 
 def _amax(calibration: Calibration | None, layer: Layer) -> float | None:

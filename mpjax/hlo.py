@@ -45,7 +45,7 @@ class Instruction:
 
 @dataclass(frozen=True, kw_only=True)
 class Executed:
-    """How one layer's product runs: "convolution", "dot", "custom-call" (a library) or "multiply" (multiply-adds).
+    """How one layer's product runs: "convolution", "dot", "custom-call" (a library), "gather" or "multiply" (multiply-adds).
 
     `operands` and `result` are dtype names joined by "+" where instructions differ; "unknown" where nothing was found.
     """
@@ -169,10 +169,14 @@ def _executed(name: str, found: Iterable[Instruction]) -> Executed:
     products = [each for each in found if each.opcode in _PRODUCTS]
     # Without a product of XLA's own the layer is a library's call, or written out as multiply-adds.
     products = products or [each for each in found if each.opcode == "custom-call"]
+    products = products or [each for each in found if each.opcode == "gather"]  # of a table's rows
     products = products or [each for each in found if each.opcode == "multiply"]
     if not products:
         return Executed(layer=name, opcode="unknown", operands="unknown", result="unknown")
-    operands = {dtype for each in products for dtype in each.operand_dtypes}
+    indices = {"s32", "s64", "u32", "pred"}
+    operands = {
+        dtype for each in products for dtype in each.operand_dtypes if each.opcode != "gather" or dtype not in indices
+    }
     return Executed(
         layer=name,
         opcode="+".join(sorted({each.opcode for each in products})),

@@ -155,6 +155,16 @@ class LayerCall:
 
         return conv_general_dilated
 
+    def look_up(self, own: Callable[[Array, Array], Array], ids: Array, table: Array, dtype: Any) -> Array:
+        """Rows of a table; `own(ids, table)` is how the module finds them, `dtype` what it gives."""
+        stored = self.session.dtypes[self.kernel]
+        self.dtype, self.summed = jnp.result_type(dtype or stored), (1,)
+
+        def function(ids: Array, table: Array) -> Array:
+            return own(ids, table) if table.dtype == stored else jnp.take(table, ids, axis=0)
+
+        return self._run(Product(kind="lookup", function=function), ids, table)
+
     def multiply(
         self,
         kind: str,
@@ -183,7 +193,7 @@ class LayerCall:
         session.reached[self.name] += 1
         if session.layers is None:
             out = product(lhs, rhs)
-            if {lhs.dtype, rhs.dtype} != {jnp.dtype(jnp.float32)}:
+            if {lhs.dtype if product.kind != "lookup" else rhs.dtype, rhs.dtype} != {jnp.dtype(jnp.float32)}:
                 session.narrow.append(f"{self.name} ({lhs.dtype} x {rhs.dtype})")
             session.found.setdefault(self.name, self._describe(product, lhs, rhs, out))
             return out
@@ -218,9 +228,9 @@ _NNX_HOOKS: dict[type, str] = {
     nnx.LinearGeneral: "dot_general",
     nnx.Conv: "conv_general_dilated",
 }
+TABLE = "Embed"  # kind of an embedding
 USED_OTHERWISE, NO_PRODUCT = "used in other ways than in a product", "not a product's weights"
 NOT_REACHED = "its product was not reached"
-_LOOKED_UP = (nn.Embed, nnx.Embed)  # no product
 _PRODUCT_FIELDS = frozenset(Product.__dataclass_fields__) - {"kind", "function", "bias", "extra"}
 
 
@@ -236,9 +246,12 @@ def linen_interceptor(session: Session) -> Callable[..., Any]:
     def interceptor(next_fun: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
         module = context.module
         path = (*session.prefix, *module.path)
-        if session.inside or context.method_name != "__call__" or path == session.entered:
+        table = _is_table(module, nn.Embed) and context.method_name in ("__call__", "attend")
+        if session.inside or not (table or context.method_name == "__call__") or path == session.entered:
             return next_fun(*args, **kwargs)
         session.owners["/".join(path)] = type(module).__name__
+        if table:
+            return _linen_table(session, next_fun, module, path, context.method_name, args, kwargs)
         which = hook_of(module)
         if which is None:
             return _without_hook(session, next_fun, module, path, args, kwargs)
@@ -271,7 +284,7 @@ def _without_hook(
     own = {name: leaf for name, leaf in params.items() if np.ndim(leaf) >= 2 and not isinstance(leaf, Mapping)}
     own = {name: leaf for name, leaf in own.items() if "/".join((*path, name)) in session.dtypes}
     kind = type(module).__name__
-    if isinstance(module, _LOOKED_UP) or where in session.closed or not _wanted(session, path, own, kind):
+    if where in session.closed or not _wanted(session, path, own, kind):
         return next_fun(*args, **kwargs)
     variables, alone = dict(module.variables), module.clone(parent=None)
 
@@ -280,6 +293,70 @@ def _without_hook(
 
     with session.alone(path):
         return through(session, function, own, path, kind, lambda: next_fun(*args, **kwargs))
+
+
+def _is_table(module: Any, kind: Any) -> bool:
+    """Whether a module is Flax's embedding and no more: what a subclass does beside looking up, only its own call knows."""
+    own = all(getattr(type(module), method, None) is getattr(kind, method) for method in ("__call__", "attend"))
+    return own and module.num_embeddings > 1  # one row is broadcast, whatever is looked up
+
+
+def _linen_table(
+    session: Session,
+    next_fun: Callable[..., Any],
+    module: nn.Embed,
+    path: tuple[str, ...],
+    method: str,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    """A linen embedding: rows of its table, or (`attend`) its product with the whole of it."""
+    if not _wanted(session, path, ("embedding",), TABLE):
+        return next_fun(*args, **kwargs)
+    variables, alone = dict(module.variables), module.clone(parent=None)
+    table = variables.get("params", {}).get("embedding")
+    if table is None or np.ndim(table) != 2:
+        return next_fun(*args, **kwargs)
+
+    def call(table: Array, *each: Any, **more: Any) -> Any:
+        changed = {**variables, "params": {**variables["params"], "embedding": table}}
+        with session.guard():
+            return alone.apply(changed, *each, **more, method=method)
+
+    return _table(session, call, table, module.dtype, path, method, lambda: next_fun(*args, **kwargs), args, kwargs)
+
+
+def _table(
+    session: Session,
+    call: Callable[..., Any],
+    table: Array,
+    dtype: Any,
+    path: tuple[str, ...],
+    method: str,
+    untouched: Callable[[], Any],
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    """A lookup or an `attend` of an embedding, `call(table, *args, **kwargs)`."""
+    leaf = "/".join((*path, "embedding"))
+    if session.dtypes.get(leaf) != jnp.float32:
+        if leaf in session.dtypes:
+            session.closed[leaf] = f"stored in {session.dtypes[leaf]}"
+        return untouched()
+    if method == "attend":
+
+        def function(weights: Mapping[str, Array]) -> Any:
+            return call(weights["embedding"], *args, **kwargs)
+
+        return through(session, function, {"embedding": table}, path, TABLE, untouched)
+    given = [each for each in (*args, *kwargs.values()) if each is not None]
+    if len(given) > 1:
+        session.closed[leaf] = "its rows are sharded on the way"
+        return untouched()
+    (name,) = _names(path, ("embedding",), TABLE).values()
+    (ids,) = given
+    layer = LayerCall(session, name, TABLE, leaf, None, kernel_shape=tuple(np.shape(table)))
+    return layer.look_up(lambda ids, table: call(table, ids), ids, table, dtype)
 
 
 def hook_nnx(module: nnx.Module, session: Session) -> None:
@@ -292,9 +369,11 @@ def hook_nnx(module: nnx.Module, session: Session) -> None:
         if which is None:
             params = {name: each for name, each in vars(sub).items() if isinstance(each, nnx.Param)}
             own = tuple(name for name, each in params.items() if np.ndim(each.get_value()) >= 2)
-            if not isinstance(sub, _LOOKED_UP) and _wanted(session, names, own, type(sub).__name__):
+            kind = TABLE if _is_table(sub, nnx.Embed) else type(sub).__name__
+            if _wanted(session, names, own, kind):
+                through_session = _nnx_table if kind == TABLE else _through_nnx
                 object.__setattr__(sub, "__class__", _traced_class(type(sub)))
-                hooked.mpjax_through = functools.partial(_through_nnx, session, names, own)
+                hooked.mpjax_through = functools.partial(through_session, session, names, own)
             continue
         kernel, bias = leaf_paths(names, has_bias=hooked.bias is not None)
         name = "/".join(names) or type(sub).__name__
@@ -308,19 +387,23 @@ def hook_nnx(module: nnx.Module, session: Session) -> None:
 
 @functools.cache
 def _traced_class(kind: type) -> type:
-    """The same class, but a call goes through `mpjax_through`."""
+    """The same class, but a call goes through `mpjax_through`, and so does an embedding's `attend`."""
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.mpjax_through(kind, self, args, kwargs)
+    def through_session(method: str) -> Callable[..., Any]:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self.mpjax_through(getattr(kind, method), self, args, kwargs)
 
-    return type(kind.__name__, (kind,), {"__call__": call})
+        return call
+
+    methods = ("__call__", "attend") if kind.__call__ is nnx.Embed.__call__ else ("__call__",)
+    return type(kind.__name__, (kind,), {method: through_session(method) for method in methods})
 
 
 def _through_nnx(
     session: Session,
     path: tuple[str, ...],
     own: tuple[str, ...],
-    kind: Any,
+    call: Callable[..., Any],
     module: nnx.Module,
     args: tuple,
     kwargs: dict,
@@ -330,17 +413,42 @@ def _through_nnx(
     params = nnx.to_pure_dict(state)
 
     def function(weights: Mapping[str, Array]) -> Any:
-        return kind.__call__(merged(graphdef, state, rest, {**params, **weights}), *args, **kwargs)
+        return call(merged(graphdef, state, rest, {**params, **weights}), *args, **kwargs)
 
-    weights = {name: params[name] for name in own}
-    return through(session, function, weights, path, kind.__name__, lambda: kind.__call__(module, *args, **kwargs))
+    weights, kind = {name: params[name] for name in own}, type(module).__name__
+    return through(session, function, weights, path, kind, lambda: call(module, *args, **kwargs))
+
+
+def _nnx_table(
+    session: Session,
+    path: tuple[str, ...],
+    own: tuple[str, ...],
+    method: Callable[..., Any],
+    module: Any,
+    args: tuple,
+    kwargs: dict,
+) -> Any:
+    """An NNX embedding: rows of its table, or (`attend`) its product with the whole of it."""
+    graphdef, state, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
+    params = nnx.to_pure_dict(state)
+
+    def call(table: Array, *each: Any, **more: Any) -> Any:
+        return method(merged(graphdef, state, rest, {**params, "embedding": table}), *each, **more)
+
+    def untouched() -> Any:
+        return method(module, *args, **kwargs)
+
+    (name,) = own
+    return _table(session, call, params[name], module.dtype, path, method.__name__, untouched, args, kwargs)
 
 
 def merged(graphdef: Any, state: Any, rest: Any, params: Params) -> Any:
-    """A module of this graph with these params; nothing else is changed."""
-    copy = jax.tree.map(lambda leaf: leaf, state)  # replace_by_pure_dict works in place
+    """A module of this graph with these params; nothing that is given is changed, or shared with it."""
+    copy, other = (
+        jax.tree.map(lambda leaf: leaf, each) for each in (state, rest)
+    )  # a state holds the module's own variables
     nnx.replace_by_pure_dict(copy, params)
-    return nnx.merge(graphdef, copy, rest)
+    return nnx.merge(graphdef, copy, other)
 
 
 def through(
@@ -403,8 +511,9 @@ def _wanted(session: Session, path: tuple[str, ...], weights: Iterable[str], kin
 
 
 def _names(path: tuple[str, ...], weights: Iterable[str], kind: str) -> dict[str, str]:
-    """Weight -> layer: the module's path for "kernel", else the weight's."""
-    return {name: ("/".join(path) or kind) if name == "kernel" else "/".join((*path, name)) for name in weights}
+    """Weight -> layer: the module's path for "kernel" and an embedding's table, else the weight's."""
+    alone = "embedding" if kind == TABLE else "kernel"
+    return {name: ("/".join(path) or kind) if name == alone else "/".join((*path, name)) for name in weights}
 
 
 def leaf_paths(path: Iterable[Any], *, has_bias: bool) -> tuple[str, str | None]:

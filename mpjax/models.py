@@ -4,8 +4,9 @@ Everything mpjax does to a layer (emulation, local-rounding taps, low-precision 
 
     override(layer, product, lhs, rhs) -> out
 
-called in place of each layer's product: `lhs` the activations, `rhs` the weights, `product` a frozen description that
-can be called (`product(lhs, rhs)` is the product as the model computes it). How it gets there: `hooks`.
+called in place of each layer's product: `lhs` the activations (row numbers, where an embedding looks up), `rhs` the weights,
+`product` a frozen description that can be called (`product(lhs, rhs)` is the product as the model computes it). How it gets
+there: `hooks`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.interpreters import partial_eval
 
 from mpjax import hooks
 from mpjax.hooks import Session
@@ -93,8 +95,8 @@ def from_linen(module: nn.Module, variables: Mapping[str, Any], *example: Array,
     """A linen module as a Model.
 
     Args:
-        module: any linen module. Its Dense, DenseGeneral, Conv, ConvLocal, ConvTranspose and Einsum submodules become layers,
-            wherever they are, and so does each weight that a module of one's own multiplies with its input.
+        module: any linen module. Its Dense, DenseGeneral, Conv, ConvLocal, ConvTranspose, Einsum and Embed submodules become
+            layers, wherever they are, and so does each weight that a module of one's own multiplies with its input.
         variables: as `module.init` returns them; everything beside "params" is held constant.
         *example: inputs, leading axis = example; only shapes and dtypes are used.
         **kwargs: handed to `module.apply` at each call (`train=False`, `deterministic=True`, say).
@@ -103,6 +105,7 @@ def from_linen(module: nn.Module, variables: Mapping[str, Any], *example: Array,
         ValueError: no "params", no example input, or no layer that a format could lower.
         ModelError: the module cannot be called so; the message gives Flax's own words.
     """
+    _check_module(module, nn.Module, "a linen module", "from_nnx")
     variables = dict(variables)
     if "params" not in variables:
         raise ValueError(
@@ -118,17 +121,24 @@ def from_linen(module: nn.Module, variables: Mapping[str, Any], *example: Array,
 
 
 def from_nnx(module: nnx.Module, *example: Array, **kwargs: Any) -> Model:
-    """An NNX module as a Model: Linear, LinearGeneral, Conv, ConvTranspose, Einsum and modules of one's own, as in `from_linen`.
+    """An NNX module as a Model: its Linear, LinearGeneral, Conv, ConvTranspose, Einsum, Embed and own modules are layers.
 
     Params are the pure dict of its `nnx.Param` state, whose paths agree with linen's; all other state is held constant. `module`
     itself is not changed.
 
     Raises:
         ValueError: no example input, or no layer that a format could lower.
-        ModelError: the module cannot be called so; the message gives Flax's own words.
+        ModelError: the module cannot be called so (the message gives Flax's own words), or it runs as for training: its outputs
+            depend on random numbers, or its batch norms on the batch.
     """
+    _check_module(module, nnx.Module, "an NNX module", "from_linen")
     graphdef, state, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
+    rest = jax.tree.map(
+        lambda leaf: leaf, rest
+    )  # as it is now: what the module's variables become later is not this model's
     params = nnx.to_pure_dict(state)
+    if example:
+        _check_inference(module, example, kwargs)
 
     def run(run_params: Params, inputs: tuple[Array, ...], session: Session) -> Any:
         copy = hooks.merged(graphdef, state, rest, run_params)
@@ -173,6 +183,11 @@ def summary(model: Model) -> str:
     flops = sum(layer.flops for layer in model.layers)
     total = f"{len(rows)} layers, {weights:,} weights, {flops / 1e6:.1f} MFLOP per example"
     lines = [*_text_table(header, rows), total]
+    if several := [layer.name for layer in model.layers if layer.calls > 1]:
+        names = f"{', '.join(several[:5])}{' …' if len(several) > 5 else ''}"
+        lines.append(
+            f"{len(several)} of them run more than once (shared, or under a scan), always in one format: {names}."
+        )
     biases = sum(each.reason == "bias" for each in model.others)
     others = [(e.path, "x".join(map(str, e.shape)), e.owner, e.reason) for e in model.others if e.reason != "bias"]
     if biases:
@@ -207,6 +222,47 @@ def check_batches(batches: Batches) -> Batches:
     return batches
 
 
+def _check_module(module: Any, kind: type, expected: str, other: str) -> None:
+    if not isinstance(module, kind):
+        raise TypeError(
+            f"Expected {expected}, found {type(module).__name__}. The other kind of Flax module goes through models.{other}; any "
+            "other JAX code has scores through sensitivity.from_loss, which needs no Flax."
+        )
+
+
+def _check_inference(module: nnx.Module, example: tuple[Array, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuses an NNX module in training mode, which would be called without a word from Flax."""
+    graphdef, random, statistics, rest = nnx.split(module, nnx.RngState, nnx.BatchStat, ...)  # type: ignore[misc]
+    held = [jax.tree.leaves(random), jax.tree.leaves(statistics)]
+    if not any(held):
+        return
+
+    def call(both: Any, *inputs: Array) -> Any:
+        copy = nnx.merge(graphdef, *jax.tree.map(lambda leaf: leaf, (*both, rest)))
+        return copy(*inputs, **kwargs), jax.tree.leaves(nnx.state(copy, nnx.BatchStat))
+
+    try:
+        closed, (_, after) = jax.make_jaxpr(call, return_shape=True)((random, statistics), *example)
+    except Exception:  # the discovery explains it
+        return
+    outputs, count = closed.jaxpr.outvars, len(held[0])
+    wanted = [
+        number < len(outputs) - len(after) for number in range(len(outputs))
+    ]  # what the model gives, not its statistics
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, wanted)
+    before = closed.jaxpr.invars[count : count + len(held[1])]
+    if any(used[:count]):
+        raise ModelError(
+            "The module's outputs depend on random numbers (dropout, say): turn them off with module.eval(), or "
+            "deterministic=True."
+        )
+    written = [a is not b for a, b in zip(before, outputs[len(outputs) - len(after) :], strict=True)]
+    if any(new and not read for new, read in zip(written, used[count:], strict=False)):
+        raise ModelError(
+            "The module's batch norms use the statistics of the batch: call module.eval(), or pass use_running_average=True."
+        )
+
+
 def _build(
     run: Callable[[Params, tuple[Array, ...], Session], Any],
     params: Params,
@@ -215,6 +271,9 @@ def _build(
     if not example:
         raise ValueError("Expected at least one example input after the module: layers are found by tracing it.")
     dtypes = {path: leaf.dtype for path, leaf in _named_leaves(params)}
+    if not any(jnp.issubdtype(each, jnp.floating) for each in dtypes.values()):
+        found = f"only {', '.join(sorted({str(each) for each in dtypes.values()}))}" if dtypes else "none at all"
+        raise ValueError(f"Expected a model with float32 weights, found {found}: there is nothing to lower.")
     discovery = Session(override=_identity, dtypes=dtypes)
     try:
         jax.eval_shape(lambda p, *x: run(p, x, discovery), params, *example)
@@ -225,6 +284,8 @@ def _build(
             f"The weights of {len(discovery.foreign)} layers are not among the model's params: "
             f"{', '.join(discovery.foreign[:5])}. They belong to a module applied inside this one: make it a submodule."
         )
+    for name in _tables_used_otherwise(run, params, example, discovery):
+        discovery.closed[discovery.found.pop(name).kernel] = hooks.USED_OTHERWISE
     if not discovery.found:
         raise ValueError(
             "Found no layer that multiplies its own weights with its input and that the override can reach; modules seen: "
@@ -255,8 +316,31 @@ def _build(
     return Model(params=params, layers=tuple(layers.values()), call=call, others=others)
 
 
-_LOOKED_UP = "looked up, not multiplied"
-_EXPECTED = (hooks.NO_PRODUCT, _LOOKED_UP, "bias")  # reasons that nobody needs to be warned of
+_EXPECTED = (hooks.NO_PRODUCT, "bias")  # reasons that nobody needs to be warned of
+
+
+def _tables_used_otherwise(
+    run: Callable[[Params, tuple[Array, ...], Session], Any],
+    params: Params,
+    example: tuple[Array, ...],
+    discovery: Session,
+) -> list[str]:
+    """Embeddings whose tables the model also reads past its `__call__` and `attend`: without these two the outputs need them."""
+    tables = [layer for layer in discovery.found.values() if layer.kind == hooks.TABLE]
+    if not tables:
+        return []
+
+    def nothing(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+        if layer not in tables:
+            return product(lhs, rhs)
+        out = jax.eval_shape(product, lhs, rhs)
+        return jnp.zeros(out.shape, out.dtype)
+
+    session = Session(override=nothing, dtypes=discovery.dtypes, layers=discovery.found)
+    closed = jax.make_jaxpr(lambda p, *x: run(p, x, session))(params, *example)
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    needed = {path for (path, _), each in zip(_named_leaves(params), used, strict=False) if each}
+    return [layer.name for layer in tables if layer.kernel in needed]
 
 
 def _counted(
@@ -342,8 +426,6 @@ def _others(params: Params, layers: Iterable[Layer], discovery: Session) -> tupl
             reason = "bias"
         elif path in discovery.closed or module in discovery.closed:
             reason = discovery.closed.get(path) or discovery.closed[module]
-        elif owner == "Embed":
-            reason = _LOOKED_UP
         else:
             vector = np.ndim(leaf) < 2 or path.rpartition("/")[2] in ("scale", "bias")  # of a norm, maybe scanned
             reason = hooks.NO_PRODUCT if vector else hooks.NOT_REACHED

@@ -63,15 +63,16 @@ class OtherParameter:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Product:
-    """One dot or convolution, and the bias added to it.
+    """One dot, convolution or lookup, and the bias added to it.
 
-    `kind`: "dot" | "conv". For a dot only `dimension_numbers` and `precision` say something. `function` is the
-    module's own hook, or the plain lax function; `extra` what else Flax hands to it (`preferred_element_type`, say).
+    `kind`: "dot" | "conv" | "lookup". For a dot only `dimension_numbers` and `precision` say something; for a lookup, whose
+    `lhs` are row numbers and whose `rhs` is the table, nothing does. `function` is the module's own hook, or the plain lax
+    function; `extra` what else Flax hands to it (`preferred_element_type`, say).
     """
 
     kind: str
     function: Callable[..., Array]
-    dimension_numbers: Any
+    dimension_numbers: Any = None
     precision: Any = None
     window_strides: tuple[int, ...] = ()
     padding: Any = None
@@ -97,6 +98,9 @@ class Product:
         `accumulate`: dtype of accumulation and result where the operands are narrower (`preferred_element_type`). A
         hook that has no such argument gets its operands converted up first: the result is the same.
         """
+        if self.kind == "lookup":
+            rows = self.function(lhs, rhs)
+            return rows if accumulate is None else rows.astype(accumulate)
         if accumulate is not None and not _takes_preferred_type(self.function):
             lhs, rhs, accumulate = lhs.astype(accumulate), rhs.astype(accumulate), None
         extra = dict(self.extra) if accumulate is None else {"preferred_element_type": jnp.dtype(accumulate)}
@@ -125,6 +129,8 @@ class Product:
 
 def flops(product: Product, lhs: Any, rhs: Any, out: Any) -> int:
     """Two per multiply-add, for operands of these shapes; zeros that a transposed convolution puts in between count."""
+    if product.kind == "lookup":
+        return 0
     if product.kind == "dot":
         (contract, _), _ = product.dimension_numbers
         return 2 * math.prod(out.shape) * math.prod(lhs.shape[axis] for axis in contract)
@@ -132,7 +138,9 @@ def flops(product: Product, lhs: Any, rhs: Any, out: Any) -> int:
 
 
 def summed_axes(product: Product) -> tuple[int, ...]:
-    """Axes of `rhs` that the product sums over."""
+    """Axes of `rhs` that the product sums over; of a table, the axis along a row."""
+    if product.kind == "lookup":
+        return (1,)
     if product.kind == "dot":
         (_, contract), _ = product.dimension_numbers
         return tuple(contract)

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mpjax.formats import Format, amax_scale, narrowed, round_to
 
@@ -57,6 +57,34 @@ def dequantize(
         return numbers.astype(jnp.float32)
     groups, _ = _groups(numbers, fmt, summed)
     return (groups.astype(jnp.float32) * scale.astype(jnp.float32)).reshape(tuple(shape))
+
+
+def dequantize_rows(
+    stored: Array, scale: Array | None, fmt: Format, shape: Sequence[int], rows: Int[Array, ...]
+) -> Float[Array, ...]:
+    """The float32 rows of the table of this shape that `quantize` stored with summed=(1,), without the others.
+
+    A row number outside of the table gives NaN, as `jnp.take` does.
+    """
+    count, width = shape
+    rows = rows.astype(jnp.promote_types(rows.dtype, jnp.int32))
+    rows = jnp.where(rows < 0, rows + count, rows)
+    rows = jnp.where((rows < 0) | (rows >= count), count, rows)
+    if fmt.bits == 4:
+        if count % 2:  # one row lies in both halves: number by number
+            place, half, table = rows[..., None] * width + jnp.arange(width, dtype=rows.dtype), stored.size, stored
+        else:
+            place, half, table = rows, count // 2, stored.reshape(count // 2, width)
+        signed = jnp.take(table, place % half, axis=0).astype(jnp.int8)
+        lower = place < half if count % 2 else (place < half)[..., None]
+        numbers = jnp.where(lower, (signed << 4).astype(jnp.int8), signed) >> 4
+    else:
+        numbers = jnp.take(stored, rows, axis=0)
+    if scale is None:
+        return numbers.astype(jnp.float32)
+    scales = jnp.take(scale, rows, axis=0)
+    groups = numbers.reshape(*rows.shape, *((width,) if scale.ndim == 2 else (scale.shape[1], -1)))
+    return (groups.astype(jnp.float32) * scales.astype(jnp.float32)).reshape(*rows.shape, width)
 
 
 def round_weights(weights: Float[Array, ...], fmt: Format, summed: Summed = None) -> Float[Array, ...]:

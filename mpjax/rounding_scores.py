@@ -314,7 +314,8 @@ def _taps(taps: Array, layers: Sequence[str], formats: Sequence[Format], calibra
         def backward(kept: tuple, cotangent: Array) -> tuple:
             x, w, bias = kept
             whole = replace(product, bias=bias)
-            exact, pull = jax.vjp(lambda each: whole(each, w), x)
+            lookup = product.kind == "lookup"  # of row numbers, which have no derivative
+            exact, pull = (whole(x, w), lambda _: (None,)) if lookup else jax.vjp(lambda each: whole(each, w), x)
             errors = [product_in(fmt, whole, x, w, amax=amax).astype(exact.dtype) - exact for fmt in formats]
             row = jnp.stack([jnp.sum(cotangent * error) for error in errors])
             return row, pull(cotangent)[0], jnp.zeros_like(w), None if bias is None else jnp.zeros_like(bias)

@@ -31,7 +31,8 @@ class Verification:
         distance: the op-by-op run's own `error` against float32, the largest; 0 for a float32 program.
         own_distance: the compiled program's. At least half of `distance`, at most twice.
         usual_distance: `distance` of the same formats computed in the model's own ways. `distance` is at most three times that.
-        spread: `error` between op-by-op runs whose inputs differ by one float32 rounding, the largest.
+        spread: `error` between op-by-op runs whose inputs differ by one float32 rounding, the largest; whose float32 weights do,
+            where the inputs make no difference (token numbers, an empty cache).
         inputs: how many were compared.
 
     A float32 program is compared with the user's model, not with its own lowering, and may differ by 1e-4 in both senses; in its
@@ -135,14 +136,17 @@ def stepwise(model: Model, batches: Batches) -> Stepwise:
     expected = model if low else original  # a float32 program has to agree with what the user gave
     own = apply.lowered(model, "own") if low and model.lowering != "own" else None
 
-    def run(each: Model, change: Callable[[Array], Array] = lambda x: x) -> tuple[Any, ...]:
+    def run(each: Model, inputs: Change = _unchanged, weights: Change = _unchanged) -> tuple[Any, ...]:
+        params = jax.tree.map(weights, each.params)
         with jax.disable_jit():
-            return tuple(each.call(each.params, *map(change, batch)) for batch in batches)
+            return tuple(each.call(params, *map(inputs, batch)) for batch in batches)
 
-    outputs, nudged = run(expected), run(expected, _nudge)
+    outputs = run(expected)
     truth = run(original) if low else outputs
     distances = by_output(outputs, truth, overflows=True)
-    spreads = by_output(nudged, outputs, overflows=True)
+    spreads = by_output(run(expected, inputs=_nudge), outputs, overflows=True)
+    if not any(spread for spread, _ in spreads):
+        spreads = by_output(run(expected, weights=_nudge), outputs, overflows=True)
     (distance, worst_distance), (spread, worst_spread) = _largest(distances), _largest(spreads)
     loose = (
         max(_AS_GOOD_AS_FLOAT32, distance / 4, min(2 * spread, 1.5 * distance)),
@@ -214,6 +218,13 @@ def _largest(each: Sequence[tuple[float, float]]) -> tuple[float, float]:
 def _nearness(pair: tuple[float, float]) -> float:
     """An error over its limit."""
     return pair[0] / pair[1]
+
+
+Change = Callable[[Array], Array]
+
+
+def _unchanged(x: Array) -> Array:
+    return x
 
 
 def _nudge(x: Array) -> Array:

@@ -30,6 +30,7 @@ def main() -> None:
             str(row["layers_low"]),
             f"{row['error']:.1e} / {row['error_all']:.1e}",
             f"{row['weight_bytes']:,} / {row['weight_bytes_fp32']:,}",
+            f"{row['vs_flax']:.2f}",
             row["left"] or "–",
         ]
         for row in summary["rows"]
@@ -41,12 +42,14 @@ def main() -> None:
         "in bfloat16",
         "error / all low",
         "bytes / float32",
+        "time / Flax",
         "weights left in float32",
     ]
     lines = markdown(header, rows)
     where = summary["environment"]
     said = (
         "Small, with random weights; each is scored, searched (bfloat16, half of the all-low error), compiled and verified. "
+        "Time / Flax: the jitted float32 model through mpjax's hooks over Flax's own call, jitted, in turns. "
         f"`{summary['command'].strip()}` on {where['device']}, Python {where['python']}, jax {where['jax']}, flax "
         f"{where['flax']}, {where['date'][:10]}, commit {summary['commit']}, {summary['seconds']:.0f} s."
     )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mpjax import apply, emulate, evaluation, models, search, sensitivity
+from mpjax import apply, compiled, cost, emulate, evaluation, graph, models, quantized, search, sensitivity
 from mpjax.formats import FLOAT32, parse
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -133,6 +133,10 @@ def test_each_run_under_a_scan_is_counted_once():
     assert blocks.calls == 3 and blocks.flops == 3 * 2 * 6 * 64 and blocks.kernel_shape == (3, 8, 8)
     assert head.calls == 1 and head.flops == 2 * 6 * 16
     assert blocks.summed == (1,) and head.summed == (0,)
+    assert (
+        "1 of them run more than once (shared, or under a scan), always in one format: blocks/dense."
+        in models.summary(model)
+    )
 
 
 def test_output_channels_keep_their_own_scales():
@@ -170,19 +174,194 @@ def test_a_weight_that_is_used_otherwise_stays_and_says_why():
     np.testing.assert_array_equal(model.call(model.params, TOKENS), Norm().apply(variables, TOKENS))
 
 
-def test_an_embedding_is_named():
-    class Text(nn.Module):
-        @nn.compact
-        def __call__(self, ids):
-            return nn.Dense(4, name="head")(nn.Embed(11, 8, name="tokens")(ids))
+# --- embeddings ---------------------------------------------------------------------------------------------------
 
-    ids = jnp.array([[1, 2, 3], [4, 5, 6]])
-    _, model = linen(Text(), ids)
-    assert model.names == ("head",)
-    assert [(each.path, each.reason) for each in model.others if each.reason != "bias"] == [
-        ("tokens/embedding", "looked up, not multiplied")
-    ]
-    assert model.layers[0].flops == 2 * 3 * 32  # of one example
+IDS = jnp.array([[1, 2, 3], [4, 5, 10]])
+LOOKUP_FORMATS = ("bfloat16", "float16_acc16", "float8_e4m3fn", "bfloat16_w", "float8_e4m3fn_w", "int8_w", "int4_w")
+
+
+class Text(nn.Module):
+    """An embedding, and a head that is tied to it or not, or uses its table behind mpjax's back."""
+
+    tied: str = "no"
+    words: int = 12
+    width: int = 32
+
+    def setup(self):
+        self.tokens, self.head = nn.Embed(self.words, self.width), nn.Dense(self.words, use_bias=False)
+
+    def __call__(self, ids):
+        x = nn.tanh(self.tokens(ids))
+        if self.tied == "attend":
+            return self.tokens.attend(x)
+        return x @ self.tokens.embedding.T if self.tied == "table" else self.head(x)
+
+
+class NnxText(nnx.Module):
+    def __init__(self, tied="no", words=12, width=32):
+        self.tied = tied
+        self.tokens, self.head = (
+            nnx.Embed(words, width, rngs=rngs()),
+            nnx.Linear(width, words, use_bias=False, rngs=rngs()),
+        )
+
+    def __call__(self, ids):
+        x = nnx.tanh(self.tokens(ids))
+        if self.tied == "attend":
+            return self.tokens.attend(x)
+        return x @ self.tokens.embedding[...].T if self.tied == "table" else self.head(x)
+
+
+def text(framework, tied="no", words=12, width=32):
+    """The model of that framework, and its plain call."""
+    if framework == "linen":
+        module = Text(tied=tied, words=words, width=width)
+        variables, model = linen(module, IDS)
+        return model, jax.jit(module.apply)(variables, IDS)
+    module = NnxText(tied, words, width)
+    return models.from_nnx(module, IDS), nnx.jit(lambda module, ids: module(ids))(module, IDS)
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+@pytest.mark.parametrize("tied", ["no", "attend"])
+def test_an_embedding_is_a_layer(framework, tied):
+    model, plain = text(framework, tied)
+    assert model.names == (("tokens",) if tied == "attend" else ("tokens", "head"))
+    layer = model.layers[0]
+    assert (layer.kind, layer.kernel, layer.summed) == ("Embed", "tokens/embedding", (1,))
+    assert layer.calls == (2 if tied == "attend" else 1)
+    assert layer.flops == (2 * 3 * 32 * 12 if tied == "attend" else 0)  # of one example; a lookup multiplies nothing
+    np.testing.assert_array_equal(jax.jit(model.call)(model.params, IDS), plain)
+    assert graph.edges(model, IDS) == (("tokens", "head" if tied == "no" else "tokens"),)
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_a_table_that_the_model_also_reads_itself_stays(framework):
+    with pytest.raises(ValueError, match="no layer that multiplies"):
+        text(framework, "table")  # the head is not called, and the table is not lowered
+
+
+@pytest.mark.parametrize(("words", "width"), [(12, 32), (11, 32), (12, 8)])
+@pytest.mark.parametrize("fmt", LOOKUP_FORMATS)
+def test_lookups_execute_what_is_emulated(fmt, words, width):
+    for framework, tied in (("linen", "no"), ("nnx", "attend")):
+        model, plain = text(framework, tied, words, width)
+        calibration = emulate.calibrate(model, [(IDS,)])
+        mixed = apply.apply(model, {"tokens": fmt}, calibration=calibration)
+        found = jax.jit(mixed.call)(mixed.params, IDS)
+        override = emulate.in_format({"tokens": parse(fmt)}, calibration=calibration)
+        expected = model.call(model.params, IDS, override=override)
+        error = float(jnp.abs(expected - plain).max())
+        assert error > 0
+        np.testing.assert_allclose(found, expected, atol=(1e-6 if tied == "no" else 0.3 * error) + 1e-6)
+        if fmt == "float16_acc16" or tied != "no":
+            continue
+        table = model.params["tokens"]["embedding"]
+        rounded = quantized.round_weights(table, parse(fmt), (1,))  # the oracle: the whole table, then the rows
+        rows = jnp.tanh(rounded[IDS]) @ model.params["head"]["kernel"]
+        np.testing.assert_allclose(expected, rows, atol=2e-6)
+
+
+@pytest.mark.parametrize("fmt", ["int8_w", "int4_w", "float8_e4m3fn_w", "bfloat16_w"])
+def test_rows_of_a_stored_table(fmt):
+    fmt = parse(fmt)
+    for shape in ((12, 64), (11, 32), (6, 7), (256, 32)):
+        table = jax.random.normal(KEY, shape, jnp.float32)
+        stored, scale = quantized.quantize(table, fmt, (1,))
+        ids = jnp.array([[0, shape[0] - 1, -1], [5, 3, shape[0] + 2], [-2, -shape[0], -shape[0] - 1]])
+        rows = quantized.dequantize_rows(stored, scale, fmt, shape, ids)
+        expected = jnp.take(quantized.round_weights(table, fmt, (1,)), ids, axis=0)
+        np.testing.assert_array_equal(rows, expected)
+        assert np.isnan(rows[1, 2]).all() and np.isnan(rows[2, 2]).all()  # as jnp.take says of rows outside
+        narrow = quantized.dequantize_rows(stored, scale, fmt, shape, jnp.arange(6, dtype=jnp.uint8))
+        np.testing.assert_array_equal(narrow, quantized.round_weights(table, fmt, (1,))[:6])
+
+
+class Scaled(nn.Embed):
+    """An embedding that does more than look up."""
+
+    def __call__(self, inputs):
+        return super().__call__(inputs) * 2.0
+
+
+class NnxScaled(nnx.Embed):
+    def __call__(self, inputs):
+        return super().__call__(inputs) * 2.0
+
+
+def test_a_subclass_that_does_more_than_look_up_stays():
+    module = nn.Sequential([Scaled(12, 8), nn.Dense(3)])
+    variables, model = linen(module, IDS)
+    assert model.names == ("layers_1",)
+    assert ("layers_0/embedding", "Scaled") in {(each.path, each.owner) for each in model.others}
+    np.testing.assert_array_equal(jax.jit(model.call)(model.params, IDS), jax.jit(module.apply)(variables, IDS))
+    twin = nnx.Sequential(NnxScaled(12, 8, rngs=rngs()), nnx.Linear(8, 3, rngs=rngs()))
+    model = models.from_nnx(twin, IDS)
+    assert model.names == ("layers/1",)
+    np.testing.assert_allclose(model.call(model.params, IDS), twin(IDS), atol=1e-6)
+
+
+def test_a_lifted_embedding_is_one_layer_and_one_of_a_single_row_none():
+    lifted = nn.vmap(nn.Embed, in_axes=0, variable_axes={"params": 0}, split_rngs={"params": True})
+    module = nn.Sequential([lifted(12, 8), nn.Dense(3)])
+    variables, model = linen(module, jnp.stack([IDS, IDS]))
+    assert model.names == ("layers_0", "layers_1") and model.layers[0].kernel_shape == (2, 12, 8)
+    both = jnp.stack([IDS, IDS])
+    np.testing.assert_allclose(model.call(model.params, both), module.apply(variables, both), atol=1e-6)
+    for fmt in ("bfloat16", "int8_w", "int4_w"):
+        mixed = apply.apply(model, {"layers_0": fmt})
+        expected = model.call(model.params, both, override=emulate.in_format({"layers_0": parse(fmt)}))
+        np.testing.assert_allclose(mixed.call(mixed.params, both), expected, atol=1e-6)
+        assert not np.array_equal(expected, model.call(model.params, both))
+    one = nn.Sequential([nn.Embed(1, 8), nn.Dense(3)])
+    assert linen(one, IDS)[1].names == ("layers_1",)
+
+
+def test_a_model_keeps_the_statistics_that_its_module_had():
+    class Normed(nnx.Module):
+        def __init__(self):
+            self.layer, self.norm = nnx.Linear(8, 4, rngs=rngs()), nnx.BatchNorm(4, rngs=rngs())
+
+        def __call__(self, x):
+            return self.norm(self.layer(x))
+
+    module = Normed()
+    module.eval()
+    model = models.from_nnx(module, TOKENS)
+    before = model.call(model.params, TOKENS)
+    module.norm.mean[...] = jnp.full((4,), 3.0, jnp.float32)
+    np.testing.assert_array_equal(model.call(model.params, TOKENS), before)
+    assert not np.array_equal(module(TOKENS), before)
+
+
+@pytest.mark.parametrize("lowering", ["rule", "auto"])
+def test_a_tied_model_is_costed_and_compiled_in_every_way(lowering):
+    model, plain = text("linen", "attend")
+    costs = cost.measure(model, ("bfloat16", "int8_w"), IDS, rounds=1, lowering=lowering)
+    assert np.isfinite(costs.seconds).all() and costs.ways[0, 0] == "xla"
+    program = compiled.compile(apply.apply(model, {"tokens": "bfloat16"}), [(IDS,), (IDS[::-1],)], lowering=lowering)
+    np.testing.assert_allclose(program(IDS), plain, atol=0.1)
+    assert program.lowering == {"tokens": "xla"}
+
+
+def test_an_embedding_is_scored_searched_and_costed(tmp_path):
+    formats = ("bfloat16", "int4_w")
+    model, _ = text("linen")
+    found = sensitivity.local_rounding(num_probes=None)(model, [(IDS,)], formats, KEY)
+    truth = sensitivity.measured()(model, [(IDS,)], formats, KEY)
+    np.testing.assert_allclose(found.value, truth.value, rtol=0.2)
+    assert (truth.value > 0).all()
+    costs = cost.measure(model, formats, IDS, rounds=1)
+    assert np.isfinite(costs.seconds).all() and (costs.weight_bytes[0, 1:] < costs.weight_bytes[0, 0]).all()
+    program = compiled.compile(apply.apply(model, {"tokens": "bfloat16", "head": "int8_w"}), [(IDS,), (IDS[::-1],)])
+    (row, _) = program.report().rows
+    assert (row["layer"], row["opcode"], row["full_copy"]) == ("tokens", "gather", None)
+    assert program.weight_bytes == 2 * 12 * 32 + 12 * 32 + 4 * 12
+    program = compiled.compile(apply.apply(model, {"tokens": "int4_w"}), [(IDS,), (IDS[::-1],)])
+    (row, _) = program.report().rows
+    assert row["full_copy"] is False and program.weight_bytes == 12 * 16 + 12 * 2 + 4 * 12 * 32
+    loaded = compiled.load(program.export(tmp_path / "text.mpjax"))
+    np.testing.assert_array_equal(loaded(IDS), program(IDS))
 
 
 def test_several_inputs_keyword_arguments_and_collections():

@@ -248,8 +248,37 @@ def test_clear_errors(linen):
     with pytest.raises(ValueError, match="no layer that multiplies its own weights"):
         norm = nn.LayerNorm()
         models.from_linen(norm, norm.init(KEY, IMAGES), IMAGES)
+    with pytest.raises(ValueError, match="float32 weights, found none at all"):
+        models.from_linen(Linen(), {"params": {}}, IMAGES)
+    with pytest.raises(ValueError, match="float32 weights, found only int8"):
+        integers = jax.tree.map(lambda leaf: leaf.astype(jnp.int8), variables["params"])
+        models.from_linen(Linen(), {**variables, "params": integers}, IMAGES)
     with pytest.raises(KeyError, match="stem"):
         model.layer("stemm")
+
+
+class Dropped(nnx.Module):
+    """A network as people train it."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.layer, self.norm = nnx.Linear(4, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.drop(self.norm(self.layer(x)))
+
+
+def test_an_nnx_module_in_training_mode_is_refused():
+    x, module = jnp.ones((3, 4), jnp.float32), Dropped()
+    with pytest.raises(models.ModelError, match=r"depend on random numbers.*module\.eval"):
+        models.from_nnx(module, x)
+    module.drop.set_attributes(deterministic=True)
+    with pytest.raises(models.ModelError, match="statistics of the batch"):
+        models.from_nnx(module, x)
+    module.eval()
+    model = models.from_nnx(module, x)
+    np.testing.assert_array_equal(model.call(model.params, x), module(x))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import linen
 
 from mpjax import apply, compiled, cost, emulate, models, quantized, sensitivity
 from mpjax.formats import FORMATS, parse
@@ -127,6 +128,18 @@ def test_they_go_through_scores_apply_compile_report_and_files(net, name, tmp_pa
     saved = 4 * sum(layer.weights for layer in model.layers) - static.weight_bytes[:, -1].sum()
     assert abs((whole.stat().st_size - small.stat().st_size) - saved) < 8000  # headers and programs differ
     np.testing.assert_array_equal(compiled.load(small)(*batches[0]), program(*batches[0]))
+
+
+@pytest.mark.parametrize("name", ["int8_w", "int4_w", "bfloat16_w"])
+def test_a_full_copy_takes_memory(name):
+    """What the report says of a real program, against XLA's own analysis of its memory."""
+    module, size = nn.Dense(512, use_bias=False), 4 * 512 * 512
+    model, batches = linen(module, 64, 512)
+    program = compiled.compile(apply.apply(model, {"Dense": name}), batches)
+    (row,) = program.report().rows
+    temporary = program.program.compiled.memory_analysis().temp_size_in_bytes
+    assert row["full_copy"] == (temporary >= size), temporary
+    assert ("storage only" in str(program.report())) == row["full_copy"]
 
 
 def test_a_full_copy_is_seen_and_its_absence_too():

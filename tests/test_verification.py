@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import linen
 
-from mpjax import apply, compiled, executable, verification
+from mpjax import apply, compiled, executable, models, verification
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -226,3 +226,22 @@ def test_a_miscompile_of_xla_is_caught_and_compiled_otherwise(monkeypatch):
     if miscompiles:
         with pytest.raises(compiled.MiscompiledError, match="YNN: differs by 0"):
             compiled.compile(model, batches)
+
+
+def test_a_model_of_integers_is_nudged_in_its_weights():
+    """Token numbers have no neighbours: without a nudge the spread would be nothing, and right programs refused."""
+
+    class Text(nn.Module):
+        @nn.compact
+        def __call__(self, ids):
+            x = nn.Embed(11, 16, name="words")(ids)
+            for number in range(3):
+                x = nn.LayerNorm()(x + nn.Dense(16, name=f"dense_{number}")(nn.gelu(x)))
+            return x.mean(1)
+
+    ids = [(jnp.array([[1, 2, 3], [4, 5, 6]]),), (jnp.array([[7, 8, 9], [10, 0, 1]]),)]
+    module = Text()
+    model = models.from_linen(module, module.init(jax.random.key(0), *ids[0]), *ids[0])
+    low = verification.stepwise(apply.apply(model, dict.fromkeys(model.names, "bfloat16")), ids)
+    assert 0 < low.spread < low.distance
+    assert compiled.compile(apply.apply(model, dict.fromkeys(model.names, "bfloat16")), ids).verification.agrees

@@ -8,7 +8,7 @@
 | `unet` | Ronneberger et al. 2015, arXiv 1505.04597 | ConvTranspose |
 | `vit` | Dosovitskiy et al. 2020, arXiv 2010.11929 | DenseGeneral in attention, a class token |
 | `bert` | Devlin et al. 2018, arXiv 1810.04805 | Embed |
-| `gpt` | Radford et al. 2019 | Embed, nn.scan and nn.remat over blocks, a tied output |
+| `gpt` | Radford et al. 2019 | Embed, once looked up and once multiplied (`attend`); nn.scan and nn.remat over blocks |
 | `lstm` | Hochreiter and Schmidhuber 1997, doi 10.1162/neco.1997.9.8.1735 | nn.RNN, two kinds of cell |
 | `gru` | Cho et al. 2014, arXiv 1406.1078 | nn.RNN |
 | `mixer` | Tolstikhin et al. 2021, arXiv 2105.01601 | Dense over tokens |
@@ -33,11 +33,12 @@ TOKENS, WORDS, WIDTH = 12, 50, 32
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A model with two batches of inputs."""
+    """A model with two batches of inputs; `plain(params, x)` is Flax's own call of it."""
 
     name: str
     model: Model
     batches: Batches
+    plain: Callable[[Any, jax.Array], Any]
 
 
 class Mlp(nn.Module):
@@ -249,10 +250,23 @@ def architecture(name: str) -> Architecture:
     keys = jax.random.split(jax.random.key(0), 3)
     batches = [(_inputs(key, shape),) for key in keys[1:]]
     if name == "llama":
-        return Architecture(name=name, model=models.from_nnx(Llama(nnx.Rngs(0)), *batches[0]), batches=batches)
+        llama = Llama(nnx.Rngs(0))
+        graphdef, state = nnx.split(llama)
+
+        def merged(params: Any, x: jax.Array) -> Any:
+            nnx.replace_by_pure_dict(mine := jax.tree.map(lambda leaf: leaf, state), params)
+            return nnx.merge(graphdef, mine)(x)
+
+        return Architecture(name=name, model=models.from_nnx(llama, *batches[0]), batches=batches, plain=merged)
     module = LINEN[name][0]()
     variables: Any = module.init(keys[0], *batches[0])
-    return Architecture(name=name, model=models.from_linen(module, variables, *batches[0]), batches=batches)
+    others = {kind: values for kind, values in variables.items() if kind != "params"}
+    return Architecture(
+        name=name,
+        model=models.from_linen(module, variables, *batches[0]),
+        batches=batches,
+        plain=lambda params, x: module.apply({**others, "params": params}, x),
+    )
 
 
 def _inputs(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -6,7 +6,7 @@ Convolutions and dense layers are ``nn.Conv`` and ``nn.Dense`` submodules named 
 convolutions go through ``mpjax.depthwise``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,36 +95,40 @@ class TFLiteModule(nn.Module):
             raise ValueError(f"input of shape {x.shape}, expected ({', '.join(map(str, expected))})")
         values = {self.graph.input: x}
         for op in self.graph.ops:
-            out = _compute(op, [values[index] for index in op.inputs], self.dtype, self.plain)
-            values[op.output] = _ACTIVATIONS[op.activation](out)
+            inputs = [values[index] for index in op.inputs]
+            with_weights = op.kind in (*LAYERS, "prelu")
+            out = self._layer(op, inputs[0]) if with_weights else compute(op, inputs, plain=self.plain)
+            values[op.output] = ACTIVATIONS[op.activation](out)
         return {name: values[index] for name, index in self.graph.outputs}
 
+    def _layer(self, op: Op, x: jax.Array) -> jax.Array:
+        """An operator with weights; the compact method that calls this adopts it."""
+        if op.kind == "prelu":
+            return PReLU(name=op.name)(x)
+        if op.kind == "dense":
+            return nn.Dense(op.features, use_bias=op.use_bias, dtype=self.dtype, name=op.name)(x)
+        depthwise = op.kind == "depthwise"
+        return nn.Conv(
+            op.features,
+            op.window,
+            strides=op.strides,
+            padding=op.padding,
+            kernel_dilation=op.dilation,
+            feature_group_count=x.shape[-1] if depthwise else 1,
+            use_bias=op.use_bias,
+            conv_general_dilated=depthwise_conv if depthwise and not self.plain else None,
+            dtype=self.dtype,
+            name=op.name,
+        )(x)
 
-_ACTIVATIONS = {"none": lambda x: x, "relu": nn.relu, "relu6": nn.relu6}
+
+ACTIVATIONS = {"none": lambda x: x, "relu": nn.relu, "relu6": nn.relu6}
 
 
-def _compute(op: Op, inputs: list[jax.Array], dtype: Any, plain: bool) -> jax.Array:
-    """One operator without its fused activation; the compact method that calls this adopts the layers."""
+def compute(op: Op, inputs: Sequence[jax.Array], *, plain: bool = False) -> jax.Array:
+    """One operator without weights, and without its fused activation (`ACTIVATIONS`)."""
     x = inputs[0]
     match op.kind:
-        case "conv" | "depthwise":
-            depthwise = op.kind == "depthwise"
-            return nn.Conv(
-                op.features,
-                op.window,
-                strides=op.strides,
-                padding=op.padding,
-                kernel_dilation=op.dilation,
-                feature_group_count=x.shape[-1] if depthwise else 1,
-                use_bias=op.use_bias,
-                conv_general_dilated=depthwise_conv if depthwise and not plain else None,
-                dtype=dtype,
-                name=op.name,
-            )(x)
-        case "dense":
-            return nn.Dense(op.features, use_bias=op.use_bias, dtype=dtype, name=op.name)(x)
-        case "prelu":
-            return PReLU(name=op.name)(x)
         case "add":
             return inputs[0] + inputs[1]
         case "mul":
@@ -144,7 +148,7 @@ def _compute(op: Op, inputs: list[jax.Array], dtype: Any, plain: bool) -> jax.Ar
         case "sigmoid":
             return nn.sigmoid(x)
         case "relu" | "relu6":
-            return _ACTIVATIONS[op.kind](x)
+            return ACTIVATIONS[op.kind](x)
     raise TFLiteError(f"operator {op.name}: no rule for kind {op.kind!r}")
 
 

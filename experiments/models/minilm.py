@@ -1,0 +1,225 @@
+"""all-MiniLM-L6-v2, a sentence encoder, as a Flax NNX module with the published weights.
+
+BERT with six post-norm blocks of width 384 (Devlin et al., arXiv 1810.04805; Wang et al., MiniLM, arXiv 2002.10957), the mean of
+the tokens' outputs as the sentence's embedding, scaled to length 1 (Reimers and Gurevych, Sentence-BERT, arXiv 1908.10084).
+Weights are read from safetensors, the tokenizer from its own tokenizer.json.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+__all__ = ["MINILM", "MiniLM", "Shape", "TextError", "encode", "load_minilm", "load_tokenizer", "nested"]
+
+
+class TextError(ValueError):
+    """A model, tokenizer or text that cannot be used; the message says what was found, what was expected, what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of an encoder: blocks, width, heads, MLP, vocabulary and the longest text in tokens."""
+
+    blocks: int
+    width: int
+    heads: int
+    hidden: int
+    words: int
+    positions: int
+
+
+MINILM = Shape(blocks=6, width=384, heads=12, hidden=1536, words=30522, positions=512)
+_EPSILON = 1e-12  # of the norms
+
+
+class Block(nnx.Module):
+    """Self-attention and an MLP, each added to its input and normed."""
+
+    def __init__(self, shape: Shape, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+
+        width = shape.width
+        self.heads = shape.heads
+        self.query, self.key, self.value, self.output = (linear(width, width) for _ in range(4))
+        self.up, self.down = linear(width, shape.hidden), linear(shape.hidden, width)
+        self.attention_norm, self.mlp_norm = (_norm(width, dtype, rngs) for _ in range(2))
+
+    def __call__(self, x: jax.Array, allowed: jax.Array) -> jax.Array:
+        """(N, T, width), (N, T) bool -> (N, T, width)."""
+        query, key, value = (
+            each(x).reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 1, 3)
+            for each in (self.query, self.key, self.value)
+        )
+        scores = query @ key.swapaxes(2, 3) * query.shape[-1] ** -0.5
+        scores = jnp.where(allowed[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
+        attended = (nnx.softmax(scores, axis=-1) @ value).transpose(0, 2, 1, 3).reshape(x.shape)
+        x = self.attention_norm(x + self.output(attended))
+        return self.mlp_norm(x + self.down(nnx.gelu(self.up(x), approximate=False)))
+
+
+class MiniLM(nnx.Module):
+    """Sentence encoder: `module(ids, mask)` with (N, T) int32 tokens and (N, T) 1 where there is one -> (N, width), length 1.
+
+    `dtype` is handed to every layer, Flax's plain way to lower precision; parameters stay float32.
+    """
+
+    def __init__(self, shape: Shape = MINILM, *, dtype: Any = None, rngs: nnx.Rngs) -> None:
+        def table(rows: int) -> nnx.Embed:
+            return nnx.Embed(rows, shape.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+
+        self.shape = shape
+        self.words, self.positions, self.kinds = table(shape.words), table(shape.positions), table(2)
+        self.norm = _norm(shape.width, dtype, rngs)
+        self.blocks = nnx.List([Block(shape, dtype=dtype, rngs=rngs) for _ in range(shape.blocks)])
+
+    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        if ids.ndim != 2 or ids.shape != mask.shape or ids.shape[1] > self.shape.positions:
+            raise ValueError(
+                f"ids of shape {ids.shape} and mask of shape {mask.shape}: expected two of (N, T) with T ≤ {self.shape.positions}"
+            )
+        places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=ids.dtype), ids.shape)
+        x = self.norm(self.words(ids) + self.positions(places) + self.kinds(jnp.zeros_like(ids)))
+        for block in self.blocks:
+            x = block(x, mask > 0)
+        weights = mask[..., None].astype(x.dtype)
+        mean = (x * weights).sum(1) / weights.sum(1)
+        return mean / jnp.linalg.norm(mean, axis=1, keepdims=True)
+
+
+def _norm(width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(width, epsilon=_EPSILON, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+
+
+def load_minilm(path: Path | str, *, shape: Shape = MINILM, dtype: Any = None) -> MiniLM:
+    """The encoder with the weights of a safetensors file, float32.
+
+    Raises:
+        TextError: a foreign, truncated or damaged file, or one that holds another network.
+        FileNotFoundError: no such file.
+    """
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise TextError(
+            f"{path}: not a whole safetensors file of {Path(path).stat().st_size} bytes ({error}). Compare its checksum with the "
+            "source and fetch it again."
+        ) from error
+    module = nnx.eval_shape(lambda: MiniLM(shape, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(module)
+    wanted = {
+        "/".join(map(str, path)): leaf
+        for path, leaf in nnx.to_flat_state(state)  # in the module's words
+    }
+    found = {name: tensors[source] for name in wanted if (source := _source(name)) in tensors}
+    problems = [f"{_source(name)} is missing" for name in wanted if name not in found]
+    loaded = {name: _transposed(name, each) for name, each in found.items()}
+    problems += [
+        f"{_source(name)} has shape {tensors[_source(name)].shape} and dtype {each.dtype}, expected {wanted[name].shape} float32"
+        for name, each in loaded.items()
+        if each.shape != wanted[name].shape or each.dtype != np.float32
+    ]
+    if problems:
+        raise TextError(f"{path}: not the weights of this encoder ({shape}): {'; '.join(problems[:4])}.")
+    nnx.replace_by_pure_dict(state, nested(loaded))
+    return nnx.merge(graphdef, state)
+
+
+_NAMES = {
+    "words/embedding": "embeddings.word_embeddings.weight",
+    "positions/embedding": "embeddings.position_embeddings.weight",
+    "kinds/embedding": "embeddings.token_type_embeddings.weight",
+    "norm": "embeddings.LayerNorm",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+}
+
+
+def _source(name: str) -> str:
+    """A parameter's name in the file."""
+    if name in _NAMES:
+        return _NAMES[name]
+    *blocks, layer, leaf = name.split("/")
+    kind = {"kernel": "weight", "scale": "weight", "bias": "bias"}[leaf]
+    prefix = f"encoder.layer.{blocks[1]}." if blocks else ""
+    return f"{prefix}{_NAMES[layer]}.{kind}"
+
+
+def _transposed(name: str, tensor: np.ndarray) -> np.ndarray:
+    """PyTorch's (outputs, inputs) as Flax's (inputs, outputs)."""
+    return np.ascontiguousarray(tensor.T) if name.endswith("/kernel") else tensor
+
+
+def nested(flat: Mapping[str, np.ndarray]) -> dict[Any, Any]:
+    """Slash paths -> arrays as the pure dict of an NNX state; numbers are places in a list."""
+    nested: dict[Any, Any] = {}
+    for name, value in flat.items():
+        *path, leaf = (int(each) if each.isdigit() else each for each in name.split("/"))
+        inside = nested
+        for each in path:
+            inside = inside.setdefault(each, {})
+        inside[leaf] = jnp.asarray(value)
+    return nested
+
+
+def load_tokenizer(path: Path | str, *, words: int = MINILM.words) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, without padding and truncation of its own.
+
+    Raises:
+        TextError: not such a file, or one of another vocabulary than the model's.
+        FileNotFoundError: no such file.
+    """
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # tokenizers raises plain Exception
+        raise TextError(f"{path}: not a tokenizer.json ({error}). Take the one that came with the model.") from error
+    if tokenizer.get_vocab_size() != words:
+        raise TextError(
+            f"{path}: a tokenizer of {tokenizer.get_vocab_size()} words, the model has {words}. Take the one that came with it."
+        )
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], *, length: int, truncate: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of texts, (N, length) int32 each, padded with 0.
+
+    Raises:
+        TextError: no text, an empty one, or one longer than `length` unless `truncate`.
+    """
+    if isinstance(texts, str) or not texts:
+        raise TextError(f"Expected a sequence of texts, found {texts!r}.")
+    ids, mask = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.int32)
+    for number, (text, found) in enumerate(zip(texts, tokenizer.encode_batch(list(texts)), strict=True)):
+        if not any(each == 0 for each in found.special_tokens_mask):
+            raise TextError(f"Text {number} is empty ({text!r}): there is nothing to encode.")
+        tokens = found.ids
+        if len(tokens) > length:
+            if not truncate:
+                raise TextError(
+                    f"Text {number} has {len(tokens)} tokens, the model reads {length}: split it, or pass truncate=True."
+                )
+            tokens = [*tokens[: length - 1], tokens[-1]]
+        ids[number, : len(tokens)], mask[number, : len(tokens)] = tokens, 1
+    return ids, mask

@@ -1,0 +1,363 @@
+"""SmolLM2-135M, a causal language model, as a Flax NNX module with the weights and the tokenizer of a GGUF file.
+
+Llama (Touvron et al., arXiv 2302.13971): pre-norm blocks with RMSNorm, rotary embedding (Su et al., arXiv 2104.09864) on
+interleaved pairs as GGUF stores them, grouped-query attention (Ainslie et al., arXiv 2305.13245), a gated MLP, and an output tied
+to the word embedding. Weights are dequantised by the `gguf` package; the tokenizer is byte-level BPE with digits one by one.
+"""
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from experiments.models.minilm import TextError, nested
+from mpjax import report
+
+__all__ = ["Generated", "Language", "Shape", "SmolLM2", "TextError", "encode", "generate", "load_smollm2", "new_cache"]
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values, (N, blocks, places, key-value heads, head size) each
+_DAMAGED = (
+    ValueError,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+    OSError,
+    struct.error,
+)
+_CONTROL = 3  # type of a token that no text spells
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a decoder; `context` is the longest text, `base` the rotary embedding's, `epsilon` the norms'."""
+
+    blocks: int
+    width: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    words: int
+    context: int
+    base: float
+    epsilon: float
+
+    @property
+    def head(self) -> int:
+        """Size of a head."""
+        return self.width // self.heads
+
+
+class Block(nnx.Module):
+    """Attention and a gated MLP, each on a normed input and added to it."""
+
+    def __init__(self, shape: Shape, *, dtype: Any, rngs: nnx.Rngs) -> None:
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+
+        width, narrow = shape.width, shape.kv_heads * shape.head
+        self.shape = shape
+        self.query, self.key, self.value, self.output = (
+            linear(*each) for each in ((width, width), (width, narrow), (width, narrow), (width, width))
+        )
+        self.gate, self.up, self.down = (
+            linear(width, shape.hidden),
+            linear(width, shape.hidden),
+            linear(shape.hidden, width),
+        )
+        self.attention_norm, self.mlp_norm = (_norm(shape, dtype, rngs) for _ in range(2))
+
+    def __call__(
+        self, x: jax.Array, places: jax.Array, cache: Cache | None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """(N, T, width), (N, T) places in the text, this block's keys and values so far -> the same, with these T."""
+        shape, (count, tokens, _) = self.shape, x.shape
+        y = self.attention_norm(x)
+        query, key, value = (
+            each(y).reshape(count, tokens, -1, shape.head) for each in (self.query, self.key, self.value)
+        )
+        query, key = (rotated(each, places, shape.base) for each in (query, key))
+        seen = places
+        if cache is not None:
+            key, value = (_written(*each, places[:, 0]) for each in zip(cache, (key, value), strict=True))
+            seen = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=places.dtype), key.shape[:2])
+        attended = _attention(query, key, value, seen[:, None, :] <= places[:, :, None])
+        x = x + self.output(attended.reshape(x.shape))
+        y = self.mlp_norm(x)
+        return x + self.down(nnx.silu(self.gate(y)) * self.up(y)), (key, value)
+
+
+class SmolLM2(nnx.Module):
+    """Causal language model.
+
+    `module(ids)`: (N, T) tokens -> (N, T, words) logits. `module(ids, keys, values, start)`: the T tokens from place `start` (N,)
+    on, after those in the cache (`new_cache`) -> {"logits": (N, words) of the last one, "keys", "values"}.
+
+    `dtype` is handed to every layer, Flax's plain way to lower precision; parameters stay float32.
+    """
+
+    def __init__(self, shape: Shape, *, dtype: Any = None, rngs: nnx.Rngs) -> None:
+        self.shape = shape
+        self.words = nnx.Embed(shape.words, shape.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+        self.blocks = nnx.List([Block(shape, dtype=dtype, rngs=rngs) for _ in range(shape.blocks)])
+        self.norm = _norm(shape, dtype, rngs)
+
+    def __call__(
+        self,
+        ids: jax.Array,
+        keys: jax.Array | None = None,
+        values: jax.Array | None = None,
+        start: jax.Array | None = None,
+    ) -> Any:
+        places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=ids.dtype), ids.shape)
+        places = places if start is None else places + start[:, None]
+        x, new = self.words(ids), []
+        for number, block in enumerate(self.blocks):
+            cache = None if keys is None or values is None else (keys[:, number], values[:, number])
+            x, kept = block(x, places, cache)
+            new.append(kept)
+        if keys is None:
+            return self.words.attend(self.norm(x))
+        stacked = (jnp.stack(each, axis=1) for each in zip(*new, strict=True))
+        return {"logits": self.words.attend(self.norm(x[:, -1])), **dict(zip(("keys", "values"), stacked, strict=True))}
+
+
+def rotated(x: jax.Array, places: jax.Array, base: float) -> jax.Array:
+    """Rotary embedding of interleaved pairs: (N, T, heads, size) at places (N, T)."""
+    size = x.shape[-1] // 2
+    angles = places[..., None, None].astype(jnp.float32) * base ** (-jnp.arange(size, dtype=jnp.float32) / size)
+    cosine, sine = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
+    one, two = x[..., ::2], x[..., 1::2]
+    return jnp.stack([one * cosine - two * sine, one * sine + two * cosine], axis=-1).reshape(x.shape)
+
+
+def _written(old: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """(N, S, heads, size) with (N, T, heads, size) in the places from `start` (N,) on."""
+    write = jax.lax.dynamic_update_slice_in_dim
+    return jax.vmap(lambda a, b, place: write(a, b, place, axis=0))(old, new.astype(old.dtype), start)
+
+
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Array:
+    """(N, T, heads, size), (N, S, key-value heads, size) twice, (N, T, S) -> (N, T, heads · size)."""
+    count, tokens, heads, size = query.shape
+    shared = key.shape[2]
+    grouped = query.reshape(count, tokens, shared, heads // shared, size).transpose(0, 2, 3, 1, 4)
+    grouped = grouped.reshape(count, shared, -1, size)  # the queries that share keys, one after the other
+    scores = grouped @ key.transpose(0, 2, 3, 1) * size**-0.5
+    mask = jnp.tile(allowed, (1, heads // shared, 1))[:, None]
+    weights = nnx.softmax(jnp.where(mask, scores, jnp.finfo(scores.dtype).min), axis=-1)
+    out = (weights @ value.transpose(0, 2, 1, 3)).reshape(count, shared, heads // shared, tokens, size)
+    return out.transpose(0, 3, 1, 2, 4).reshape(count, tokens, heads * size)
+
+
+def _norm(shape: Shape, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(shape.width, epsilon=shape.epsilon, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
+
+
+def new_cache(shape: Shape, places: int, *, batch: int = 1) -> Cache:
+    """Room for so many tokens of each of `batch` texts."""
+    sizes = (batch, shape.blocks, places, shape.kv_heads, shape.head)
+    return jnp.zeros(sizes, jnp.float32), jnp.zeros(sizes, jnp.float32)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Language:
+    """A model with its tokenizer, and the bytes of its file."""
+
+    module: SmolLM2
+    tokenizer: Tokenizer
+    file_bytes: int
+
+
+def load_smollm2(path: Path | str, *, dtype: Any = None) -> Language:
+    """The model and the tokenizer of a GGUF file; weights as float32.
+
+    Raises:
+        TextError: a foreign, truncated or damaged file, another architecture, or missing weights.
+        FileNotFoundError: no such file.
+    """
+    size = Path(path).stat().st_size
+    try:
+        reader = GGUFReader(path)
+        if (kind := _field(reader, "general.architecture")) != "llama":
+            raise TextError(f"{path}: a model of the architecture {kind!r}, expected 'llama'. Take a SmolLM2 file.")
+        shape = _shape(reader)
+        tokenizer = _tokenizer(reader)
+        weights = {}
+        with report.progress(f"reading {Path(path).name}", len(reader.tensors)) as advance:
+            for tensor in reader.tensors:
+                weights[tensor.name] = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+                advance()
+    except TextError:
+        raise
+    except _DAMAGED as error:
+        raise TextError(
+            f"{path}: not a whole GGUF file of {size} bytes ({type(error).__name__}: {error}). Compare its checksum with the "
+            "source and fetch it again."
+        ) from error
+    module = nnx.eval_shape(lambda: SmolLM2(shape, dtype=dtype, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(module)
+    wanted = {"/".join(map(str, name)): leaf.shape for name, leaf in nnx.to_flat_state(state)}
+    found, problems = {}, []
+    for name, expected in wanted.items():
+        source = _source(name)
+        value = weights.get(source)
+        value = value.T if value is not None and name.endswith("/kernel") else value
+        if value is None or value.shape != expected:
+            problems.append(
+                f"{source} {'is missing' if value is None else f'has shape {value.shape}, expected {expected}'}"
+            )
+            continue
+        found[name] = np.ascontiguousarray(value)
+    if problems:
+        raise TextError(f"{path}: {len(problems)} weights do not fit ({shape}): {'; '.join(problems[:4])}.")
+    nnx.replace_by_pure_dict(state, nested(found))
+    return Language(module=nnx.merge(graphdef, state), tokenizer=tokenizer, file_bytes=size)
+
+
+def _field(reader: GGUFReader, name: str) -> Any:
+    field = reader.get_field(name)
+    if field is None:
+        raise TextError(f"The GGUF file has no field {name!r}: it is damaged, or not of a language model.")
+    return field.contents()
+
+
+def _shape(reader: GGUFReader) -> Shape:
+    def number(name: str) -> Any:
+        return _field(reader, f"llama.{name}")
+
+    shape = Shape(
+        blocks=number("block_count"),
+        width=number("embedding_length"),
+        heads=number("attention.head_count"),
+        kv_heads=number("attention.head_count_kv"),
+        hidden=number("feed_forward_length"),
+        words=len(_field(reader, "tokenizer.ggml.tokens")),
+        context=number("context_length"),
+        base=number("rope.freq_base"),
+        epsilon=number("attention.layer_norm_rms_epsilon"),
+    )
+    sizes = (shape.blocks, shape.width, shape.heads, shape.kv_heads, shape.hidden, shape.words, shape.context)
+    if min(sizes) < 1 or shape.width % shape.heads or shape.heads % shape.kv_heads or shape.head % 2:
+        raise TextError(f"The GGUF file says sizes that fit no model ({shape}): it is damaged.")
+    return shape
+
+
+def _tokenizer(reader: GGUFReader) -> Tokenizer:
+    """Byte-level BPE from the file's words and merges."""
+    kind = _field(reader, "tokenizer.ggml.model"), _field(reader, "tokenizer.ggml.pre")
+    if kind != ("gpt2", "smollm"):
+        raise TextError(
+            f"A tokenizer of the kind {kind}, expected ('gpt2', 'smollm'): this reader does not know how it splits."
+        )
+    words = _field(reader, "tokenizer.ggml.tokens")
+    merges = [tuple(each.split(" ", 1)) for each in _field(reader, "tokenizer.ggml.merges")]
+    made = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    made.decoder = decoders.ByteLevel()
+    control = [
+        w for w, each in zip(words, _field(reader, "tokenizer.ggml.token_type"), strict=True) if each == _CONTROL
+    ]
+    made.add_special_tokens([AddedToken(word, normalized=False) for word in control])
+    return made
+
+
+_NAMES = {
+    "query": "attn_q",
+    "key": "attn_k",
+    "value": "attn_v",
+    "output": "attn_output",
+    "attention_norm": "attn_norm",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+    "mlp_norm": "ffn_norm",
+}
+
+
+def _source(name: str) -> str:
+    """A parameter's name in the file."""
+    if name == "words/embedding":
+        return "token_embd.weight"
+    if name == "norm/scale":
+        return "output_norm.weight"
+    _, number, layer, _ = name.split("/")
+    return f"blk.{number}.{_NAMES[layer]}.weight"
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def encode(language: Language, text: str, *, room: int = 0) -> np.ndarray:
+    """(1, T) int32 tokens of a text, to which `room` more may be added.
+
+    Raises:
+        TextError: an empty text, or one that does not fit into the model's context.
+    """
+    ids = language.tokenizer.encode(text).ids
+    context, words = language.module.shape.context, language.module.shape.words
+    if not ids:
+        raise TextError("The prompt is empty: give it at least one word.")
+    if len(ids) + room > context:
+        raise TextError(
+            f"The prompt has {len(ids)} tokens and {room} are to come: the model reads {context}. Shorten it, or ask for fewer."
+        )
+    if max(ids) >= words:
+        raise TextError(
+            f"The tokenizer knows token {max(ids)}, the model {words} words: take the tokenizer of its own file."
+        )
+    return np.asarray([ids], np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What `generate` made: the new tokens and their text."""
+
+    ids: tuple[int, ...]
+    text: str
+
+
+def generate(
+    language: Language, prompt: str, tokens: int, run: Callable[..., Any] | None = None, *, stop: Sequence[int] = ()
+) -> Generated:
+    """Greedy: the most probable next token, so many times.
+
+    Args:
+        language: model and tokenizer.
+        prompt: not empty.
+        tokens: at most so many new ones.
+        run: the module's cached call, `run(ids, keys, values, start)`; None takes the float32 module, jitted.
+        stop: tokens that end it.
+
+    Raises:
+        TextError: as `encode`.
+    """
+    ids = encode(language, prompt, room=tokens)
+    jitted = nnx.jit(lambda module, *inputs: module(*inputs))
+    run = run or (lambda *inputs: jitted(language.module, *inputs))
+    keys, values = new_cache(language.module.shape, ids.shape[1] + tokens)
+    start, made = 0, list[int]()
+    step = jnp.asarray(ids)
+    while len(made) < tokens:
+        found = run(step, keys, values, jnp.full((1,), start, jnp.int32))
+        keys, values, start = found["keys"], found["values"], start + step.shape[1]
+        made.append(int(jnp.argmax(found["logits"][0])))
+        if made[-1] in stop:
+            break
+        step = jnp.asarray([[made[-1]]], jnp.int32)
+    return Generated(ids=tuple(made), text=language.tokenizer.decode(made))

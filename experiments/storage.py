@@ -1,0 +1,123 @@
+"""A model whose weights are stored small: what it costs in bytes, what it computes, and how to mix formats at a number of bytes.
+
+Weights in a weight-only format are nothing but other float32 weights to a float32 program (`quantized`), so one compiled program
+serves all assignments: its arguments are the rounded weights.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from mpjax import cost, partition, predicted
+from mpjax.formats import FLOAT32, parse
+from mpjax.models import Array, Batches, Model
+from mpjax.quantized import round_weights
+from mpjax.search import Assignment, Problem
+
+FORMATS = ("int4_w", "int8_w", "float8_e4m3fn_w", "bfloat16_w")
+_LADDER = ("int4_w", "int8_w", "bfloat16_w", "float32")  # by size: what a mix without scores is made of
+
+
+class Store:
+    """A float32 model and what each of its layers takes in each format.
+
+    Attributes:
+        model: float32.
+        formats: weight-only.
+        weight_bytes: (L, 1 + F), float32 first; scales counted.
+        other_bytes: of all other parameters, which stay float32.
+        call: the model's, jitted.
+    """
+
+    def __init__(self, model: Model, formats: Sequence[str], *inputs: Array) -> None:
+        if wide := [name for name in formats if not parse(name).weight_only]:
+            raise ValueError(f"Expected weight-only formats, found {', '.join(wide)}.")
+        self.model, self.formats = model, tuple(formats)
+        self.weight_bytes: NDArray[np.int64] = cost.static(model, formats, *inputs).weight_bytes
+        self.other_bytes = 4 * sum(int(np.prod(each.shape)) for each in model.others)
+        self.call = jax.jit(model.call)
+
+    def bytes_of(self, assignment: Mapping[str, str]) -> int:
+        """All parameters as stored."""
+        names = (FLOAT32.name, *self.formats)
+        columns = [names.index(assignment.get(layer, FLOAT32.name)) for layer in self.model.names]
+        return int(self.weight_bytes[np.arange(len(columns)), columns].sum()) + self.other_bytes
+
+    def params(self, assignment: Mapping[str, str]) -> Any:
+        """The model's params with the numbers that the stored weights stand for."""
+        weights = partition.select_all(self.model.params, self.model.partition)
+        found = {
+            layer.kernel: _rounded(weights[layer.kernel], assignment[layer.name], layer.summed)
+            for layer in self.model.layers
+            if assignment.get(layer.name, FLOAT32.name) != FLOAT32.name
+        }
+        return partition.replace(self.model.params, found)
+
+    def outputs(self, assignment: Mapping[str, str], batches: Batches) -> list[Any]:
+        """The model's outputs on each batch."""
+        params = self.params(assignment)
+        return [self.call(params, *batch) for batch in batches]
+
+    def problem(self, penalty: np.ndarray) -> Problem:
+        """Least bytes at a predicted loss (`predicted.within_budget`: least loss at a number of bytes)."""
+        return Problem(
+            layers=self.model.names,
+            formats=self.formats,
+            penalty=penalty,
+            cost=self.weight_bytes[:, 1:].astype(np.float64),
+            float32_cost=self.weight_bytes[:, 0].astype(np.float64),
+            objective="cost_min",
+        )
+
+    def by_scores(self, penalty: np.ndarray, most: int) -> Assignment:
+        """The least predicted loss in at most so many bytes: an integer linear program, solved exactly."""
+        problem = self.problem(penalty)
+        return problem.assignment(predicted.within_budget(problem, most - self.other_bytes).index)
+
+    def in_order(self, order: Sequence[str], most: int) -> Assignment:
+        """Without scores: the layers of `order`, first to last, go to the smaller of two neighbouring formats until it fits.
+
+        Raises:
+            ValueError: it never does.
+        """
+        ladder = [name for name in _LADDER if name in (*self.formats, FLOAT32.name)]
+        for low, high in zip(ladder[:-1], ladder[1:], strict=True):
+            mix = Assignment.uniform(self.model.names, high)
+            if self.bytes_of(mix) <= most:
+                continue
+            for layer in order:
+                mix = mix.replace({layer: low})
+                if self.bytes_of(mix) <= most:
+                    return mix
+            break
+        if self.bytes_of(mix) <= most:
+            return mix
+        raise ValueError(f"No mix of {', '.join(ladder)} fits in {most:,} bytes.")
+
+    def at_random(self, seed: int, most: int) -> Assignment:
+        """`in_order` of a random order."""
+        order = np.random.default_rng(seed).permutation(len(self.model.names))
+        return self.in_order([self.model.names[each] for each in order], most)
+
+    def by_depth(self, most: int) -> Assignment:
+        """`in_order` from the last layer to the first, as the rule of thumb has it."""
+        return self.in_order(self.model.names[::-1], most)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _rounded(weights: Array, fmt: str, summed: tuple[int, ...] | None) -> Array:
+    return round_weights(weights, parse(fmt), summed)
+
+
+def formats_of(assignment: Mapping[str, str]) -> str:
+    """The formats in it, sorted and joined by "+"."""
+    return "+".join(sorted(set(assignment.values())))
+
+
+def kinds_of(names: Sequence[str]) -> dict[str, str]:
+    """Layer -> its kind: the last word of its name."""
+    return {name: name.rpartition("/")[2] for name in names}

@@ -1,0 +1,64 @@
+"""English prose that every Python brings along: the language reference, `pydoc_data.topics` (PSF licence), in paragraphs.
+
+It differs from version to version of Python: `digest` says which one it was. Topics are split, not paragraphs, so that no
+topic is in both parts.
+"""
+
+import hashlib
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+
+_LEAST_LETTERS = 0.75  # of the characters: prose, not code or tables
+_CODE = re.compile(r"::=|>>>|\||___")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prose:
+    """Paragraphs of one part: `text` and the topic each is from."""
+
+    text: tuple[str, ...]
+    topic: tuple[str, ...]
+
+    @property
+    def joined(self) -> str:
+        """All paragraphs, one after the other."""
+        return "\n\n".join(self.text)
+
+
+def prose(*, shortest: int = 120) -> tuple[Prose, Prose]:
+    """Calibration and held-out paragraphs of at least so many characters: every second topic, in an order by checksum."""
+    ordered = sorted(topics, key=lambda name: zlib.crc32(name.encode()))
+    seen: set[str] = set()
+    parts = []
+    for names in (ordered[::2], ordered[1::2]):
+        found = [(text, name) for name in names for text in _paragraphs(topics[name]) if len(text) >= shortest]
+        fresh = [(text, name) for text, name in found if text not in seen]
+        seen |= {text for text, _ in fresh}
+        texts = list(dict.fromkeys(text for text, _ in fresh))
+        topic_of = dict(reversed(fresh))
+        parts.append(Prose(text=tuple(texts), topic=tuple(topic_of[text] for text in texts)))
+    return parts[0], parts[1]
+
+
+def digest(texts: Mapping[str, str] = topics) -> str:
+    """sha256 of all topics, in the order of their names."""
+    return hashlib.sha256("\0".join(f"{name}\0{texts[name]}" for name in sorted(texts)).encode()).hexdigest()
+
+
+def _paragraphs(text: str) -> list[str]:
+    found = []
+    for block in re.split(r"\n\s*\n", text):
+        line = " ".join(block.split())
+        letters = sum(each.isalpha() or each.isspace() for each in line)
+        if (
+            line
+            and line[0].isalpha()
+            and line[-1] in ".:"
+            and letters >= _LEAST_LETTERS * len(line)
+            and not _CODE.search(line)
+        ):
+            found.append(line)
+    return found
