@@ -6,6 +6,7 @@ serves all assignments: its arguments are the rounded weights.
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -79,33 +80,33 @@ class Store:
         return problem.assignment(predicted.within_budget(problem, most - self.other_bytes).index)
 
     def in_order(self, order: Sequence[str], most: int) -> Assignment:
-        """Without scores: the layers of `order`, first to last, go to the smaller of two neighbouring formats until it fits.
+        """Without scores: two neighbouring uniform formats between which `most` lies, the layers of `order` in the larger one.
+
+        First to last, each layer that still fits; so nothing that could be used of the bytes is left.
 
         Raises:
-            ValueError: it never does.
+            ValueError: not even the smallest format fits.
         """
         ladder = [name for name in _LADDER if name in (*self.formats, FLOAT32.name)]
-        for low, high in zip(ladder[:-1], ladder[1:], strict=True):
-            mix = Assignment.uniform(self.model.names, high)
-            if self.bytes_of(mix) <= most:
-                continue
-            for layer in order:
-                mix = mix.replace({layer: low})
-                if self.bytes_of(mix) <= most:
-                    return mix
-            break
-        if self.bytes_of(mix) <= most:
-            return mix
-        raise ValueError(f"No mix of {', '.join(ladder)} fits in {most:,} bytes.")
+        sizes = [self.bytes_of(Assignment.uniform(self.model.names, name)) for name in ladder]
+        fitting = [number for number, size in enumerate(sizes) if size <= most]
+        if not fitting:
+            raise ValueError(f"No mix of {', '.join(ladder)} fits in {most:,} bytes: the smallest takes {sizes[0]:,}.")
+        low, high = ladder[fitting[-1]], ladder[min(fitting[-1] + 1, len(ladder) - 1)]
+        mix = Assignment.uniform(self.model.names, low)
+        for layer in order:
+            larger = mix.replace({layer: high})
+            mix = larger if self.bytes_of(larger) <= most else mix
+        return mix
 
     def at_random(self, seed: int, most: int) -> Assignment:
         """`in_order` of a random order."""
         order = np.random.default_rng(seed).permutation(len(self.model.names))
         return self.in_order([self.model.names[each] for each in order], most)
 
-    def by_depth(self, most: int) -> Assignment:
-        """`in_order` from the last layer to the first, as the rule of thumb has it."""
-        return self.in_order(self.model.names[::-1], most)
+    def by_depth(self, most: int) -> tuple[Assignment, Assignment]:
+        """`in_order` from the first layer to the last, and the other way round."""
+        return self.in_order(self.model.names, most), self.in_order(self.model.names[::-1], most)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -121,3 +122,27 @@ def formats_of(assignment: Mapping[str, str]) -> str:
 def kinds_of(names: Sequence[str]) -> dict[str, str]:
     """Layer -> its kind: the last word of its name."""
     return {name: name.rpartition("/")[2] for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A storage that is measured once: `method` as in result files; `share`: its bytes at most, in those of uniform int4."""
+
+    method: str
+    assignment: Assignment
+    share: float | None = None
+
+
+def candidates(store: Store, penalty: np.ndarray, shares: Sequence[float], *, mixes: int) -> list[Candidate]:
+    """The uniform formats; at each number of bytes the mix by scores, `mixes` random ones and two by depth."""
+    names = store.model.names
+    found = [Candidate(method="uniform", assignment=Assignment.uniform(names, fmt)) for fmt in store.formats]
+    least = store.bytes_of(Assignment.uniform(names, "int4_w"))
+    for share in shares:
+        most = int(share * least)
+        found.append(Candidate(method="mixed", assignment=store.by_scores(penalty, most), share=share))
+        if share > 1:
+            blind = [("random", store.at_random(seed, most)) for seed in range(mixes)]
+            blind += [("depth", each) for each in store.by_depth(most)]
+            found += [Candidate(method=method, assignment=each, share=share) for method, each in blind]
+    return found

@@ -19,6 +19,7 @@ from mpjax.models import Array, Batches, Model, check_batches
 
 FLOAT32_LIMIT = 1e-4
 _AS_GOOD_AS_FLOAT32 = 1e-5
+_ONE_ROUNDING = float(np.finfo(np.float32).eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +145,9 @@ def stepwise(model: Model, batches: Batches) -> Stepwise:
     outputs = run(expected)
     truth = run(original) if low else outputs
     distances = by_output(outputs, truth, overflows=True)
-    spreads = by_output(run(expected, inputs=_nudge), outputs, overflows=True)
-    if not any(spread for spread, _ in spreads):
+    floats = any(np.asarray(each).dtype == np.float32 for each in batches[0])
+    spreads = by_output(run(expected, inputs=_nudge), outputs, overflows=True) if floats else ()
+    if _largest(spreads)[0] < _ONE_ROUNDING:
         spreads = by_output(run(expected, weights=_nudge), outputs, overflows=True)
     (distance, worst_distance), (spread, worst_spread) = _largest(distances), _largest(spreads)
     loose = (

@@ -22,7 +22,7 @@ from mpjax.pages import Column, cells  # noqa: E402
 DOCS = ROOT / "docs/transformers"
 EXPERIMENTS = {"sentence_encoder": sentence_encoder.TEXTS, "language_model": language_model.TEXTS}
 FIGURES = ("error_against_bytes", "sensitivity_by_kind", "chosen_formats", "times")
-TABLES = ("rows", "speed", "scores", "targets")
+TABLES = ("rows", "comparison", "searches", "speed", "scores", "targets")
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def block(name: str, summary: dict[str, Any]) -> str:
-    """Findings, targets, speed, rows without the random mixes, figures."""
+    """Findings, targets, mixes beside those without scores, searches, speed, rows by scores, figures."""
     where = summary["environment"]
     rows = [row for row in summary["rows"] if row["method"] not in ("random", "depth")]
     columns = [each for each in storage_report.ROWS_TABLE if any(row[each.key] is not None for row in rows)]
@@ -58,6 +58,8 @@ def block(name: str, summary: dict[str, Any]) -> str:
         [
             "\n".join(f"- {each}" for each in storage_report.findings(summary, EXPERIMENTS[name])),
             table(summary["targets"], storage_report.TARGETS_TABLE),
+            table(storage_report.comparison(summary["mixes"]), storage_report.COMPARISON_TABLE),
+            table(summary["searches"], storage_report.SEARCHES_TABLE),
             table(summary["speed"], storage_report.SPEED_TABLE),
             table(rows, columns),
             *(f"![{figure.replace('_', ' ')}](transformers/{name}_{figure}.png)" for figure in FIGURES),

@@ -8,7 +8,7 @@ import pytest
 from scipy.special import expit, softmax
 
 from experiments import assets
-from experiments.models.smollm2 import TextError, encode, generate, load_smollm2, new_cache
+from experiments.models.smollm2 import TextError, encode, generate, in_dtype, load_smollm2, new_cache
 from mpjax import apply, compiled
 from mpjax.models import from_nnx
 
@@ -151,7 +151,9 @@ def test_it_is_llama(small):
     found = language.module(jnp.asarray(ids))
     expected = np.stack([llama(weights, each) for each in ids])
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
-    narrow = load_smollm2(small[0], dtype=jnp.bfloat16).module(jnp.asarray(ids))
+    narrow = in_dtype(language.module, jnp.bfloat16)(jnp.asarray(ids))
+    np.testing.assert_array_equal(narrow, load_smollm2(small[0], dtype=jnp.bfloat16).module(jnp.asarray(ids)))
+    assert language.module(jnp.asarray(ids)).dtype == jnp.float32 and language.weight_bytes < language.file_bytes
     assert narrow.dtype == jnp.bfloat16 and np.abs(np.float32(narrow) - expected).max() < 0.1 * np.abs(expected).max()
 
 
@@ -166,6 +168,11 @@ def test_with_a_cache_it_says_the_same(small):
     for place in (3, 4, 5):
         found = language.module(ids[:, place : place + 1], found["keys"], found["values"], start + place)
         np.testing.assert_allclose(found["logits"], whole[:, place], atol=1e-5)
+    with pytest.raises(TextError, match="3 tokens from place 6 on do not fit into 8"):
+        language.module(ids[:, :3], keys, values, start + 6)
+    for places in (0, 13):
+        with pytest.raises(TextError, match="reads 1 to 12"):
+            new_cache(language.module.shape, places)
 
 
 def test_greedy_decoding_takes_the_most_probable_token(small):

@@ -22,7 +22,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from experiments.models.minilm import TextError, nested
 from mpjax import report
 
-__all__ = ["Generated", "Language", "Shape", "SmolLM2", "TextError", "encode", "generate", "load_smollm2", "new_cache"]
+__all__ = [
+    "Generated",
+    "Language",
+    "Shape",
+    "SmolLM2",
+    "TextError",
+    "encode",
+    "generate",
+    "in_dtype",
+    "load_smollm2",
+    "new_cache",
+]
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, (N, blocks, places, key-value heads, head size) each
 _DAMAGED = (
@@ -120,6 +131,10 @@ class SmolLM2(nnx.Module):
         values: jax.Array | None = None,
         start: jax.Array | None = None,
     ) -> Any:
+        room = self.shape.context if keys is None else keys.shape[2]
+        first = 0 if start is None or isinstance(start, jax.core.Tracer) else int(start.max())
+        if first + ids.shape[1] > room:
+            raise TextError(f"{ids.shape[1]} tokens from place {first} on do not fit into {room}: make a longer cache.")
         places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=ids.dtype), ids.shape)
         places = places if start is None else places + start[:, None]
         x, new = self.words(ids), []
@@ -165,10 +180,16 @@ def _norm(shape: Shape, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
     return nnx.RMSNorm(shape.width, epsilon=shape.epsilon, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
 
 
-def new_cache(shape: Shape, places: int, *, batch: int = 1) -> Cache:
-    """Room for so many tokens of each of `batch` texts."""
+def new_cache(shape: Shape, places: int, *, batch: int = 1, dtype: Any = jnp.float32) -> Cache:
+    """Room for so many tokens of each of `batch` texts.
+
+    Raises:
+        TextError: more than the model reads.
+    """
+    if not 0 < places <= shape.context:
+        raise TextError(f"A cache of {places} tokens: the model reads 1 to {shape.context}.")
     sizes = (batch, shape.blocks, places, shape.kv_heads, shape.head)
-    return jnp.zeros(sizes, jnp.float32), jnp.zeros(sizes, jnp.float32)
+    return jnp.zeros(sizes, dtype), jnp.zeros(sizes, dtype)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -176,11 +197,12 @@ def new_cache(shape: Shape, places: int, *, batch: int = 1) -> Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Language:
-    """A model with its tokenizer, and the bytes of its file."""
+    """A model with its tokenizer, and the bytes of its file and of the weights in it."""
 
     module: SmolLM2
     tokenizer: Tokenizer
     file_bytes: int
+    weight_bytes: int
 
 
 def load_smollm2(path: Path | str, *, dtype: Any = None) -> Language:
@@ -197,7 +219,7 @@ def load_smollm2(path: Path | str, *, dtype: Any = None) -> Language:
             raise TextError(f"{path}: a model of the architecture {kind!r}, expected 'llama'. Take a SmolLM2 file.")
         shape = _shape(reader)
         tokenizer = _tokenizer(reader)
-        weights = {}
+        weights, stored = {}, sum(int(each.n_bytes) for each in reader.tensors)
         with report.progress(f"reading {Path(path).name}", len(reader.tensors)) as advance:
             for tensor in reader.tensors:
                 weights[tensor.name] = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
@@ -226,7 +248,13 @@ def load_smollm2(path: Path | str, *, dtype: Any = None) -> Language:
     if problems:
         raise TextError(f"{path}: {len(problems)} weights do not fit ({shape}): {'; '.join(problems[:4])}.")
     nnx.replace_by_pure_dict(state, nested(found))
-    return Language(module=nnx.merge(graphdef, state), tokenizer=tokenizer, file_bytes=size)
+    return Language(module=nnx.merge(graphdef, state), tokenizer=tokenizer, file_bytes=size, weight_bytes=stored)
+
+
+def in_dtype(module: SmolLM2, dtype: Any) -> SmolLM2:
+    """The same weights, `dtype` handed to every layer."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: SmolLM2(module.shape, dtype=dtype, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, nnx.state(module))
 
 
 def _field(reader: GGUFReader, name: str) -> Any:
