@@ -2,7 +2,8 @@
 
 Weights are stored in the assigned dtype and the product is computed on operands of that dtype, accumulated in float32
 (`preferred_element_type`), through the override alone: Flax's plain `dtype=` would round the product's result, too. Weights in a
-weight-only format are multiplied out to float32 before the model runs, inside the compiled program.
+weight-only format are multiplied out to float32 before the model runs, inside the compiled program; those in `bfloat16_w` at
+their product, or not at all where it has so few rows that reading the weights is all it does (`lowering.exact_in_bfloat16`).
 `float16_acc16` has no hardware behind it in XLA: its arithmetic is emulated in float32, its storage is real.
 """
 
@@ -136,7 +137,7 @@ def _call(
     """What the mixed model computes, from params as `apply` makes them."""
     if activations not in ("float32", "bfloat16", "float16"):
         raise ValueError(f'activations must be "float32", "bfloat16" or "float16"; found {activations!r}.')
-    way = ways.choose(model, lowering, narrow=attention != "float32" or any_narrow(formats.values()))
+    way = ways.choose(model, lowering, narrow=_mostly_narrow(model.layers, formats, attention))
 
     def call(mixed_params: Params, *inputs: Array, override: Override | None = None) -> Any:
         if override is not None:
@@ -190,11 +191,11 @@ def look_up(fmt: Format, product: Product, ids: Array, table: Any, scale: Array 
 
 
 def _multiplied_out(model: Model, formats: Mapping[str, Format], mixed_params: Params) -> Params:
-    """The weights, those in weight-only formats as float32."""
+    """The weights, those in weight-only formats with scales as float32."""
     found: dict[str, Array] = {}
     for layer, stored in zip(model.layers, kernels(model, mixed_params["weights"]).values(), strict=True):
         fmt = formats.get(layer.name, FLOAT32)
-        if not fmt.weight_only:
+        if not fmt.weight_only or fmt.storage == "bfloat16":
             continue
         with jax.named_scope(f"{layer.name}/{MULTIPLIED_OUT}"):
             scale = mixed_params["weight_scales"].get(layer.name)
@@ -209,13 +210,19 @@ def kernels(model: Model, params: Params) -> dict[str, Any]:
 
 
 def runs_narrow(model: Model) -> bool:
-    """Whether the model multiplies narrow operands for real."""
-    return model.attention != "float32" or any_narrow(map(parse, (model.assignment or {}).values()))
+    """Whether enough of the model's arithmetic is on narrow operands for the kernels that suit them (a program has one set)."""
+    formats = {name: parse(each) for name, each in (model.assignment or {}).items()}
+    return _mostly_narrow(model.layers, formats, model.attention)
 
 
-def any_narrow(formats: Iterable[Format]) -> bool:
-    """Whether some format multiplies narrow operands for real (float16_acc16 is emulated in float32)."""
-    return any(fmt.operand != "float32" and fmt.accumulate == "float32" for fmt in formats)
+_ENOUGH = 0.25  # of the FLOPs; of three models on a CPU, .35 and .35 were faster so, .20 was not (docs/speed.md)
+
+
+def _mostly_narrow(layers: Iterable[Layer], formats: Mapping[str, Format], attention: str) -> bool:
+    """float16_acc16 is emulated in float32, and not narrow."""
+    counted = [(layer.flops, formats.get(layer.name, FLOAT32)) for layer in layers]
+    narrow = sum(flops for flops, fmt in counted if fmt.operand != "float32" and fmt.accumulate == "float32")
+    return attention != "float32" or 0 < narrow >= _ENOUGH * sum(flops for flops, _ in counted)
 
 
 def operand(fmt: Format, lhs: Array, scale: Array | None = None) -> Array:
@@ -235,13 +242,18 @@ def multiply(fmt: Format, product: Product, lhs: Array, rhs: Array, scale: Array
         fmt: the format.
         product: the layer's product.
         lhs: what `operand` gave.
-        rhs: the weights as stored.
+        rhs: the weights as stored; in a weight-only format with scales, multiplied out.
         scale: of input and weights together, in a scaled format.
     """
     if fmt == FLOAT32:
         return product(lhs, rhs)
     if fmt.accumulate == "float16":
         return product_in(fmt, product, lhs, rhs.astype(jnp.float32))
+    if fmt.weight_only and rhs.dtype == jnp.bfloat16:
+        if ways.few_rows(product, lhs):
+            return product.add_bias(ways.exact_in_bfloat16(product, lhs, rhs))
+        with jax.named_scope(MULTIPLIED_OUT):
+            rhs = rhs.astype(jnp.float32)
     out = product.multiply(lhs, rhs, accumulate=fmt.accumulate)
     return product.add_bias(out if scale is None else out * scale)
 

@@ -391,8 +391,9 @@ def _programs(fmt: Format, call: graph.Call, way: str) -> timing.Programs:
 
     def product(lhs: Array, weights: Any, bias: Array | None, scale: Array | None) -> Array:
         if fmt.weight_only:
-            stored, scales = weights
-            weights = dequantize(stored, scales, fmt, call.rhs.shape, call.product.summed)
+            weights, scales = weights
+            if scales is not None:
+                weights = dequantize(weights, scales, fmt, call.rhs.shape, call.product.summed)
         return apply.multiply(fmt, replace(call.product, bias=bias), lhs, weights, scale)
 
     def whole(lhs: Array, weights: Any, bias: Array | None, scale: Array | None) -> Array:

@@ -63,7 +63,7 @@ def test_mixes_without_scores_fill_the_bytes(subject):
             assert set(found.values()) <= {"int4_w", "int8_w"} and store.bytes_of(found) <= most
             left = [each for each in names if found[each] == "int4_w"]
             assert all(store.bytes_of(found.replace({each: "int8_w"})) > most for each in left)  # nothing more fits
-    first, last = store.by_depth(sizes["int4_w"] + 1100)
+    first, last = store.by_depth(sizes["int4_w"] + 1300)
     assert first[names[0]] == "int8_w" and last[names[-1]] == "int8_w" and first != last
     assert store.by_depth(sizes["int8_w"]) == (Assignment.uniform(names, "int8_w"),) * 2
     assert store.by_depth(10 * sizes["float32"]) == (Assignment.uniform(names),) * 2
