@@ -315,7 +315,9 @@ def timed(subject: Subject, headline: Mapping[str, str], *, quick: bool) -> tupl
     zero, after = (jnp.full((1,), place, jnp.int32) for place in (0, WINDOW))
     inputs: dict[str, dict[str, list[tuple[Array, ...]]]] = {phase: {} for phase in PHASES}
     for name, dtype in empty.items():
-        first = [(text, *new_cache(language.module.shape, CONTEXT, dtype=dtype), zero) for text in texts]
+        first: list[tuple[Array, ...]] = [
+            (text, *new_cache(language.module.shape, CONTEXT, dtype=dtype), zero) for text in texts
+        ]
         kept = [plain[name or "jit"](*each) for each in first]  # a cache with a text in it
         inputs[PHASES[0]][name] = first
         inputs[PHASES[1]][name] = [(t[:, -1:], k["keys"], k["values"], after) for t, k in zip(texts, kept, strict=True)]
