@@ -241,7 +241,9 @@ def test_a_table_that_the_model_also_reads_itself_stays(framework):
         text(framework, "table")  # the head is not called, and the table is not lowered
 
 
-@pytest.mark.parametrize(("words", "width"), [(12, 32), (11, 32), (12, 8)])
+@pytest.mark.parametrize(
+    ("words", "width"), [(11, 32), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((12, 32), (12, 8)))]
+)
 @pytest.mark.parametrize("fmt", LOOKUP_FORMATS)
 def test_lookups_execute_what_is_emulated(fmt, words, width):
     for framework, tied in (("linen", "no"), ("nnx", "attend")):

@@ -110,6 +110,7 @@ def test_a_damaged_choice_is_set_aside(small, instant, tmp_path):
     assert autotune.tune(model, batches, rounds=1, cache=tmp_path).reused
 
 
+@pytest.mark.slow
 def test_progress_and_notes(small, instant):
     model, batches = small
     model = apply.apply(model, {"stem": "float16_acc16"})  # is not timed alone
@@ -293,6 +294,7 @@ def test_one_by_one_convolutions_are_tried_both_ways_together(small, monkeypatch
     }
 
 
+@pytest.mark.slow
 def test_narrow_activations_are_tried_and_said(small, instant):
     model, batches = small
     mixed = apply.apply(model, LOW)
@@ -353,6 +355,7 @@ def test_a_choice_goes_into_a_plan_and_back(tmp_path):
     assert autotune.from_plan(plan.load(tmp_path / "plan.json")) == choice
 
 
+@pytest.mark.slow
 def test_a_choice_that_cannot_be_kept_is_given_all_the_same(small, instant, tmp_path):
     model, batches = small
     (tmp_path / "file").write_text("not a folder")

@@ -189,7 +189,7 @@ def test_the_report_says_what_was_asked_for_and_what_runs(small, mixed_program, 
     assert report.program["weight_bytes"] == mixed_program.weight_bytes
     assert report.program["error"] == mixed_program.verification.error
     header, *lines = str(report).splitlines()
-    assert header.split() == ["layer", "requested", "executed", "by", "way", "KiB", "MFLOP", "share"]
+    assert header.split() == ["layer", "requested", "executed", "by", "way", "KiB", "MFLOP", "share", "weights"]
     assert [line.split()[0] for line in lines[:3]] == list(model.names)
     assert ("60.0%" in lines[0]) == shares and "%" not in lines[3]
     assert "limit" in lines[3] and executable.name(mixed_program.options) in lines[3] and len(lines) == 4

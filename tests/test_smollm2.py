@@ -175,6 +175,7 @@ def test_with_a_cache_it_says_the_same(small):
             new_cache(language.module.shape, places)
 
 
+@pytest.mark.slow
 def test_greedy_decoding_takes_the_most_probable_token(small):
     _, _, language = small
     made = generate(language, "ab a", 4)
@@ -186,6 +187,7 @@ def test_greedy_decoding_takes_the_most_probable_token(small):
     assert generate(language, "ab a", 4, stop=made.ids[:1]).ids == made.ids[:1]
 
 
+@pytest.mark.slow
 def test_its_layers_take_every_storage_and_decode_with_a_cache(small):
     _, _, language = small
     token = jnp.array([[3]], jnp.int32)

@@ -142,6 +142,7 @@ def test_the_error_is_the_worst_over_the_outputs_that_both_have():
     assert speed_run.largest_error([{"x": np.array([np.nan, -2.0])}], truth) is None
 
 
+@pytest.mark.slow
 def test_a_transformer_is_timed_in_a_process_of_its_own(tmp_path):
     job = speed_run.Job(
         model="encoder_6x384", assignments={}, tune=False, cache=str(tmp_path), rounds=3, report=True, quick=True
