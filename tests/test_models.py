@@ -257,6 +257,17 @@ def test_clear_errors(linen):
         model.layer("stemm")
 
 
+def test_what_is_no_module_of_that_kind_is_told_where_to_go():
+    with pytest.raises(
+        TypeError, match="Expected a linen module, found Linear.*models.from_nnx.*sensitivity.from_loss"
+    ):
+        models.from_linen(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), {"params": {}}, IMAGES)
+    with pytest.raises(TypeError, match="Expected an NNX module, found Dense.*models.from_linen"):
+        models.from_nnx(nn.Dense(2), IMAGES)
+    with pytest.raises(TypeError, match="found function"):
+        models.from_nnx(lambda x: x, IMAGES)
+
+
 class Dropped(nnx.Module):
     """A network as people train it."""
 
