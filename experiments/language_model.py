@@ -29,11 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 
 from experiments import assets, common, storage, storage_report, text_data
 from experiments.benchmarks import in_batches
-from experiments.models.smollm2 import Generated, generate, in_dtype, load_smollm2, new_cache
+from experiments.models.pretrained import in_dtype, jitted
+from experiments.models.smollm2 import Generated, generate, load_smollm2, new_cache
+from experiments.storage import HEADLINE, MARGIN
 from mpjax import apply, losses, models, report, search, sensitivity
 from mpjax.files import jsonable
 from mpjax.ledger import Ledger
@@ -42,8 +43,6 @@ from mpjax.search import Assignment, Measurement
 
 MODEL, WINDOW = "smollm2", 128
 SHARES = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5)  # bytes of a mix, in those of uniform int4
-HEADLINE = 1.25
-MARGIN = 0.9  # of a limit, for text that the search does not see
 PROMPT, CONTEXT, ROUNDS = "The capital of France is", 256, 11
 
 
@@ -154,8 +153,7 @@ class Subject:
 
     def __init__(self, size: Size, pieces: common.Pieces, seed: int) -> None:
         self.size, self.pieces, self.seed = size, pieces, seed
-        self.path = assets.fetch(MODEL)
-        self.language = load_smollm2(self.path)
+        self.language = load_smollm2(assets.fetch(MODEL))
         calibration, heldout = text_data.prose()
         self.calibration = in_batches((self.windows(calibration.joined, size.calibration),), 2)
         self.heldout = in_batches((self.windows(heldout.joined, size.heldout),), 2)
@@ -234,7 +232,7 @@ def stored(subject: Subject, tolerance: float) -> tuple[Table, Table, Table, Tab
     store, names = subject.store, subject.model.names
     penalty = np.stack([subject.scores.column(fmt) for fmt in storage.FORMATS], axis=1)
     rows = [row(subject, "reference", Assignment.uniform(names), "jit")]
-    plain = plain_call(subject, jnp.bfloat16)
+    plain = jitted(in_dtype(subject.language.module, jnp.bfloat16))
     rows.append(
         rows[0] | {"method": "plain_bfloat16", "formats": "bfloat16", "variant": "plain"} | subject.compared(plain)
     )
@@ -261,19 +259,7 @@ def stored(subject: Subject, tolerance: float) -> tuple[Table, Table, Table, Tab
         result = search.solve(store.problem(penalty), search.ilp(), evaluate=evaluate, tolerance=limit, known=known)
         found[purpose] = result.assignment
         rows.append(row(subject, "mixed", result.assignment))
-        searches.append(
-            {
-                "purpose": purpose,
-                "formats": rows[-1]["formats"],
-                "bytes": rows[-1]["bytes"],
-                "layers_low": len(result.assignment.lowered),
-                "error_calibration": result.measurement.value,
-                "tolerance_value": heldout,
-                "error_heldout": rows[-1]["kl"],
-                "within_tolerance": rows[-1]["kl"] <= heldout,
-                "evaluations": result.ledger.evaluations,
-            }
-        )
+        searches.append(storage_report.searched(purpose, heldout, result, rows[-1]["kl"], rows[-1]))
     headline = store.by_scores(penalty, int(HEADLINE * store.bytes_of(Assignment.uniform(names, "int4_w"))))
     within, as_int8 = found.values()
     assignments = [
@@ -310,7 +296,7 @@ def timed(subject: Subject, headline: Mapping[str, str], *, quick: bool) -> tupl
     texts = [jnp.asarray(each[None]) for each in np.asarray(subject.heldout[0][0])[:2]]
     formats = ("int8_w",) if quick else (*storage.FORMATS, "bfloat16")
     wanted = {"fp32": {}, **{fmt: dict.fromkeys(names, fmt) for fmt in formats}, "mixed_w": headline}
-    plain = {"jit": plain_call(subject, None), "plain": plain_call(subject, jnp.bfloat16)}
+    plain = {"jit": jitted(language.module), "plain": jitted(in_dtype(language.module, jnp.bfloat16))}
     empty = {"": jnp.float32, "plain": jnp.bfloat16}  # dtypes of the cache
     zero, after = (jnp.full((1,), place, jnp.int32) for place in (0, WINDOW))
     inputs: dict[str, dict[str, list[tuple[Array, ...]]]] = {phase: {} for phase in PHASES}
@@ -327,15 +313,6 @@ def timed(subject: Subject, headline: Mapping[str, str], *, quick: bool) -> tupl
         programs = {name: apply.apply(model, assignment) for name, assignment in wanted.items()}
         rows += storage_report.timed(phase, plain, programs, inputs[phase], subject.store.bytes_of({}), ROUNDS)
     return rows, generate(language, PROMPT, 8)
-
-
-def plain_call(subject: Subject, dtype: Any) -> Callable[..., Any]:
-    """The module as a Flax user runs it: jitted, its float32 params as arguments, `dtype` handed to its layers."""
-    module = subject.language.module
-    graphdef, state = nnx.split(module if dtype is None else in_dtype(module, dtype))
-    placed = jax.device_put(state)
-    run = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
-    return lambda *inputs: run(placed, *inputs)
 
 
 # --- what was reached -------------------------------------------------------------------------------------------------

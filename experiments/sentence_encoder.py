@@ -28,11 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from flax import nnx
 
 from experiments import assets, common, storage, storage_report, text_data
 from experiments.benchmarks import in_batches
 from experiments.models.minilm import encode, load_minilm, load_tokenizer
+from experiments.models.pretrained import in_dtype, jitted
+from experiments.storage import HEADLINE, MARGIN
 from mpjax import apply, compiled, cost, models, report, search, sensitivity
 from mpjax.attention import narrow
 from mpjax.evaluation import Evaluation
@@ -43,9 +44,7 @@ from mpjax.search import Assignment, Measurement
 
 MODEL, LENGTH = "minilm", 128
 SHARES = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)  # bytes of a mix, in those of uniform int4
-HEADLINE = 1.25
 TOLERANCES = (0.25, 0.5)  # of the drift with all layers in bfloat16
-MARGIN = 0.9  # of a limit, for texts that the search does not see
 ROUNDS = 21
 
 
@@ -154,8 +153,7 @@ class Subject:
             encode(tokenizer, spread(part.text, size.texts), length=LENGTH, truncate=True) for part in text_data.prose()
         ]
         self.calibration, self.heldout = (in_batches(part, 8) for part in parts)
-        self.path = assets.fetch(MODEL)
-        self.module = load_minilm(self.path)
+        self.module = load_minilm(assets.fetch(MODEL))
         self.model: Model = models.from_nnx(self.module, *self.calibration[0])
         self.store = storage.Store(self.model, storage.FORMATS, *self.calibration[0])
         self.ledger = Ledger()
@@ -234,28 +232,13 @@ def stored(subject: Subject) -> tuple[Table, Table, Table, Table]:
     found = search.solve(store.problem(penalty), search.ilp(), evaluate=evaluate, tolerance=limit)
     off, size = float(subject.drift(found.assignment).mean()), store.bytes_of(found.assignment)
     rows.append(_row("mixed", storage.formats_of(found.assignment), size, off))
-    searches = [searched("no worse than uniform int8_w", limits["heldout"], found, off, size, rows[-1]["formats"])]
+    searches = [storage_report.searched("no worse than uniform int8_w", limits["heldout"], found, off, rows[-1])]
     headline = store.by_scores(penalty, int(HEADLINE * store.bytes_of(Assignment.uniform(names, "int4_w"))))
     assignments = [
         {"layer": layer, "kind": kind, "as_int4": headline[layer], "as_int8": found.assignment[layer]}
         for layer, kind in storage.kinds_of(names).items()
     ]
     return rows, mixes, searches, assignments
-
-
-def searched(purpose: str, limit: float, found: search.Result, off: float, size: int, formats: str) -> dict[str, Any]:
-    """A row of the table of searches; `limit` is what the held-out drift is held to."""
-    return {
-        "purpose": purpose,
-        "formats": formats,
-        "bytes": size,
-        "layers_low": len(found.assignment.lowered),
-        "error_calibration": found.measurement.value,
-        "tolerance_value": limit,
-        "error_heldout": off,
-        "within_tolerance": off <= limit,
-        "evaluations": found.ledger.evaluations,
-    }
 
 
 def _row(method: str, formats: str, size: int, drift: float, variant: str = "") -> dict[str, Any]:
@@ -300,7 +283,7 @@ def lowered(subject: Subject, tolerance: float) -> tuple[Table, Table, dict[str,
     evaluations = {attention: emulated(subject, attention) for attention in (FAST, "float32")}
     everything = evaluations[FAST](Assignment.uniform(model.names, FAST)).value
     limits = {"mixed": tolerance} | {f"mixed, {share:g} of all low": share * everything for share in TOLERANCES}
-    plain = plain_call(subject, jnp.bfloat16)
+    plain = jitted(in_dtype(subject.module, jnp.bfloat16))
     embedded = np.concatenate([np.asarray(plain(*batch), np.float32) for batch in subject.heldout])
     embedded = embedded / np.linalg.norm(embedded, axis=1, keepdims=True)
     size = subject.store.bytes_of({})  # Flax's dtype= keeps float32 params
@@ -318,7 +301,7 @@ def lowered(subject: Subject, tolerance: float) -> tuple[Table, Table, dict[str,
         off = float(drift(outputs, subject.reference["heldout"]).mean())
         rows.append(_row("mixed", storage.formats_of(found.assignment), program.weight_bytes, off, name))
         what = f"least time within {limit:.2g}, attention in {attention}"
-        searches.append(searched(what, limit, found, off, program.weight_bytes, rows[-1]["formats"]))
+        searches.append(storage_report.searched(what, limit, found, off, rows[-1]))
     return rows, searches, programs
 
 
@@ -346,26 +329,16 @@ def emulated(subject: Subject, attention: str) -> Callable[[Assignment], Measure
     return Evaluation(replace(model, call=call), subject.calibration, (FAST,), lambda low, _: drift(low, truth))
 
 
-def plain_call(subject: Subject, dtype: Any) -> Callable[..., jax.Array]:
-    """The module as a Flax user runs it: jitted, its float32 params as arguments, `dtype` handed to its layers."""
-    graphdef, state = nnx.split(load_minilm(subject.path, dtype=dtype))
-    placed = jax.device_put(state)
-    run = jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs))
-    return lambda *inputs: run(placed, *inputs)
-
-
 def timed(subject: Subject, programs: Mapping[str, Model]) -> list[dict[str, Any]]:
     """Rows of milliseconds: jitted float32, Flax's bfloat16 and the programs, in turns, at batch 1 and 8 of 128 tokens."""
     found = []
     ids = np.asarray(subject.heldout[0][0])
     ids = np.where(ids == 0, ids[:, 1:2], ids)  # no padding: every token counts
+    plain = {"jit": jitted(subject.module), "plain": jitted(in_dtype(subject.module, jnp.bfloat16))}
     for batch in (1, 8):
         batches: Batches = [
             (jnp.asarray(each[:batch]), jnp.ones((batch, LENGTH), jnp.int32)) for each in (ids, ids[::-1])
         ]
-        plain: dict[str, Callable[..., Any]] = {
-            name: plain_call(subject, dtype) for name, dtype in (("jit", None), ("plain", jnp.bfloat16))
-        }
         found += storage_report.timed(f"batch {batch}", plain, programs, batches, subject.store.bytes_of({}), ROUNDS)
     return found
 

@@ -16,6 +16,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 from mpjax import compiled, report, timing
 from mpjax.models import Batches, Model
 from mpjax.pages import Column, Picture, Section
+from mpjax.search import Result
 from mpjax.sensitivity import Scores
 
 Row = Mapping[str, Any]
@@ -111,6 +112,21 @@ SEARCHES_TABLE = (
     Column(key="within_tolerance", title="within"),
     Column(key="evaluations", title="evaluations"),
 )
+
+
+def searched(purpose: str, limit: float, found: Result, error: float, row: Row) -> dict[str, Any]:
+    """A row of the table of searches: `row` is the summary's, `error` the held-out one, which `limit` holds for."""
+    return {
+        "purpose": purpose,
+        "formats": row["formats"],
+        "bytes": row["bytes"],
+        "layers_low": len(found.assignment.lowered),
+        "error_calibration": found.measurement.value,
+        "tolerance_value": limit,
+        "error_heldout": error,
+        "within_tolerance": error <= limit,
+        "evaluations": found.ledger.evaluations,
+    }
 
 
 def comparison(mixes: Sequence[Row]) -> list[dict[str, Any]]:

@@ -34,12 +34,13 @@ def prose(*, shortest: int = 120) -> tuple[Prose, Prose]:
     seen: set[str] = set()
     parts = []
     for names in (ordered[::2], ordered[1::2]):
-        found = [(text, name) for name in names for text in _paragraphs(topics[name]) if len(text) >= shortest]
-        fresh = [(text, name) for text, name in found if text not in seen]
-        seen |= {text for text, _ in fresh}
-        texts = list(dict.fromkeys(text for text, _ in fresh))
-        topic_of = dict(reversed(fresh))
-        parts.append(Prose(text=tuple(texts), topic=tuple(topic_of[text] for text in texts)))
+        topic_of: dict[str, str] = {}
+        for name in names:
+            for text in _paragraphs(topics[name]):
+                if len(text) >= shortest and text not in seen:
+                    topic_of.setdefault(text, name)
+        seen |= topic_of.keys()
+        parts.append(Prose(text=tuple(topic_of), topic=tuple(topic_of.values())))
     return parts[0], parts[1]
 
 

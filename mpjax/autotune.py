@@ -279,9 +279,10 @@ def ways_of(model: Model, *inputs: Array) -> dict[str, str]:
     """Layer -> the way in which `model` computes it for these inputs; of a layer that runs several times, the first run's."""
     choose = lowerings.choose(model, model.lowering, narrow=apply.runs_narrow(model))
     found: dict[str, str] = {}
-    for call in sorted(
+    lookups_last = sorted(
         graph.calls(model, *inputs), key=lambda each: each.product.kind == "lookup"
-    ):  # which have one way
+    )  # they have one way
+    for call in lookups_last:
         dtype = parse((model.assignment or {}).get(call.layer, FLOAT32.name)).operand
         lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype)) for spec in (call.lhs, call.rhs))
         way = choose(model.layer(call.layer), call.product, lhs, rhs)

@@ -178,8 +178,10 @@ def measure(
     kept = timing.Timings(None if cache is None else Path(cache), rounds=rounds, options=options)
     overhead = kept.of({"overhead": timing.start_only()})["overhead"]
     ynn = not executable.without_ynn(options)
-    products = [call for call in calls if call.product.kind != "lookup"] or calls  # a lookup has one way, its own
-    rule = {(call.layer, fmt.name): _ways(fmt, call, "rule", ynn)[0] for call in [*calls, *products] for fmt in timed}
+    lookups_first = sorted(
+        calls, key=lambda call: call.product.kind != "lookup"
+    )  # which have one way: another product's counts
+    rule = {(call.layer, fmt.name): _ways(fmt, call, "rule", ynn)[0] for call in lookups_first for fmt in timed}
     distinct: dict[tuple, graph.Call] = {}
     for call in calls:
         distinct.setdefault(_identity(call), call)

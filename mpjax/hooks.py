@@ -444,11 +444,14 @@ def _nnx_table(
 
 def merged(graphdef: Any, state: Any, rest: Any, params: Params) -> Any:
     """A module of this graph with these params; nothing that is given is changed, or shared with it."""
-    copy, other = (
-        jax.tree.map(lambda leaf: leaf, each) for each in (state, rest)
-    )  # a state holds the module's own variables
+    copy = copied(state)
     nnx.replace_by_pure_dict(copy, params)
-    return nnx.merge(graphdef, copy, other)
+    return nnx.merge(graphdef, copy, copied(rest))
+
+
+def copied(state: Any) -> Any:
+    """A state (or several) with variables of its own: one from `nnx.split` holds the module's."""
+    return jax.tree.map(lambda leaf: leaf, state)
 
 
 def through(

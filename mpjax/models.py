@@ -133,9 +133,7 @@ def from_nnx(module: nnx.Module, *example: Array, **kwargs: Any) -> Model:
     """
     _check_module(module, nnx.Module, "an NNX module", "from_linen")
     graphdef, state, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
-    rest = jax.tree.map(
-        lambda leaf: leaf, rest
-    )  # as it is now: what the module's variables become later is not this model's
+    rest = hooks.copied(rest)  # as it is now: what the module's variables become later is not this model's
     params = nnx.to_pure_dict(state)
     if example:
         _check_inference(module, example, kwargs)
@@ -238,7 +236,7 @@ def _check_inference(module: nnx.Module, example: tuple[Array, ...], kwargs: Map
         return
 
     def call(both: Any, *inputs: Array) -> Any:
-        copy = nnx.merge(graphdef, *jax.tree.map(lambda leaf: leaf, (*both, rest)))
+        copy = nnx.merge(graphdef, *hooks.copied((*both, rest)))
         return copy(*inputs, **kwargs), jax.tree.leaves(nnx.state(copy, nnx.BatchStat))
 
     try:
@@ -246,17 +244,15 @@ def _check_inference(module: nnx.Module, example: tuple[Array, ...], kwargs: Map
     except Exception:  # the discovery explains it
         return
     outputs, count = closed.jaxpr.outvars, len(held[0])
-    wanted = [
-        number < len(outputs) - len(after) for number in range(len(outputs))
-    ]  # what the model gives, not its statistics
-    _, used = partial_eval.dce_jaxpr(closed.jaxpr, wanted)
+    given = len(outputs) - len(after)  # by the model; the others are its statistics
+    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * given + [False] * len(after))
     before = closed.jaxpr.invars[count : count + len(held[1])]
     if any(used[:count]):
         raise ModelError(
             "The module's outputs depend on random numbers (dropout, say): turn them off with module.eval(), or "
             "deterministic=True."
         )
-    written = [a is not b for a, b in zip(before, outputs[len(outputs) - len(after) :], strict=True)]
+    written = [a is not b for a, b in zip(before, outputs[given:], strict=True)]
     if any(new and not read for new, read in zip(written, used[count:], strict=False)):
         raise ModelError(
             "The module's batch norms use the statistics of the batch: call module.eval(), or pass use_running_average=True."

@@ -8,7 +8,8 @@ import pytest
 from scipy.special import expit, softmax
 
 from experiments import assets
-from experiments.models.smollm2 import TextError, encode, generate, in_dtype, load_smollm2, new_cache
+from experiments.models.pretrained import in_dtype
+from experiments.models.smollm2 import TextError, encode, generate, load_smollm2, new_cache
 from mpjax import apply, compiled
 from mpjax.models import from_nnx
 

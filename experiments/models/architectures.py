@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mpjax import models
+from mpjax.hooks import merged
 from mpjax.models import Batches, Model
 
 TOKENS, WORDS, WIDTH = 12, 50, 32
@@ -251,13 +252,13 @@ def architecture(name: str) -> Architecture:
     batches = [(_inputs(key, shape),) for key in keys[1:]]
     if name == "llama":
         llama = Llama(nnx.Rngs(0))
-        graphdef, state = nnx.split(llama)
-
-        def merged(params: Any, x: jax.Array) -> Any:
-            nnx.replace_by_pure_dict(mine := jax.tree.map(lambda leaf: leaf, state), params)
-            return nnx.merge(graphdef, mine)(x)
-
-        return Architecture(name=name, model=models.from_nnx(llama, *batches[0]), batches=batches, plain=merged)
+        parts = nnx.split(llama, nnx.Param, ...)
+        return Architecture(
+            name=name,
+            model=models.from_nnx(llama, *batches[0]),
+            batches=batches,
+            plain=lambda params, x: merged(*parts, params)(x),
+        )
     module = LINEN[name][0]()
     variables: Any = module.init(keys[0], *batches[0])
     others = {kind: values for kind, values in variables.items() if kind != "params"}

@@ -5,7 +5,7 @@ the tokens' outputs as the sentence's embedding, scaled to length 1 (Reimers and
 Weights are read from safetensors, the tokenizer from its own tokenizer.json.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-__all__ = ["MINILM", "MiniLM", "Shape", "TextError", "encode", "load_minilm", "load_tokenizer", "nested"]
+from experiments.models.pretrained import TextError, filled
 
-
-class TextError(ValueError):
-    """A model, tokenizer or text that cannot be used; the message says what was found, what was expected, what to do."""
+__all__ = ["MINILM", "MiniLM", "Shape", "TextError", "encode", "load_minilm", "load_tokenizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,24 +114,10 @@ def load_minilm(path: Path | str, *, shape: Shape = MINILM, dtype: Any = None) -
             f"{path}: not a whole safetensors file of {Path(path).stat().st_size} bytes ({error}). Compare its checksum with the "
             "source and fetch it again."
         ) from error
-    module = nnx.eval_shape(lambda: MiniLM(shape, dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(module)
-    wanted = {
-        "/".join(map(str, path)): leaf
-        for path, leaf in nnx.to_flat_state(state)  # in the module's words
-    }
-    found = {name: tensors[source] for name in wanted if (source := _source(name)) in tensors}
-    problems = [f"{_source(name)} is missing" for name in wanted if name not in found]
-    loaded = {name: _transposed(name, each) for name, each in found.items()}
-    problems += [
-        f"{_source(name)} has shape {tensors[_source(name)].shape} and dtype {each.dtype}, expected {wanted[name].shape} float32"
-        for name, each in loaded.items()
-        if each.shape != wanted[name].shape or each.dtype != np.float32
-    ]
+    module, problems = filled(lambda: MiniLM(shape, dtype=dtype, rngs=nnx.Rngs(0)), tensors, _source)
     if problems:
         raise TextError(f"{path}: not the weights of this encoder ({shape}): {'; '.join(problems[:4])}.")
-    nnx.replace_by_pure_dict(state, nested(loaded))
-    return nnx.merge(graphdef, state)
+    return module
 
 
 _NAMES = {
@@ -160,23 +144,6 @@ def _source(name: str) -> str:
     kind = {"kernel": "weight", "scale": "weight", "bias": "bias"}[leaf]
     prefix = f"encoder.layer.{blocks[1]}." if blocks else ""
     return f"{prefix}{_NAMES[layer]}.{kind}"
-
-
-def _transposed(name: str, tensor: np.ndarray) -> np.ndarray:
-    """PyTorch's (outputs, inputs) as Flax's (inputs, outputs)."""
-    return np.ascontiguousarray(tensor.T) if name.endswith("/kernel") else tensor
-
-
-def nested(flat: Mapping[str, np.ndarray]) -> dict[Any, Any]:
-    """Slash paths -> arrays as the pure dict of an NNX state; numbers are places in a list."""
-    nested: dict[Any, Any] = {}
-    for name, value in flat.items():
-        *path, leaf = (int(each) if each.isdigit() else each for each in name.split("/"))
-        inside = nested
-        for each in path:
-            inside = inside.setdefault(each, {})
-        inside[leaf] = jnp.asarray(value)
-    return nested
 
 
 def load_tokenizer(path: Path | str, *, words: int = MINILM.words) -> Tokenizer:

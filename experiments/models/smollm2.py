@@ -19,7 +19,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from experiments.models.minilm import TextError, nested
+from experiments.models.pretrained import TextError, filled
 from mpjax import report
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "TextError",
     "encode",
     "generate",
-    "in_dtype",
     "load_smollm2",
     "new_cache",
 ]
@@ -144,8 +143,8 @@ class SmolLM2(nnx.Module):
             new.append(kept)
         if keys is None:
             return self.words.attend(self.norm(x))
-        stacked = (jnp.stack(each, axis=1) for each in zip(*new, strict=True))
-        return {"logits": self.words.attend(self.norm(x[:, -1])), **dict(zip(("keys", "values"), stacked, strict=True))}
+        keys, values = (jnp.stack(each, axis=1) for each in zip(*new, strict=True))
+        return {"logits": self.words.attend(self.norm(x[:, -1])), "keys": keys, "values": values}
 
 
 def rotated(x: jax.Array, places: jax.Array, base: float) -> jax.Array:
@@ -231,30 +230,10 @@ def load_smollm2(path: Path | str, *, dtype: Any = None) -> Language:
             f"{path}: not a whole GGUF file of {size} bytes ({type(error).__name__}: {error}). Compare its checksum with the "
             "source and fetch it again."
         ) from error
-    module = nnx.eval_shape(lambda: SmolLM2(shape, dtype=dtype, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(module)
-    wanted = {"/".join(map(str, name)): leaf.shape for name, leaf in nnx.to_flat_state(state)}
-    found, problems = {}, []
-    for name, expected in wanted.items():
-        source = _source(name)
-        value = weights.get(source)
-        value = value.T if value is not None and name.endswith("/kernel") else value
-        if value is None or value.shape != expected:
-            problems.append(
-                f"{source} {'is missing' if value is None else f'has shape {value.shape}, expected {expected}'}"
-            )
-            continue
-        found[name] = np.ascontiguousarray(value)
+    module, problems = filled(lambda: SmolLM2(shape, dtype=dtype, rngs=nnx.Rngs(0)), weights, _source)
     if problems:
         raise TextError(f"{path}: {len(problems)} weights do not fit ({shape}): {'; '.join(problems[:4])}.")
-    nnx.replace_by_pure_dict(state, nested(found))
-    return Language(module=nnx.merge(graphdef, state), tokenizer=tokenizer, file_bytes=size, weight_bytes=stored)
-
-
-def in_dtype(module: SmolLM2, dtype: Any) -> SmolLM2:
-    """The same weights, `dtype` handed to every layer."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: SmolLM2(module.shape, dtype=dtype, rngs=nnx.Rngs(0))))
-    return nnx.merge(graphdef, nnx.state(module))
+    return Language(module=module, tokenizer=tokenizer, file_bytes=size, weight_bytes=stored)
 
 
 def _field(reader: GGUFReader, name: str) -> Any:
