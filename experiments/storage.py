@@ -21,7 +21,7 @@ from mpjax.search import Assignment, Problem
 
 FORMATS = ("int4_w", "int8_w", "float8_e4m3fn_w", "bfloat16_w")
 HEADLINE = 1.25  # bytes of the mix that is looked at, in those of uniform int4
-MARGIN = 0.9  # of a limit, for text that the search does not see
+MARGIN = 0.95  # of a limit, for text that the search does not see
 _LADDER = ("int4_w", "int8_w", "bfloat16_w", "float32")  # by size: what a mix without scores is made of
 
 

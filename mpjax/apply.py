@@ -2,8 +2,8 @@
 
 Weights are stored in the assigned dtype and the product is computed on operands of that dtype, accumulated in float32
 (`preferred_element_type`), through the override alone: Flax's plain `dtype=` would round the product's result, too. Weights in a
-weight-only format are multiplied out to float32 before the model runs, inside the compiled program; those in `bfloat16_w` at
-their product, or not at all where it has so few rows that reading the weights is all it does (`lowering.exact_in_bfloat16`).
+weight-only format are multiplied out to float32 before the model runs, inside the compiled program, but for products that read
+them as they are stored (`stored`).
 `float16_acc16` has no hardware behind it in XLA: its arithmetic is emulated in float32, its storage is real.
 """
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from mpjax import lowering as ways
-from mpjax import partition
+from mpjax import partition, stored
 from mpjax.attention import narrow
 from mpjax.emulate import Calibration, product_in
 from mpjax.formats import FLOAT32, Format, amax_scale, narrowed, parse
@@ -91,7 +91,7 @@ def apply(
             weights = weights / weight_scales[layer.name]
         kernels[layer.kernel] = _cast(weights, fmt.storage, fmt)
     params = {
-        "weights": partition.replace(model.params, kernels, reshape=True),  # two weights of four bits are one byte
+        "weights": partition.replace(model.params, kernels, reshape=True),  # as `quantized` stores them
         "weight_scales": weight_scales,
         "input_scales": input_scales,
     }
@@ -137,26 +137,33 @@ def _call(
     """What the mixed model computes, from params as `apply` makes them."""
     if activations not in ("float32", "bfloat16", "float16"):
         raise ValueError(f'activations must be "float32", "bfloat16" or "float16"; found {activations!r}.')
-    way = ways.choose(model, lowering, narrow=_mostly_narrow(model.layers, formats, attention))
+    narrow_kernels = _narrow_kernels(model.layers, formats, attention)
+    way = ways.choose(model, lowering, narrow=narrow_kernels)
 
     def call(mixed_params: Params, *inputs: Array, override: Override | None = None) -> Any:
         if override is not None:
             raise ValueError("A mixed model takes no override: its products are already overridden. Use its .original.")
 
+        weights = _multiplied_out(model, formats, mixed_params)
+        numbers, whole = (kernels(model, each) for each in (mixed_params["weights"], weights))
+
         def execute(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
             fmt = formats.get(layer.name, FLOAT32)
             if product.kind == "lookup":
                 return _looked_up(fmt, layer, product, lhs, rhs, mixed_params)
+            if narrow_kernels and rhs is whole[layer.name] and stored.readable(fmt, product, lhs, layer.summed):
+                scale = mixed_params["weight_scales"].get(layer.name)
+                return product.add_bias(stored.multiply(fmt, product, lhs, numbers[layer.name], scale))
             scale = mixed_params["input_scales"][layer.name] if fmt.scaled else None
             both = None if scale is None else scale * mixed_params["weight_scales"][layer.name]
             lhs = operand(fmt, lhs, scale)
             out = multiply(fmt, ways.lowered(product, way(layer, product, lhs, rhs)), lhs, rhs, both)
             return out if fmt == FLOAT32 or activations == "float32" else narrowed(out, activations)
 
-        def whole(weights: Params, *each: Array) -> Any:
+        def run(weights: Params, *each: Array) -> Any:
             return model.call(weights, *each, override=execute)
 
-        return narrow(whole, attention, model.names)(_multiplied_out(model, formats, mixed_params), *inputs)
+        return narrow(run, attention, model.names)(weights, *inputs)
 
     return call
 
@@ -166,9 +173,9 @@ def _looked_up(fmt: Format, layer: Layer, product: Product, ids: Array, table: A
     scale = mixed_params["weight_scales"].get(layer.name)
     if not fmt.weight_only:
         return look_up(fmt, product, ids, table, scale)
-    stored = partition.select(mixed_params["weights"], layer.block)[layer.kernel]
+    numbers = partition.select(mixed_params["weights"], layer.block)[layer.kernel]
     whole = table.shape == layer.kernel_shape  # not a slice, under a scan
-    return look_up(fmt, product, ids, (stored, scale, layer.kernel_shape)) if whole else product(ids, table)
+    return look_up(fmt, product, ids, (numbers, scale, layer.kernel_shape)) if whole else product(ids, table)
 
 
 def look_up(fmt: Format, product: Product, ids: Array, table: Any, scale: Array | None = None) -> Array:
@@ -184,22 +191,22 @@ def look_up(fmt: Format, product: Product, ids: Array, table: Any, scale: Array 
     if fmt == FLOAT32:
         return product(ids, table)
     if fmt.weight_only:
-        stored, scales, shape = table
-        return dequantize_rows(stored, scales, fmt, shape, ids)
+        numbers, scales, shape = table
+        return dequantize_rows(numbers, scales, fmt, shape, ids)
     rows = product.multiply(ids, table, accumulate="float32")
     return rows if scale is None else rows * scale
 
 
 def _multiplied_out(model: Model, formats: Mapping[str, Format], mixed_params: Params) -> Params:
-    """The weights, those in weight-only formats with scales as float32."""
+    """The weights, those in weight-only formats as float32."""
     found: dict[str, Array] = {}
-    for layer, stored in zip(model.layers, kernels(model, mixed_params["weights"]).values(), strict=True):
+    for layer, numbers in zip(model.layers, kernels(model, mixed_params["weights"]).values(), strict=True):
         fmt = formats.get(layer.name, FLOAT32)
-        if not fmt.weight_only or fmt.storage == "bfloat16":
+        if not fmt.weight_only:
             continue
         with jax.named_scope(f"{layer.name}/{MULTIPLIED_OUT}"):
             scale = mixed_params["weight_scales"].get(layer.name)
-            found[layer.kernel] = dequantize(stored, scale, fmt, layer.kernel_shape, layer.summed)
+            found[layer.kernel] = dequantize(numbers, scale, fmt, layer.kernel_shape, layer.summed)
     return partition.replace(mixed_params["weights"], found, reshape=True) if found else mixed_params["weights"]
 
 
@@ -210,16 +217,22 @@ def kernels(model: Model, params: Params) -> dict[str, Any]:
 
 
 def runs_narrow(model: Model) -> bool:
-    """Whether enough of the model's arithmetic is on narrow operands for the kernels that suit them (a program has one set)."""
+    """Whether the kernels for narrow operands suit the model (a program has one set): by enough of its FLOPs, or all.
+
+    Without convolutions they suit it in float32, too.
+    """
     formats = {name: parse(each) for name, each in (model.assignment or {}).items()}
-    return _mostly_narrow(model.layers, formats, model.attention)
+    return _narrow_kernels(model.layers, formats, model.attention)
 
 
 _ENOUGH = 0.25  # of the FLOPs; of three models on a CPU, .35 and .35 were faster so, .20 was not (docs/speed.md)
 
 
-def _mostly_narrow(layers: Iterable[Layer], formats: Mapping[str, Format], attention: str) -> bool:
+def _narrow_kernels(layers: Iterable[Layer], formats: Mapping[str, Format], attention: str) -> bool:
     """float16_acc16 is emulated in float32, and not narrow."""
+    layers = list(layers)
+    if not any("Conv" in layer.kind for layer in layers):
+        return True
     counted = [(layer.flops, formats.get(layer.name, FLOAT32)) for layer in layers]
     narrow = sum(flops for flops, fmt in counted if fmt.operand != "float32" and fmt.accumulate == "float32")
     return attention != "float32" or 0 < narrow >= _ENOUGH * sum(flops for flops, _ in counted)
@@ -242,18 +255,13 @@ def multiply(fmt: Format, product: Product, lhs: Array, rhs: Array, scale: Array
         fmt: the format.
         product: the layer's product.
         lhs: what `operand` gave.
-        rhs: the weights as stored; in a weight-only format with scales, multiplied out.
+        rhs: the weights as stored; in a weight-only format, multiplied out.
         scale: of input and weights together, in a scaled format.
     """
     if fmt == FLOAT32:
         return product(lhs, rhs)
     if fmt.accumulate == "float16":
         return product_in(fmt, product, lhs, rhs.astype(jnp.float32))
-    if fmt.weight_only and rhs.dtype == jnp.bfloat16:
-        if ways.few_rows(product, lhs):
-            return product.add_bias(ways.exact_in_bfloat16(product, lhs, rhs))
-        with jax.named_scope(MULTIPLIED_OUT):
-            rhs = rhs.astype(jnp.float32)
     out = product.multiply(lhs, rhs, accumulate=fmt.accumulate)
     return product.add_bias(out if scale is None else out * scale)
 

@@ -263,8 +263,7 @@ def compile(  # noqa: A001 - the design's name
     wanted = model.lowering if lowering is None else lowering
     if isinstance(wanted, str) and wanted == "auto":
         wanted = autotune.tune(model, batches, activations=(model.activations,), cache=cache, progress=progress)
-    products_only = not any("Conv" in layer.kind for layer in model.layers)  # which YNN's kernels suit in float32, too
-    sets = executable.option_sets(narrow=products_only or apply.runs_narrow(model))
+    sets = executable.option_sets(narrow=apply.runs_narrow(model))
     if isinstance(wanted, Tuning):
         model = apply.lowered(model, wanted.lowering, activations=wanted.activations)
         sets = (dict(wanted.options), *(each for each in sets if each != wanted.options))

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax import apply, executable, graph, timing
+from mpjax import apply, executable, graph, stored, timing
 from mpjax import lowering as lowerings
 from mpjax.formats import FLOAT32, FORMATS, Format, parse_all
 from mpjax.models import Array, Model, check_batches
@@ -188,7 +188,7 @@ def measure(
     entries: dict[tuple, dict[tuple[str, str], timing.Entry | str]] = {}
     for number, (identity, call) in enumerate(distinct.items(), start=1):
         wanted = {
-            (fmt.name, way): _programs(fmt, call, way) for fmt in timed for way in _ways(fmt, call, lowering, ynn)
+            (fmt.name, way): _programs(fmt, call, way, ynn) for fmt in timed for way in _ways(fmt, call, lowering, ynn)
         }
         entries[identity] = kept.of(wanted)
         if progress is not None:
@@ -373,7 +373,7 @@ def _in_dtype(spec: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype))
 
 
-def _programs(fmt: Format, call: graph.Call, way: str) -> timing.Programs:
+def _programs(fmt: Format, call: graph.Call, way: str, ynn: bool) -> timing.Programs:
     described = _describe(call)
     if way != "own":
         call = replace(call, product=lowerings.lowered(call.product, way))
@@ -393,9 +393,11 @@ def _programs(fmt: Format, call: graph.Call, way: str) -> timing.Programs:
 
     def product(lhs: Array, weights: Any, bias: Array | None, scale: Array | None) -> Array:
         if fmt.weight_only:
-            weights, scales = weights
-            if scales is not None:
-                weights = dequantize(weights, scales, fmt, call.rhs.shape, call.product.summed)
+            found, scales = weights
+            if ynn and stored.readable(fmt, call.product, lhs, call.product.summed):
+                out = stored.multiply(fmt, call.product, lhs, found, scales)
+                return replace(call.product, bias=bias).add_bias(out)
+            weights = dequantize(found, scales, fmt, call.rhs.shape, call.product.summed)
         return apply.multiply(fmt, replace(call.product, bias=bias), lhs, weights, scale)
 
     def whole(lhs: Array, weights: Any, bias: Array | None, scale: Array | None) -> Array:

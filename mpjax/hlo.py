@@ -20,6 +20,8 @@ _DTYPES = {
     "bf16": "bfloat16",
     "f8e4m3fn": "float8_e4m3fn",
     "f8e5m2": "float8_e5m2",
+    "s8": "int8",
+    "s32": "int32",
 }
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(?[a-z]\w*\[).*")
 _OPCODE = re.compile(r"(?:[\])}>]|\)) (?P<opcode>[a-z][\w\-]*)\(")
@@ -167,13 +169,14 @@ def _owner(layers: Sequence[str]) -> Callable[[str], str | None]:
 def _executed(name: str, found: Iterable[Instruction]) -> Executed:
     found = [each for each in found if each.dtype in _DTYPES.values()]
     products = [each for each in found if each.opcode in _PRODUCTS]
+    found = [each for each in found if not each.dtype.startswith("int")]  # positions and row numbers
     # Without a product of XLA's own the layer is a library's call, or written out as multiply-adds.
     products = products or [each for each in found if each.opcode == "custom-call"]
     products = products or [each for each in found if each.opcode == "gather"]  # of a table's rows
     products = products or [each for each in found if each.opcode == "multiply"]
     if not products:
         return Executed(layer=name, opcode="unknown", operands="unknown", result="unknown")
-    indices = {"s32", "s64", "u32", "pred"}
+    indices = {"int32", "s64", "u32", "pred"}
     operands = {
         dtype for each in products for dtype in each.operand_dtypes if each.opcode != "gather" or dtype not in indices
     }

@@ -34,7 +34,6 @@ from mpjax import windows
 from mpjax.depthwise import depthwise_conv
 from mpjax.formats import narrowed
 from mpjax.models import Array, Layer, Model, Product
-from mpjax.reach import weight_first
 from mpjax.windows import Window
 
 WAYS = ("own", "xla", "dot", "im2col", "taps", "terms", "shift", "flat", "rows")
@@ -107,37 +106,6 @@ def lowered(product: Product, way: str) -> Product:
     if way == "own" or not _replaceable(product):
         return product
     return replace(product, function=functools.partial(contraction if product.kind == "dot" else convolution, way))
-
-
-def few_rows(product: Product, lhs: Array) -> bool:
-    """Whether a dot on a CPU does little but read its weights: one to three rows of activations, no batch axes."""
-    if product.kind != "dot" or jax.default_backend() != "cpu" or not (_replaceable(product) or _ours(product)):
-        return False
-    (contract, _), (batch, _) = product.dimension_numbers
-    return not len(batch) and 0 < _rows(lhs, contract) < _LEAST_ROWS
-
-
-def exact_in_bfloat16(product: Product, lhs: Array, rhs: Array) -> Array:
-    """A float32 dot of float32 activations with bfloat16 weights that are read as they are stored, without bias.
-
-    A float32 number is the sum of three bfloat16 numbers, up to 2^-24 of it: the three are rows of one product with narrow
-    operands, whose products are exact in its float32 sums. It takes three times the multiplications and half of the memory
-    traffic. For activations whose magnitudes lie between 2^-100 and 2^127; below, up to 2^-126 is lost.
-    """
-    (contract, over), _ = product.dimension_numbers
-    kept = [axis for axis in range(lhs.ndim) if axis not in contract]
-    x = lhs.transpose(*kept, *contract).reshape(-1, *(lhs.shape[axis] for axis in contract))
-    parts, rest = [], x
-    for _ in range(3):
-        parts.append(narrowed(rest, "bfloat16"))
-        rest = jnp.where(jnp.isfinite(rest), rest - parts[-1].astype(jnp.float32), 0.0)
-    count = x.shape[0]
-    rows = jnp.concatenate(parts)
-    rows = jnp.pad(rows, ((0, max(_LEAST_ROWS - len(rows), 0)), *((0, 0) for _ in contract)))
-    numbers = ((tuple(range(1, rows.ndim)), tuple(over)), ((), ()))
-    out = lax.dot_general(rows, rhs, numbers, precision=product.precision, preferred_element_type=jnp.float32)
-    out = out[:count] + (out[count : 2 * count] + out[2 * count : 3 * count])
-    return out.reshape(*(lhs.shape[axis] for axis in kept), *out.shape[1:])
 
 
 def effective(product: Product, way: str, lhs: Array | jax.ShapeDtypeStruct, rhs: Array | jax.ShapeDtypeStruct) -> str:
@@ -322,12 +290,6 @@ def _window(product: Product, lhs: Any, rhs: Any) -> Window | None:
 
 def _rows(lhs: Any, contract: Sequence[int]) -> int:
     return math.prod(size for axis, size in enumerate(lhs.shape) if axis not in contract)
-
-
-def _ours(product: Product) -> bool:
-    """Whether a function of this module computes it, or `reach`'s: in a way that `lowered` chose, or with the weights first."""
-    function = product.function
-    return function is weight_first or (isinstance(function, functools.partial) and function.func is contraction)
 
 
 def _replaceable(product: Product) -> bool:

@@ -2,13 +2,15 @@
 
 | format | stored | scale |
 | --- | --- | --- |
-| `bfloat16`, `float16`, `bfloat16_w` … | the dtype | none |
+| `bfloat16`, `float16` | the dtype | none |
 | `float8_e4m3fn`, `float8_e5m2` | the dtype | one for all weights, float32 |
-| `float8_e4m3fn_w`, `int8_w` | the dtype | one for each output channel, float32 |
+| `bfloat16_w` | the dtype, output channels first | none |
+| `float8_e4m3fn_w`, `int8_w` | the dtype, output channels first | one for each output channel, float32 |
 | `int4_w` | two in a byte | one for each 32 weights along the input axis (or each channel), bfloat16 |
 
 A scale is the largest magnitude that shares it, divided by the format's largest number; integers are symmetric (±127, ±7). An
-output channel is what is left of the weights' axes when those are taken away that the product sums over (`summed`).
+output channel is what is left of the weights' axes when those are taken away that the product sums over (`summed`); these are
+stored last, so that a product reads its weights from one end to the other (`stored`).
 
 Sources: Dettmers et al., "LLM.int8()", arXiv 2208.07339 (scales per row); Frantar et al., "GPTQ", arXiv 2210.17323 (groups of
 4-bit weights).
@@ -32,10 +34,11 @@ Summed = Sequence[int] | None  # axes of the weights that the product sums over;
 def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed) -> tuple[Array, Array | None]:
     """Weights as a weight-only format stores them: (numbers, scales), scales None where it has none.
 
-    `int4_w` gives a flat array of bytes: the first half of the weights in the lower four bits, the second in the upper.
+    Numbers have the weights' axes, those in `summed` last. `int4_w` gives a flat array of bytes: the first half of the weights in
+    the lower four bits, the second in the upper.
     """
     if fmt.storage == "bfloat16":
-        return narrowed(weights, "bfloat16"), None
+        return narrowed(weights, "bfloat16").transpose(_order(weights.ndim, summed)), None
     groups, axes = _groups(weights, fmt, summed)
     amax = jnp.max(jnp.abs(groups), axis=axes, keepdims=True)
     scale = amax_scale(amax, fmt).astype(scale_dtype(fmt))
@@ -45,14 +48,17 @@ def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed) -> tuple[A
     else:
         stored = round_to(numbers, fmt.storage).astype(fmt.storage)
     stored = stored.reshape(weights.shape)
-    return (packed(stored) if fmt.bits == 4 else stored), scale
+    return (packed(stored) if fmt.bits == 4 else stored.transpose(_order(weights.ndim, summed))), scale
 
 
 def dequantize(
     stored: Array, scale: Array | None, fmt: Format, shape: Sequence[int], summed: Summed
 ) -> Float[Array, ...]:
     """The float32 weights of this shape that `quantize` stored."""
-    numbers = unpacked(stored, shape) if fmt.bits == 4 else stored
+    if fmt.bits == 4:
+        numbers = unpacked(stored, shape)
+    else:
+        numbers = stored.transpose(np.argsort(_order(stored.ndim, summed)))
     if scale is None:
         return numbers.astype(jnp.float32)
     groups, _ = _groups(numbers, fmt, summed)
@@ -124,6 +130,12 @@ def unpacked(stored: Array, shape: Sequence[int]) -> Array:
     signed = stored.astype(jnp.int8)
     lower, upper = (signed << 4).astype(jnp.int8) >> 4, signed >> 4
     return jnp.concatenate([lower, upper])[: math.prod(shape)].reshape(tuple(shape))
+
+
+def _order(rank: int, summed: Summed) -> list[int]:
+    """The weights' axes as they are stored: output channels first."""
+    last = sorted(axis % rank for axis in summed or ())
+    return [axis for axis in range(rank) if axis not in last] + last
 
 
 def _groups(weights: Any, fmt: Format, summed: Summed) -> tuple[Any, tuple[int, ...]]:

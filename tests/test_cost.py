@@ -386,7 +386,7 @@ def test_a_way_is_what_is_timed(small):
     (stem,) = (call for call in graph.calls(small, X) if call.layer == "stem")
     texts = {}
     for way in ("xla", "im2col", "terms"):
-        function, arguments = cost._programs(cost.FLOAT32, stem, way).whole
+        function, arguments = cost._programs(cost.FLOAT32, stem, way, False).whole
         texts[way] = jax.jit(function).lower(*arguments).as_text()
     assert "convolution" in texts["xla"] and "dot_general" in texts["im2col"] and len(set(texts.values())) == 3
     assert "convolution" not in texts["terms"] and "dot_general" not in texts["terms"]

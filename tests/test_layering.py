@@ -16,7 +16,7 @@ LAYERS = {
         ("formats", "partition", "problem", "hlo", "report", "losses", "depthwise", "executable", "reach"), 1
     ),
     **dict.fromkeys(("product", "quantized", "attention", "curvature", "branch", "plan", "profiling"), 2),
-    **dict.fromkeys(("hooks", "predicted", "estimate"), 3),
+    **dict.fromkeys(("hooks", "predicted", "estimate", "stored"), 3),
     "models": 4,
     **dict.fromkeys(("lowering", "emulate", "grams", "graph", "strategies", "scores"), 5),
     **dict.fromkeys(("gradients", "apply", "search", "pareto"), 6),
