@@ -13,15 +13,15 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from mpjax import cost, partition, predicted
+from mpjax import cost, metrics, partition, predicted
 from mpjax.formats import FLOAT32, parse
 from mpjax.models import Array, Batches, Model
 from mpjax.quantized import round_weights
-from mpjax.search import Assignment, Problem
+from mpjax.search import Assignment, Measurement, Problem
 
 FORMATS = ("int4_w", "int8_w", "float8_e4m3fn_w", "bfloat16_w")
 HEADLINE = 1.25  # bytes of the mix that is looked at, in those of uniform int4
-MARGIN = 0.95  # of a limit, for text that the search does not see
+CONFIDENCE = 0.9  # of the interval of a mean over texts, whose upper end a search holds to its limit
 _LADDER = ("int4_w", "int8_w", "bfloat16_w", "float32")  # by size: what a mix without scores is made of
 
 
@@ -109,6 +109,25 @@ class Store:
     def by_depth(self, most: int) -> tuple[Assignment, Assignment]:
         """`in_order` from the first layer to the last, and the other way round."""
         return self.in_order(self.model.names, most), self.in_order(self.model.names[::-1], most)
+
+
+def measured(error: NDArray[Any], beside: NDArray[Any] | None = None) -> Measurement:
+    """The mean of (N,) errors of one text each, with an interval for other texts.
+
+    `beside`: errors on the same texts of a storage whose mean error is the limit. The interval is then that of the difference,
+    without what one text differs from the other by.
+    """
+    error = np.asarray(error, np.float64)
+    other = np.zeros_like(error) if beside is None else np.asarray(beside, np.float64)
+    interval = metrics.mean_interval(error - other, np.arange(len(error)), confidence=CONFIDENCE)
+    limit = float(other.mean())
+    return Measurement(
+        value=float(error.mean()),
+        low=limit + interval.low,
+        high=limit + interval.high,
+        confidence=CONFIDENCE,
+        per_sample=error,
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
