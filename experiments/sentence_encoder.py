@@ -214,8 +214,9 @@ def stored(subject: Subject) -> tuple[Table, Table, Table, Table]:
     store, names = subject.store, subject.model.names
     penalty = subject.penalty(storage.FORMATS)
     rows, mixes = [], []
-    for each in storage.candidates(store, penalty, subject.size.shares, mixes=subject.size.mixes):
-        shown = each.assignment[names[0]] if each.method == "uniform" else "mixed_w" if each.share == HEADLINE else ""
+    for each in storage.candidates(store, penalty, subject.size.shares, mixes=subject.size.mixes, seed=subject.seed):
+        shown = each.assignment[names[0]] if each.method == "uniform" else ""
+        shown = "mixed_w" if (each.method, each.share) == ("mixed", HEADLINE) else shown
         off, size = float(subject.drift(each.assignment).mean()), store.bytes_of(each.assignment)
         rows.append(_row(each.method, storage.formats_of(each.assignment), size, off, shown))
         mixes.append(

@@ -101,7 +101,7 @@ class Store:
             mix = larger if self.bytes_of(larger) <= most else mix
         return mix
 
-    def at_random(self, seed: int, most: int) -> Assignment:
+    def at_random(self, seed: int | Sequence[int], most: int) -> Assignment:
         """`in_order` of a random order."""
         order = np.random.default_rng(seed).permutation(len(self.model.names))
         return self.in_order([self.model.names[each] for each in order], most)
@@ -154,7 +154,9 @@ class Candidate:
     share: float | None = None
 
 
-def candidates(store: Store, penalty: np.ndarray, shares: Sequence[float], *, mixes: int) -> list[Candidate]:
+def candidates(
+    store: Store, penalty: np.ndarray, shares: Sequence[float], *, mixes: int, seed: int = 0
+) -> list[Candidate]:
     """The uniform formats; at each number of bytes the mix by scores, `mixes` random ones and two by depth."""
     names = store.model.names
     found = [Candidate(method="uniform", assignment=Assignment.uniform(names, fmt)) for fmt in store.formats]
@@ -163,7 +165,7 @@ def candidates(store: Store, penalty: np.ndarray, shares: Sequence[float], *, mi
         most = int(share * least)
         found.append(Candidate(method="mixed", assignment=store.by_scores(penalty, most), share=share))
         if share > 1:
-            blind = [("random", store.at_random(seed, most)) for seed in range(mixes)]
+            blind = [("random", store.at_random((seed, number), most)) for number in range(mixes)]
             blind += [("depth", each) for each in store.by_depth(most)]
             found += [Candidate(method=method, assignment=each, share=share) for method, each in blind]
     return found

@@ -107,8 +107,8 @@ SEARCHES_TABLE = (
     Column(key="bytes", title="bytes", format=",d"),
     Column(key="layers_low", title="layers low"),
     Column(key="error_calibration", title="calibration", format=".3g"),
-    Column(key="tolerance_value", title="limit", format=".3g"),
     Column(key="error_heldout", title="held out", format=".3g"),
+    Column(key="tolerance_value", title="limit of that", format=".3g"),
     Column(key="within_tolerance", title="within"),
     Column(key="evaluations", title="evaluations"),
 )

@@ -144,26 +144,27 @@ def _call(
         if override is not None:
             raise ValueError("A mixed model takes no override: its products are already overridden. Use its .original.")
 
-        weights = _multiplied_out(model, formats, mixed_params)
-        numbers, whole = (kernels(model, each) for each in (mixed_params["weights"], weights))
+        def run(mixed_params: Params, *each: Array) -> Any:
+            weights = _multiplied_out(model, formats, mixed_params)
+            numbers, whole = (kernels(model, tree) for tree in (mixed_params["weights"], weights))
 
-        def execute(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
-            fmt = formats.get(layer.name, FLOAT32)
-            if product.kind == "lookup":
-                return _looked_up(fmt, layer, product, lhs, rhs, mixed_params)
-            if narrow_kernels and rhs is whole[layer.name] and stored.readable(fmt, product, lhs, layer.summed):
-                scale = mixed_params["weight_scales"].get(layer.name)
-                return product.add_bias(stored.multiply(fmt, product, lhs, numbers[layer.name], scale))
-            scale = mixed_params["input_scales"][layer.name] if fmt.scaled else None
-            both = None if scale is None else scale * mixed_params["weight_scales"][layer.name]
-            lhs = operand(fmt, lhs, scale)
-            out = multiply(fmt, ways.lowered(product, way(layer, product, lhs, rhs)), lhs, rhs, both)
-            return out if fmt == FLOAT32 or activations == "float32" else narrowed(out, activations)
+            def execute(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+                fmt = formats.get(layer.name, FLOAT32)
+                if product.kind == "lookup":
+                    return _looked_up(fmt, layer, product, lhs, rhs, mixed_params)
+                if narrow_kernels and rhs is whole[layer.name] and stored.readable(fmt, product, lhs, layer.summed):
+                    scale = mixed_params["weight_scales"].get(layer.name)
+                    out = product.add_bias(stored.multiply(fmt, product, lhs, numbers[layer.name], scale))
+                else:
+                    scale = mixed_params["input_scales"][layer.name] if fmt.scaled else None
+                    both = None if scale is None else scale * mixed_params["weight_scales"][layer.name]
+                    lhs = operand(fmt, lhs, scale)
+                    out = multiply(fmt, ways.lowered(product, way(layer, product, lhs, rhs)), lhs, rhs, both)
+                return out if fmt == FLOAT32 or activations == "float32" else narrowed(out, activations)
 
-        def run(weights: Params, *each: Array) -> Any:
             return model.call(weights, *each, override=execute)
 
-        return narrow(run, attention, model.names)(weights, *inputs)
+        return narrow(run, attention, model.names)(mixed_params, *inputs)
 
     return call
 
@@ -228,10 +229,15 @@ def runs_narrow(model: Model) -> bool:
 _ENOUGH = 0.25  # of the FLOPs; of three models on a CPU, .35 and .35 were faster so, .20 was not (docs/speed.md)
 
 
+def products_only(layers: Iterable[Layer]) -> bool:
+    """Whether no layer is a convolution: the kernels for narrow operands then suit the model in any format."""
+    return not any("Conv" in layer.kind for layer in layers)
+
+
 def _narrow_kernels(layers: Iterable[Layer], formats: Mapping[str, Format], attention: str) -> bool:
     """float16_acc16 is emulated in float32, and not narrow."""
     layers = list(layers)
-    if not any("Conv" in layer.kind for layer in layers):
+    if products_only(layers):
         return True
     counted = [(layer.flops, formats.get(layer.name, FLOAT32)) for layer in layers]
     narrow = sum(flops for flops, fmt in counted if fmt.operand != "float32" and fmt.accumulate == "float32")

@@ -30,7 +30,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpjax import apply, cost, depthwise, executable, formats, graph, report, timing, verification, windows
+from mpjax import (
+    apply,
+    attention,
+    cost,
+    depthwise,
+    executable,
+    formats,
+    graph,
+    quantized,
+    reach,
+    report,
+    stored,
+    timing,
+    verification,
+    windows,
+)
 from mpjax import lowering as lowerings
 from mpjax.executable import Options
 from mpjax.files import Checkpoint
@@ -42,7 +57,8 @@ from mpjax.verification import MiscompiledError
 Progress = Callable[[int, int, str], None]  # (done, of how many in this phase, what)
 # What a kept choice depends on.
 _SOURCES: tuple[ModuleType, ...] = (
-    *(apply, cost, depthwise, executable, formats, graph, lowerings, timing, verification, windows),
+    *(apply, attention, cost, depthwise, executable, formats, graph, lowerings, quantized, reach, stored, timing),
+    *(verification, windows),
     sys.modules[__name__],
 )
 _MOST_CHANGES = 16  # single layers that are tried in the whole program

@@ -178,6 +178,7 @@ def measure(
     kept = timing.Timings(None if cache is None else Path(cache), rounds=rounds, options=options)
     overhead = kept.of({"overhead": timing.start_only()})["overhead"]
     ynn = not executable.without_ynn(options)
+    as_stored = ynn and apply.products_only(model.layers)  # else the formats of the whole model say it
     lookups_first = sorted(
         calls, key=lambda call: call.product.kind != "lookup"
     )  # which have one way: another product's counts
@@ -188,7 +189,9 @@ def measure(
     entries: dict[tuple, dict[tuple[str, str], timing.Entry | str]] = {}
     for number, (identity, call) in enumerate(distinct.items(), start=1):
         wanted = {
-            (fmt.name, way): _programs(fmt, call, way, ynn) for fmt in timed for way in _ways(fmt, call, lowering, ynn)
+            (fmt.name, way): _programs(fmt, call, way, as_stored)
+            for fmt in timed
+            for way in _ways(fmt, call, lowering, ynn)
         }
         entries[identity] = kept.of(wanted)
         if progress is not None:
@@ -373,8 +376,8 @@ def _in_dtype(spec: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype))
 
 
-def _programs(fmt: Format, call: graph.Call, way: str, ynn: bool) -> timing.Programs:
-    described = _describe(call)
+def _programs(fmt: Format, call: graph.Call, way: str, as_stored: bool) -> timing.Programs:
+    described, product_as_is = _describe(call), call.product
     if way != "own":
         call = replace(call, product=lowerings.lowered(call.product, way))
         described = f"{described} as {way}"
@@ -394,9 +397,9 @@ def _programs(fmt: Format, call: graph.Call, way: str, ynn: bool) -> timing.Prog
     def product(lhs: Array, weights: Any, bias: Array | None, scale: Array | None) -> Array:
         if fmt.weight_only:
             found, scales = weights
-            if ynn and stored.readable(fmt, call.product, lhs, call.product.summed):
-                out = stored.multiply(fmt, call.product, lhs, found, scales)
-                return replace(call.product, bias=bias).add_bias(out)
+            if as_stored and stored.readable(fmt, product_as_is, lhs, product_as_is.summed):
+                out = stored.multiply(fmt, product_as_is, lhs, found, scales)
+                return replace(product_as_is, bias=bias).add_bias(out)
             weights = dequantize(found, scales, fmt, call.rhs.shape, call.product.summed)
         return apply.multiply(fmt, replace(call.product, bias=bias), lhs, weights, scale)
 

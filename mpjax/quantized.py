@@ -128,7 +128,7 @@ def packed(numbers: Array) -> Array:
 def unpacked(stored: Array, shape: Sequence[int]) -> Array:
     """What `packed` packed, as int8 of this shape."""
     signed = stored.astype(jnp.int8)
-    halves = (signed << jnp.array([[4], [0]], jnp.int8)) >> 4  # both at once: XLA makes a fast loop of it
+    halves = (signed[None] << jnp.array([[4], [0]], jnp.int8)) >> 4  # both at once: XLA makes a fast loop of it
     return halves.reshape(-1)[: math.prod(shape)].reshape(tuple(shape))
 
 

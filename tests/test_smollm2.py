@@ -1,11 +1,14 @@
 """The language model against a plain NumPy Llama in float64, on a small random GGUF file; and what is not a file or a prompt."""
 
+from dataclasses import replace
+
 import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import expit, softmax
+from tokenizers import Tokenizer
 
 from experiments import assets
 from experiments.models.pretrained import in_dtype
@@ -24,11 +27,13 @@ def words():
     return ["<|end|>", "<|start|>", *LETTERS, "Ġ", "ab", "Ġa", "1", "2"]
 
 
-def write(path, *, leave_out=(), architecture="llama", pre="smollm", seed=0):
+def write(path, *, leave_out=(), architecture="llama", pre="smollm", blocks=BLOCKS, merges=True, seed=0):
     """A file of random weights: Q4_1 linears, a Q8_0 table, float32 norms. Gives its tensors, dequantised here."""
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(BLOCKS)
+    writer.add_key_value(
+        "llama.block_count", blocks, gguf.GGUFValueType.FLOAT32 if blocks % 1 else gguf.GGUFValueType.UINT32
+    )
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(WIDTH)
     writer.add_feed_forward_length(HIDDEN)
@@ -40,7 +45,8 @@ def write(path, *, leave_out=(), architecture="llama", pre="smollm", seed=0):
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(words())
     writer.add_token_types([3 if each.startswith("<|") else 1 for each in words()])
-    writer.add_token_merges(["a b", "Ġ a"])
+    if merges:
+        writer.add_token_merges(["a b", "Ġ a"])
     narrow = WIDTH // HEADS * SHARED
     linears = {
         "attn_q": (WIDTH, WIDTH),
@@ -215,6 +221,10 @@ def test_words_and_prompts(small):
         encode(language, "c" * 13)
     with pytest.raises(TextError, match="12 tokens and 1 are to come"):
         generate(language, "c" * 12, 1)
+    other = Tokenizer.from_str(language.tokenizer.to_str())
+    other.add_tokens(["zz"])
+    with pytest.raises(TextError, match="knows token 15, the model 15 words"):
+        encode(replace(language, tokenizer=other), "zz")
 
 
 def test_files_that_are_not_the_model(small, tmp_path):
@@ -231,6 +241,12 @@ def test_files_that_are_not_the_model(small, tmp_path):
     write(tmp_path / "other", architecture="bert")
     with pytest.raises(TextError, match="architecture 'bert', expected 'llama'"):
         load_smollm2(tmp_path / "other")
+    write(tmp_path / "broken", blocks=2.5)
+    with pytest.raises(TextError, match="sizes that fit no model .*blocks=2.5"):
+        load_smollm2(tmp_path / "broken")
+    write(tmp_path / "no-words", merges=False)
+    with pytest.raises(TextError, match="no field 'tokenizer.ggml.merges'"):
+        load_smollm2(tmp_path / "no-words")
     write(tmp_path / "pre", pre="qwen2")
     with pytest.raises(TextError, match="kind .'gpt2', 'qwen2'."):
         load_smollm2(tmp_path / "pre")

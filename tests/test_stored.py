@@ -96,10 +96,11 @@ def test_zeros_and_numbers_that_are_not_finite():
         found, truth = product_of(x, weights, parse(name))
         assert (found[0] == 0).all() and not jnp.isfinite(found[1:3]).any()
         np.testing.assert_allclose(found[3], truth.sum(0), rtol=1e-5, atol=1e-5)
-    huge = jnp.full((1, 32), 3e38, jnp.float32).at[0, 1:].set(0.0)
-    for name in ("int8_w", "bfloat16_w"):
-        found, truth = product_of(huge, weights * 1e-3, parse(name))
-        np.testing.assert_allclose(found, float64(huge) @ truth, rtol=1e-5)
+    for huge in (3e38, np.finfo(np.float32).max, 2.0**-100):
+        x = jnp.full((1, 32), huge, jnp.float32).at[0, 1:].set(0.0)
+        for name in ("int8_w", "bfloat16_w"):
+            found, truth = product_of(x, weights * 1e-3, parse(name))
+            np.testing.assert_allclose(found, float64(x) @ truth, rtol=1e-5)
 
 
 def test_what_is_not_read_as_stored():
@@ -109,7 +110,8 @@ def test_what_is_not_read_as_stored():
     assert not stored.readable(parse("bfloat16"), dot(), x, (0,))  # rounds its activations
     assert not stored.readable(parse("int8_w"), dot(), x, (1,))  # stored for the product along the other axis
     assert not stored.readable(parse("int8_w"), dot(channels=False), x, (0,))
-    assert not stored.readable(parse("int8_w"), dot(), jnp.ones((257, 32), jnp.float32), (0,))
+    assert not stored.readable(parse("int8_w"), dot(), jnp.ones((129, 32), jnp.float32), (0,))
+    assert stored.readable(parse("bfloat16_w"), dot(), jnp.ones((256, 32), jnp.float32), (0,))
     assert not stored.readable(parse("int8_w"), dot(), jnp.ones((0, 32), jnp.float32), (0,))
 
 
@@ -123,27 +125,76 @@ class Both(nn.Module):
 
 
 class Tied(nn.Module):
-    """A table that is looked up, multiplied as output, and multiplied the other way round."""
+    """A table that is looked up, and multiplied as output."""
 
     @nn.compact
     def __call__(self, ids):
-        table = nn.Embed(16, 16)
-        return table.attend(table(ids)) @ jnp.eye(16, dtype=jnp.float32)
+        table = nn.Embed(16, 32)
+        return table.attend(table(ids))
 
 
 @pytest.mark.parametrize("fmt", ["int8_w", "bfloat16_w"])
-def test_weights_that_are_used_otherwise_are_multiplied_out(fmt):
-    """Outputs are those of the float32 numbers that the weights stand for, however these reach their products."""
-    x = jax.random.normal(KEY, (2, 32), jnp.float32)
-    ids = jnp.array([[1, 2, 3]])
-    for module, inputs in ((Both(), x), (Tied(), ids)):
-        model = models.from_linen(module, module.init(KEY, inputs), inputs)
-        mixed = apply.apply(model, dict.fromkeys(model.names, fmt))
-        weights = apply._multiplied_out(model, dict.fromkeys(model.names, parse(fmt)), mixed.params)
-        expected = model.call(weights, inputs)
-        np.testing.assert_allclose(mixed.call(mixed.params, inputs), expected, rtol=1e-5, atol=1e-5)
-        program = compiled.compile(mixed, [(inputs,), (inputs[..., ::-1],)])
-        np.testing.assert_allclose(program(inputs), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("module", [Both(), Tied(), nn.remat(nn.Dense)(32)])
+def test_outputs_are_those_of_the_numbers_that_the_weights_stand_for(fmt, module):
+    """However the weights reach their products: a transposed kernel is multiplied out, the other is read as stored."""
+    x = jnp.array([[1, 2, 3]]) if isinstance(module, Tied) else jax.random.normal(KEY, (2, 32), jnp.float32)
+    model = models.from_linen(module, module.init(KEY, x), x)
+    mixed = apply.apply(model, dict.fromkeys(model.names, fmt))
+    weights = apply._multiplied_out(model, dict.fromkeys(model.names, parse(fmt)), mixed.params)
+    expected = model.call(weights, x)
+    np.testing.assert_allclose(mixed.call(mixed.params, x), expected, rtol=1e-5, atol=1e-5)
+    program = compiled.compile(mixed, [(x,), (x[..., ::-1],)])
+    np.testing.assert_allclose(program(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lowering", ["own", "xla", "rule"])
+def test_they_are_read_as_stored_in_every_setting(attention, lowering):
+    module = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(16)])
+    model, ((x,), _) = linen(module, 4, 32)
+    formats = dict(zip(model.names, ("int8_w", "bfloat16_w"), strict=True))
+    mixed = apply.apply(model, formats, attention=attention, lowering=lowering)
+    text = str(jax.make_jaxpr(mixed.call)(mixed.params, x))
+    assert "i8[16,32]" in text and "i32[16,48]" in text and "bf16[12,48]" in text  # four, and three parts of four rows
+    weights = apply._multiplied_out(model, {name: parse(each) for name, each in formats.items()}, mixed.params)
+    np.testing.assert_allclose(mixed.call(mixed.params, x), model.call(weights, x), rtol=1e-5, atol=1e-5)
+
+
+def test_activations_are_handed_on_in_their_dtype():
+    model, ((x,), _) = linen(nn.Dense(16), 4, 32)
+    mixed = apply.apply(model, {"Dense": "int8_w"}, activations="bfloat16")
+    wide = apply.apply(model, {"Dense": "int8_w"})
+    expected = wide.call(wide.params, x).astype(jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(mixed.call(mixed.params, x), expected)
+
+
+def test_an_authors_own_product_stays():
+    def twice(*arguments, **more):
+        return 2 * lax.dot_general(*arguments, **more)
+
+    model, ((x,), _) = linen(nn.Dense(16, use_bias=False, dot_general=twice), 4, 32)
+    for fmt in ("int8_w", "bfloat16_w"):
+        mixed = apply.apply(model, {"Dense": fmt})
+        weights = float64(quantized.round_weights(model.params["kernel"], parse(fmt), (0,)))
+        np.testing.assert_allclose(mixed.call(mixed.params, x), 2 * float64(x) @ weights, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fmt", ["int8_w", "bfloat16_w"])
+def test_derivatives_are_those_of_the_product(fmt):
+    weights = jax.random.normal(KEY, (32, 6), jnp.float32)
+    x = jax.random.normal(jax.random.key(1), (3, 32), jnp.float32)
+    numbers, scale = quantized.quantize(weights, parse(fmt), (0,))
+
+    def loss(x, scale):
+        return jnp.sum(stored.multiply(parse(fmt), dot(), x, numbers, scale) ** 2)
+
+    def plain(x, scale):
+        return jnp.sum((x @ quantized.dequantize(numbers, scale, parse(fmt), weights.shape, (0,))) ** 2)
+
+    which = (0,) if scale is None else (0, 1)
+    found, expected = (jax.grad(each, which)(x, scale) for each in (loss, plain))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_costs_are_of_what_is_executed():

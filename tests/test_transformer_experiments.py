@@ -58,8 +58,8 @@ def test_a_language_model(tmp_path, monkeypatch):
     assert reference["kl"] == 0 and reference["top1_agreement"] == 1 and reference["vs_fp32"] == 1
     (plain,) = (row for row in summary["rows"] if row["method"] == "plain_bfloat16")
     assert plain["kl"] > 0 and plain["decode_ms"] > 0
-    for row in summary["searches"]:
-        assert row["error_calibration"] <= row["tolerance_value"] or "int8" in row["purpose"]
+    within, _ = summary["searches"]
+    assert within["error_calibration"] <= 0.05 and within["bytes"] < reference["bytes"]
     assert {row["variant"] for row in summary["speed"]} == {"jit", "plain", "fp32", "int8_w", "mixed_w"}
     (small,) = (row for row in summary["speed"] if row["variant"] == "int8_w")
     assert small["full_copies"].startswith("0 of") and small["weight_bytes"] == by_formats["int8_w"]["bytes"]
@@ -85,8 +85,9 @@ def test_a_sentence_encoder(tmp_path, monkeypatch, tokenizer):
     summary = result_of(tmp_path, "sentence_encoder")
     by_formats = {row["formats"]: row for row in summary["rows"] if row["method"] == "uniform"}
     assert by_formats["bfloat16_w"]["cosine"] > by_formats["int8_w"]["cosine"] > by_formats["int4_w"]["cosine"]
-    for row in summary["searches"]:
-        assert row["error_calibration"] <= row["tolerance_value"] or "int8" in row["purpose"]
+    assert summary["searches"][0]["error_calibration"] <= 0.0005
+    timed = {row["method"] for row in summary["rows"] if row["vs_fp32"] is not None}
+    assert timed == {"reference", "plain_bfloat16", "uniform", "mixed"}  # nobody timed the mixes without scores
     assert {row["batch"] for row in summary["speed"]} == {"batch 1", "batch 8"} and len(summary["targets"]) == 6
 
 

@@ -259,7 +259,13 @@ def _shape(reader: GGUFReader) -> Shape:
         epsilon=number("attention.layer_norm_rms_epsilon"),
     )
     sizes = (shape.blocks, shape.width, shape.heads, shape.kv_heads, shape.hidden, shape.words, shape.context)
-    if min(sizes) < 1 or shape.width % shape.heads or shape.heads % shape.kv_heads or shape.head % 2:
+    if (
+        not all(isinstance(each, int) for each in sizes)
+        or min(sizes) < 1
+        or shape.width % shape.heads
+        or shape.heads % shape.kv_heads
+        or shape.head % 2
+    ):
         raise TextError(f"The GGUF file says sizes that fit no model ({shape}): it is damaged.")
     return shape
 
@@ -339,6 +345,11 @@ class Generated:
     text: str
 
 
+@nnx.jit
+def _called(module: SmolLM2, *inputs: jax.Array) -> Any:
+    return module(*inputs)
+
+
 def generate(
     language: Language, prompt: str, tokens: int, run: Callable[..., Any] | None = None, *, stop: Sequence[int] = ()
 ) -> Generated:
@@ -355,8 +366,7 @@ def generate(
         TextError: as `encode`.
     """
     ids = encode(language, prompt, room=tokens)
-    jitted = nnx.jit(lambda module, *inputs: module(*inputs))
-    run = run or (lambda *inputs: jitted(language.module, *inputs))
+    run = run or (lambda *inputs: _called(language.module, *inputs))
     keys, values = new_cache(language.module.shape, ids.shape[1] + tokens)
     start, made = 0, list[int]()
     step = jnp.asarray(ids)
