@@ -1,6 +1,6 @@
 """A language model with its weights stored in mixed formats: SmolLM2-135M, small weights and float32 arithmetic.
 
-    python -m experiments.language_model            (about 12 minutes on 2 cores)
+    python -m experiments.language_model            (about 15 minutes on 2 cores)
     python -m experiments.language_model --quick    (about 3: fewer windows, probes and mixes)
 
 Truth is the float32 model's own logits on held-out text: KL of the next token's probabilities, top-1 agreement, perplexity.
@@ -70,17 +70,19 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How much is computed: windows (for scores, as many more for searches; held-out ones), probes, random mixes, budgets."""
+    """How much is computed: windows (for scores, as many for searches; held out), probes, random mixes, budgets, steps of ilp."""
 
     calibration: int
     heldout: int
     probes: int
     mixes: int
     shares: tuple[float, ...]
+    rounds: int
+    extend: int
 
 
-FULL = Size(calibration=16, heldout=16, probes=4, mixes=3, shares=SHARES)
-QUICK = Size(calibration=4, heldout=4, probes=2, mixes=1, shares=(1.0, HEADLINE))
+FULL = Size(calibration=16, heldout=16, probes=4, mixes=3, shares=SHARES, rounds=10, extend=6)
+QUICK = Size(calibration=4, heldout=4, probes=2, mixes=1, shares=(1.0, HEADLINE), rounds=4, extend=2)
 
 
 def main(config: Config) -> None:
@@ -266,7 +268,11 @@ def stored(subject: Subject, tolerance: float) -> tuple[Table, Table, Table, Tab
             return storage.measured(subject.judged(assignment, "calibration")[1], other)
 
         result = search.solve(
-            store.problem(penalty), search.ilp(), evaluate=evaluate, tolerance=limit, confidence=CONFIDENCE
+            store.problem(penalty),
+            search.ilp(rounds=size.rounds, extend=size.extend),
+            evaluate=evaluate,
+            tolerance=limit,
+            confidence=CONFIDENCE,
         )
         found[purpose] = result.assignment
         rows.append(row(subject, "mixed", result.assignment))
@@ -302,11 +308,12 @@ PHASES = (f"prefill, {WINDOW} tokens", "decode, one token")
 
 
 def timed(subject: Subject, headline: Mapping[str, str], *, quick: bool) -> tuple[Table, Generated]:
-    """Rows of milliseconds of prefill (not in a quick run) and decode, in turns; and what the float32 program says."""
+    """Rows of milliseconds, in turns, and what the float32 program says; of a quick run decode alone, without the mix."""
     language, names = subject.language, subject.model.names
     texts = [jnp.asarray(each[None]) for each in np.asarray(subject.heldout[0][0])[:2]]
     formats = ("int8_w",) if quick else (*storage.FORMATS, "bfloat16")
-    wanted = {"fp32": {}, **{fmt: dict.fromkeys(names, fmt) for fmt in formats}, "mixed_w": headline}
+    wanted = {"fp32": {}, **{fmt: dict.fromkeys(names, fmt) for fmt in formats}}
+    wanted |= {} if quick else {"mixed_w": headline}
     plain = {"jit": jitted(language.module), "plain": jitted(in_dtype(language.module, jnp.bfloat16))}
     empty = {"": jnp.float32, "plain": jnp.bfloat16}  # dtypes of the cache
     zero, after = (jnp.full((1,), place, jnp.int32) for place in (0, WINDOW))

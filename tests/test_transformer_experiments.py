@@ -60,7 +60,7 @@ def test_a_language_model(tmp_path, monkeypatch):
     assert plain["kl"] > 0 and plain["decode_ms"] > 0
     within, _ = summary["searches"]
     assert within["error_calibration"] <= 0.05 and within["bytes"] < reference["bytes"]
-    assert {row["variant"] for row in summary["speed"]} == {"jit", "plain", "fp32", "int8_w", "mixed_w"}
+    assert {row["variant"] for row in summary["speed"]} == {"jit", "plain", "fp32", "int8_w"}
     (small,) = (row for row in summary["speed"] if row["variant"] == "int8_w")
     assert small["full_copies"].startswith("0 of") and small["weight_bytes"] == by_formats["int8_w"]["bytes"]
     assert len(summary["facts"]["completion"]) > 0 and len(summary["targets"]) == 7
