@@ -312,7 +312,7 @@ def timed(subject: Subject, headline: Mapping[str, str], *, quick: bool) -> tupl
     language, names = subject.language, subject.model.names
     texts = [jnp.asarray(each[None]) for each in np.asarray(subject.heldout[0][0])[:2]]
     formats = ("int8_w",) if quick else (*storage.FORMATS, "bfloat16")
-    wanted = {"fp32": {}, **{fmt: dict.fromkeys(names, fmt) for fmt in formats}}
+    wanted: dict[str, Mapping[str, str]] = {"fp32": {}, **{fmt: dict.fromkeys(names, fmt) for fmt in formats}}
     wanted |= {} if quick else {"mixed_w": headline}
     plain = {"jit": jitted(language.module), "plain": jitted(in_dtype(language.module, jnp.bfloat16))}
     empty = {"": jnp.float32, "plain": jnp.bfloat16}  # dtypes of the cache
