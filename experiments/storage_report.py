@@ -76,7 +76,7 @@ SCORES_TABLE = (
 )
 TARGETS_TABLE = (
     Column(key="target", title="target"),
-    Column(key="value", title="value", format=".4g"),
+    Column(key="value", title="value", format=".5g"),
     Column(key="limit", title="limit", format=".4g"),
     Column(key="met", title="met"),
 )
