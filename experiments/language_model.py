@@ -12,8 +12,8 @@ Every layer's predicted KL in every format is one `local_rounding` (the tied emb
 multiplied); mixes at a number of bytes, and the fewest bytes within a tolerance of KL, are integer programs on it, and measured.
 
 Expected: the layers' scores span four orders of magnitude; at the bytes of uniform int4 plus a quarter a third of its KL or less.
-Weights in int8_w and bfloat16_w are read as they are stored (`mpjax.stored`) and decode faster than float32; of those in
-float8_e4m3fn_w and int4_w XLA first makes a float32 copy, which costs more than it saves: the page says which.
+Weights in int8_w and bfloat16_w are read as they are stored (`mpjax.stored`) and decode faster than float32; those in
+float8_e4m3fn_w and int4_w are converted first, many of them to a float32 copy, which costs more than it saves.
 
 Writes results/language_model/: summary.json, tables (CSV, LaTeX), figures (PNG, PDF) and report.html.
 """
@@ -247,10 +247,9 @@ def stored(subject: Subject, tolerance: float) -> tuple[Table, Table, Table, Tab
     )
     mixes = []
     size = subject.size
-    for each in storage.candidates(store, penalty, size.shares, mixes=size.mixes, seed=subject.seed):
-        shown = each.assignment[names[0]] if each.method == "uniform" else ""
-        shown = "mixed_w" if (each.method, each.share) == ("mixed", HEADLINE) else shown
-        rows.append(row(subject, each.method, each.assignment, shown))
+    candidates = storage.candidates(store, penalty, size.shares, mixes=size.mixes, seed=subject.seed)
+    for each in candidates:
+        rows.append(row(subject, each.method, each.assignment, each.variant))
         mixes.append(
             {**{k: rows[-1][k] for k in ("method", "formats", "bytes")}, "share": each.share, "error": rows[-1]["kl"]}
         )
@@ -277,7 +276,7 @@ def stored(subject: Subject, tolerance: float) -> tuple[Table, Table, Table, Tab
         found[purpose] = result.assignment
         rows.append(row(subject, "mixed", result.assignment))
         searches.append(storage_report.searched(purpose, heldout, result, rows[-1]["kl"], rows[-1]))
-    headline = store.by_scores(penalty, int(HEADLINE * store.bytes_of(Assignment.uniform(names, "int4_w"))))
+    headline = next(each.assignment for each in candidates if each.variant == "mixed_w")
     within, as_int8 = found.values()
     assignments = [
         {"layer": layer, "kind": kind, "as_int4": headline[layer], "as_int8": as_int8[layer], "within": within[layer]}

@@ -214,11 +214,11 @@ def stored(subject: Subject) -> tuple[Table, Table, Table, Table]:
     store, names = subject.store, subject.model.names
     penalty = subject.penalty(storage.FORMATS)
     rows, mixes = [], []
-    for each in storage.candidates(store, penalty, subject.size.shares, mixes=subject.size.mixes, seed=subject.seed):
-        shown = each.assignment[names[0]] if each.method == "uniform" else ""
-        shown = "mixed_w" if (each.method, each.share) == ("mixed", HEADLINE) else shown
+    shares, mixed = subject.size.shares, subject.size.mixes
+    candidates = storage.candidates(store, penalty, shares, mixes=mixed, seed=subject.seed)
+    for each in candidates:
         off, size = float(subject.drift(each.assignment).mean()), store.bytes_of(each.assignment)
-        rows.append(_row(each.method, storage.formats_of(each.assignment), size, off, shown))
+        rows.append(_row(each.method, storage.formats_of(each.assignment), size, off, each.variant))
         mixes.append(
             {**{key: rows[-1][key] for key in ("method", "formats", "bytes")}, "share": each.share, "error": off}
         )
@@ -236,7 +236,7 @@ def stored(subject: Subject) -> tuple[Table, Table, Table, Table]:
     off, size = float(subject.drift(found.assignment).mean()), store.bytes_of(found.assignment)
     rows.append(_row("mixed", storage.formats_of(found.assignment), size, off))
     searches = [storage_report.searched("no worse than uniform int8_w", float(at_most.mean()), found, off, rows[-1])]
-    headline = store.by_scores(penalty, int(HEADLINE * store.bytes_of(Assignment.uniform(names, "int4_w"))))
+    headline = next(each.assignment for each in candidates if each.variant == "mixed_w")
     assignments = [
         {"layer": layer, "kind": kind, "as_int4": headline[layer], "as_int8": found.assignment[layer]}
         for layer, kind in storage.kinds_of(names).items()

@@ -153,6 +153,13 @@ class Candidate:
     assignment: Assignment
     share: float | None = None
 
+    @property
+    def variant(self) -> str:
+        """What it is called where it is timed; "" where it is not."""
+        if self.method == "uniform":
+            return next(iter(self.assignment.values()))
+        return "mixed_w" if (self.method, self.share) == ("mixed", HEADLINE) else ""
+
 
 def candidates(
     store: Store, penalty: np.ndarray, shares: Sequence[float], *, mixes: int, seed: int = 0

@@ -10,7 +10,7 @@ them as they are stored (`stored`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -151,7 +151,8 @@ def _call(
             def execute(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
                 fmt = formats.get(layer.name, FLOAT32)
                 if product.kind == "lookup":
-                    return _looked_up(fmt, layer, product, lhs, rhs, mixed_params)
+                    scale = mixed_params["weight_scales"].get(layer.name)
+                    return _looked_up(fmt, layer, product, lhs, rhs, numbers[layer.name], scale)
                 if narrow_kernels and rhs is whole[layer.name] and stored.readable(fmt, product, lhs, layer.summed):
                     scale = mixed_params["weight_scales"].get(layer.name)
                     out = product.add_bias(stored.multiply(fmt, product, lhs, numbers[layer.name], scale))
@@ -169,12 +170,12 @@ def _call(
     return call
 
 
-def _looked_up(fmt: Format, layer: Layer, product: Product, ids: Array, table: Array, mixed_params: Params) -> Array:
-    """Rows of a table as stored; of a weight-only table only these are multiplied out."""
-    scale = mixed_params["weight_scales"].get(layer.name)
+def _looked_up(
+    fmt: Format, layer: Layer, product: Product, ids: Array, table: Array, numbers: Array, scale: Array | None
+) -> Array:
+    """Rows of a table as stored (`numbers`, `scale`); of a weight-only table only these are multiplied out."""
     if not fmt.weight_only:
         return look_up(fmt, product, ids, table, scale)
-    numbers = partition.select(mixed_params["weights"], layer.block)[layer.kernel]
     whole = table.shape == layer.kernel_shape  # not a slice, under a scan
     return look_up(fmt, product, ids, (numbers, scale, layer.kernel_shape)) if whole else product(ids, table)
 
@@ -229,14 +230,13 @@ def runs_narrow(model: Model) -> bool:
 _ENOUGH = 0.25  # of the FLOPs; of three models on a CPU, .35 and .35 were faster so, .20 was not (docs/speed.md)
 
 
-def products_only(layers: Iterable[Layer]) -> bool:
+def products_only(layers: Sequence[Layer]) -> bool:
     """Whether no layer is a convolution: the kernels for narrow operands then suit the model in any format."""
     return not any("Conv" in layer.kind for layer in layers)
 
 
-def _narrow_kernels(layers: Iterable[Layer], formats: Mapping[str, Format], attention: str) -> bool:
+def _narrow_kernels(layers: Sequence[Layer], formats: Mapping[str, Format], attention: str) -> bool:
     """float16_acc16 is emulated in float32, and not narrow."""
-    layers = list(layers)
     if products_only(layers):
         return True
     counted = [(layer.flops, formats.get(layer.name, FLOAT32)) for layer in layers]

@@ -34,6 +34,7 @@ from mpjax import windows
 from mpjax.depthwise import depthwise_conv
 from mpjax.formats import narrowed
 from mpjax.models import Array, Layer, Model, Product
+from mpjax.product import row_count
 from mpjax.windows import Window
 
 WAYS = ("own", "xla", "dot", "im2col", "taps", "terms", "shift", "flat", "rows")
@@ -52,7 +53,7 @@ def ways(product: Product, lhs: Array | jax.ShapeDtypeStruct, rhs: Array | jax.S
         if len(batch):
             return ("xla",)
         plain = len(rhs.shape) == 2 and tuple(contract) == (len(lhs.shape) - 1,) and tuple(over) == (0,)
-        few = 0 < _rows(lhs, contract) < _LEAST_ROWS
+        few = 0 < row_count(lhs, contract) < _LEAST_ROWS
         return ("xla", *(() if plain else ("flat",)), *(("rows",) if few else ()))
     window = _window(product, lhs, rhs)
     if window is not None and product.feature_group_count == lhs.shape[3] > 1 and rhs.shape[2] == 1:
@@ -286,10 +287,6 @@ def _window(product: Product, lhs: Any, rhs: Any) -> Window | None:
         product.rhs_dilation,
         product.dimension_numbers,
     )
-
-
-def _rows(lhs: Any, contract: Sequence[int]) -> int:
-    return math.prod(size for axis, size in enumerate(lhs.shape) if axis not in contract)
 
 
 def _replaceable(product: Product) -> bool:

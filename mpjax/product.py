@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,6 +135,11 @@ def flops(product: Product, lhs: Any, rhs: Any, out: Any) -> int:
         (contract, _), _ = product.dimension_numbers
         return 2 * math.prod(out.shape) * math.prod(lhs.shape[axis] for axis in contract)
     return 2 * math.prod(out.shape) * math.prod(rhs.shape[axis] for axis in summed_axes(product))
+
+
+def row_count(lhs: Any, contract: Sequence[int]) -> int:
+    """Of the matrix that a dot without batch axes makes of its left side."""
+    return math.prod(size for axis, size in enumerate(lhs.shape) if axis not in contract)
 
 
 def summed_axes(product: Product) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax.formats import Format, narrowed
-from mpjax.product import Array, Product, summed_axes
+from mpjax.product import Array, Product, row_count, summed_axes
 from mpjax.reach import weight_first
 
 # Rows of activations: above, arithmetic weighs more than memory, and this is three or four times as much of it. With AMX it is
@@ -51,8 +51,8 @@ def readable(fmt: Format, product: Product, lhs: Array, summed: Sequence[int] | 
     if product.summed is None or summed is None or set(product.summed) != set(summed):
         return False
     (contract, _), (batch, _) = product.dimension_numbers
-    rows = math.prod(size for axis, size in enumerate(lhs.shape) if axis not in contract)
-    return not len(batch) and 0 < rows <= _MOST_ROWS[fmt.storage] and 0 < lhs.size // rows <= _MOST_SUMMED
+    count = row_count(lhs, contract)
+    return not len(batch) and 0 < count <= _MOST_ROWS[fmt.storage] and 0 < lhs.size // count <= _MOST_SUMMED
 
 
 def multiply(fmt: Format, product: Product, lhs: Array, stored: Array, scale: Array | None) -> Array:
