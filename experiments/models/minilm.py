@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from experiments.models.pretrained import TextError, filled
+from experiments.models.pretrained import TextError, filled, read_safetensors
 
 __all__ = ["MINILM", "MiniLM", "Shape", "TextError", "encode", "load_minilm", "load_tokenizer"]
 
@@ -99,27 +97,21 @@ def _norm(width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def load_minilm(path: Path | str, *, shape: Shape = MINILM, dtype: Any = None) -> MiniLM:
-    """The encoder with the weights of a safetensors file, float32.
+    """The encoder with the weights of a safetensors file or of an index of several (see `read_safetensors`), as float32.
 
     Raises:
         TextError: a foreign, truncated or damaged file, or one that holds another network.
         FileNotFoundError: no such file.
     """
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise TextError(
-            f"{path}: not a whole safetensors file of {Path(path).stat().st_size} bytes ({error}). Compare its checksum with the "
-            "source and fetch it again."
-        ) from error
+    tensors = read_safetensors(path, ignored=_UNUSED)
     module, problems = filled(lambda: MiniLM(shape, dtype=dtype, rngs=nnx.Rngs(0)), tensors, _source)
     if problems:
         raise TextError(f"{path}: not the weights of this encoder ({shape}): {'; '.join(problems[:4])}.")
     return module
 
 
+# The places 0, 1, 2, …, and BERT's layer on its first output, which the mean of all outputs does without.
+_UNUSED = ("embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias")
 _NAMES = {
     "words/embedding": "embeddings.word_embeddings.weight",
     "positions/embedding": "embeddings.position_embeddings.weight",

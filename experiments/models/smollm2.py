@@ -2,12 +2,14 @@
 
 Llama (Touvron et al., arXiv 2302.13971): pre-norm blocks with RMSNorm, rotary embedding (Su et al., arXiv 2104.09864) on
 interleaved pairs as GGUF stores them, grouped-query attention (Ainslie et al., arXiv 2305.13245), a gated MLP, and an output tied
-to the word embedding. Weights are dequantised by the `gguf` package; the tokenizer is byte-level BPE with digits one by one.
+to the word embedding or, where the file has one, of its own. Rotary embeddings may be slowed down, all pairs alike or each by a
+factor of its own. Weights are dequantised by the `gguf` package; the tokenizer is byte-level BPE with digits one by one. Tensors
+and metadata that ask for something else are refused.
 """
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from gguf import GGUFReader
+from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -51,7 +53,11 @@ _CONTROL = 3  # type of a token that no text spells
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes of a decoder; `context` is the longest text, `base` the rotary embedding's, `epsilon` the norms'."""
+    """Sizes of a decoder; `context` is the longest text, `base` the rotary embedding's, `epsilon` the norms'.
+
+    `stretch` says for each pair of the rotary embedding how many times slower it turns than `base` says; empty where none does.
+    `tied`: the output is the word embedding.
+    """
 
     blocks: int
     width: int
@@ -62,6 +68,8 @@ class Shape:
     context: int
     base: float
     epsilon: float
+    stretch: tuple[float, ...] = ()
+    tied: bool = True
 
     @property
     def head(self) -> int:
@@ -97,7 +105,7 @@ class Block(nnx.Module):
         query, key, value = (
             each(y).reshape(count, tokens, -1, shape.head) for each in (self.query, self.key, self.value)
         )
-        query, key = (rotated(each, places, shape.base) for each in (query, key))
+        query, key = (rotated(each, places, shape.base, shape.stretch) for each in (query, key))
         seen = places
         if cache is not None:
             key, value = (_written(*each, places[:, 0]) for each in zip(cache, (key, value), strict=True))
@@ -122,6 +130,10 @@ class SmolLM2(nnx.Module):
         self.words = nnx.Embed(shape.words, shape.width, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
         self.blocks = nnx.List([Block(shape, dtype=dtype, rngs=rngs) for _ in range(shape.blocks)])
         self.norm = _norm(shape, dtype, rngs)
+        if not shape.tied:
+            self.head = nnx.Linear(
+                shape.width, shape.words, use_bias=False, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+            )
 
     def __call__(
         self,
@@ -142,15 +154,21 @@ class SmolLM2(nnx.Module):
             x, kept = block(x, places, cache)
             new.append(kept)
         if keys is None:
-            return self.words.attend(self.norm(x))
+            return self._logits(self.norm(x))
         keys, values = (jnp.stack(each, axis=1) for each in zip(*new, strict=True))
-        return {"logits": self.words.attend(self.norm(x[:, -1])), "keys": keys, "values": values}
+        return {"logits": self._logits(self.norm(x[:, -1])), "keys": keys, "values": values}
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        return self.words.attend(x) if self.shape.tied else self.head(x)
 
 
-def rotated(x: jax.Array, places: jax.Array, base: float) -> jax.Array:
-    """Rotary embedding of interleaved pairs: (N, T, heads, size) at places (N, T)."""
+def rotated(x: jax.Array, places: jax.Array, base: float, stretch: tuple[float, ...] = ()) -> jax.Array:
+    """Rotary embedding of interleaved pairs: (N, T, heads, size) at places (N, T); `stretch` as in `Shape`."""
     size = x.shape[-1] // 2
-    angles = places[..., None, None].astype(jnp.float32) * base ** (-jnp.arange(size, dtype=jnp.float32) / size)
+    speeds = base ** (-jnp.arange(size, dtype=jnp.float32) / size)
+    if stretch:
+        speeds = speeds / jnp.asarray(stretch, jnp.float32)
+    angles = places[..., None, None].astype(jnp.float32) * speeds
     cosine, sine = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)
     one, two = x[..., ::2], x[..., 1::2]
     return jnp.stack([one * cosine - two * sine, one * sine + two * cosine], axis=-1).reshape(x.shape)
@@ -208,7 +226,8 @@ def load_smollm2(path: Path | str, *, dtype: Any = None) -> Language:
     """The model and the tokenizer of a GGUF file; weights as float32.
 
     Raises:
-        TextError: a foreign, truncated or damaged file, another architecture, or missing weights.
+        TextError: a foreign, truncated or damaged file, another architecture, missing weights, or tensors or metadata that
+            this model would not follow.
         FileNotFoundError: no such file.
     """
     size = Path(path).stat().st_size
@@ -221,8 +240,11 @@ def load_smollm2(path: Path | str, *, dtype: Any = None) -> Language:
         weights, stored = {}, sum(int(each.n_bytes) for each in reader.tensors)
         with report.progress(f"reading {Path(path).name}", len(reader.tensors)) as advance:
             for tensor in reader.tensors:
-                weights[tensor.name] = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+                weights[tensor.name] = _floats(tensor)
                 advance()
+        shape = replace(
+            shape, stretch=_stretch(reader, shape, weights.pop(_FACTORS, None)), tied=_OUTPUT not in weights
+        )
     except TextError:
         raise
     except _DAMAGED as error:
@@ -232,8 +254,24 @@ def load_smollm2(path: Path | str, *, dtype: Any = None) -> Language:
         ) from error
     module, problems = filled(lambda: SmolLM2(shape, dtype=dtype, rngs=nnx.Rngs(0)), weights, _source)
     if problems:
-        raise TextError(f"{path}: {len(problems)} weights do not fit ({shape}): {'; '.join(problems[:4])}.")
+        raise TextError(
+            f"{path}: {len(problems)} weights do not fit ({shape}): {'; '.join(problems[:4])}. Take a file of this network."
+        )
     return Language(module=module, tokenizer=tokenizer, file_bytes=size, weight_bytes=stored)
+
+
+_OUTPUT, _FACTORS = "output.weight", "rope_freqs.weight"
+_KNOWN = {
+    *(f"llama.{name}" for name in ("block_count", "embedding_length", "feed_forward_length", "context_length")),
+    *(f"llama.attention.{name}" for name in ("head_count", "head_count_kv", "layer_norm_rms_epsilon")),
+    *(f"llama.rope.{name}" for name in ("freq_base", "scale_linear", "scaling.type", "scaling.factor")),
+    # Said of a model trained further with linear scaling; only other kinds of scaling compute with them.
+    *(f"llama.rope.scaling.{name}" for name in ("finetuned", "original_context_length")),
+}
+
+
+def _optional(reader: GGUFReader, name: str, default: Any) -> Any:
+    return default if reader.get_field(name) is None else _field(reader, name)
 
 
 def _field(reader: GGUFReader, name: str) -> Any:
@@ -241,6 +279,16 @@ def _field(reader: GGUFReader, name: str) -> Any:
     if field is None:
         raise TextError(f"The GGUF file has no field {name!r}: it is damaged, or not of a language model.")
     return field.contents()
+
+
+def _floats(tensor: ReaderTensor) -> np.ndarray:
+    try:
+        return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+    except NotImplementedError as error:
+        raise TextError(
+            f"The tensor {tensor.name!r} is stored as {tensor.tensor_type.name}, which the gguf package does not read. Take a "
+            "file of another quantisation."
+        ) from error
 
 
 def _shape(reader: GGUFReader) -> Shape:
@@ -266,8 +314,55 @@ def _shape(reader: GGUFReader) -> Shape:
         or shape.heads % shape.kv_heads
         or shape.head % 2
     ):
-        raise TextError(f"The GGUF file says sizes that fit no model ({shape}): it is damaged.")
+        raise TextError(
+            f"The GGUF file says sizes that fit no model of like blocks ({shape}): it is damaged, or of another network."
+        )
+    _refuse_other_computations(reader, shape)
     return shape
+
+
+def _refuse_other_computations(reader: GGUFReader, shape: Shape) -> None:
+    """Metadata that ask for what `SmolLM2` and `encode` do not compute."""
+    allowed: dict[str, Any] = {  # at these values they ask for nothing
+        "llama.vocab_size": shape.words,
+        "llama.attention.key_length": shape.head,
+        "llama.attention.value_length": shape.head,
+        "llama.attention.causal": True,
+        "llama.rope.dimension_count": shape.head,
+        "llama.rope.scaling.attn_factor": 1.0,
+        "llama.expert_count": 0,
+        "llama.expert_used_count": 0,
+        "llama.tensor_data_layout": "Meta AI original pth",  # interleaved pairs
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.ggml.add_eos_token": False,
+    }
+    problems = []
+    for name in reader.fields:
+        if name in allowed and (found := _field(reader, name)) != allowed[name]:
+            problems.append(f"{name} is {found!r}, expected {allowed[name]!r}")
+        elif name.startswith("llama.") and name not in allowed and name not in _KNOWN:
+            problems.append(f"{name} is {_field(reader, name)!r}, which this reader does not know")
+    if problems:
+        raise TextError(
+            f"The GGUF file asks for what this model does not compute: {'; '.join(problems[:8])}. Take another file: read as if "
+            "this were not there, its numbers would be wrong."
+        )
+
+
+def _stretch(reader: GGUFReader, shape: Shape, factors: np.ndarray | None) -> tuple[float, ...]:
+    """How many times slower each pair turns: the divisor of all places, times each pair's own."""
+    kind = _optional(reader, "llama.rope.scaling.type", "linear")
+    if kind not in ("linear", "none"):
+        raise TextError(f"A rotary embedding scaled by {kind!r}, expected 'linear' or 'none': take another file.")
+    divisor = _optional(reader, "llama.rope.scaling.factor", _optional(reader, "llama.rope.scale_linear", 1.0))
+    divisor = 1.0 if kind == "none" else divisor
+    found = np.ones(shape.head // 2, np.float32) if factors is None else factors
+    if found.shape != (shape.head // 2,) or not (np.isfinite(found * divisor) & (found * divisor > 0)).all():
+        raise TextError(
+            f"A rotary embedding slowed down by {divisor} times {found} ({_FACTORS}), expected positive numbers, "
+            f"{shape.head // 2} of the latter: the file is damaged."
+        )
+    return () if (found * divisor == 1).all() else tuple(float(each * divisor) for each in found)
 
 
 def _tokenizer(reader: GGUFReader) -> Tokenizer:
@@ -309,6 +404,8 @@ def _source(name: str) -> str:
         return "token_embd.weight"
     if name == "norm/scale":
         return "output_norm.weight"
+    if name == "head/kernel":
+        return _OUTPUT
     _, number, layer, _ = name.split("/")
     return f"blk.{number}.{_NAMES[layer]}.weight"
 

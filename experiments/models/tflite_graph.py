@@ -2,13 +2,15 @@
 
 Format: the TensorFlow Lite flatbuffer schema, file identifier ``TFL3``, read with the ``tflite`` package.
 Convolution weights are OHWI in the file and HWIO here, depthwise weights 1HWC and HW1C, dense weights OI and
-IO.  Weights stored as fp16 behind a DEQUANTIZE operator become float32 and the operator disappears.
+IO.  Weights stored as fp16 behind a DEQUANTIZE operator, or without their zeros behind a DENSIFY operator, become whole float32
+arrays and the operator disappears.
 """
 
 import difflib
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,12 @@ _ACTIVATIONS = {
     tflite.ActivationFunctionType.NONE: "none",
     tflite.ActivationFunctionType.RELU: "relu",
     tflite.ActivationFunctionType.RELU6: "relu6",
+    tflite.ActivationFunctionType.RELU_N1_TO_1: "relu_n1_to_1",
+}
+_INDICES = {
+    tflite.SparseIndexVector.Int32Vector: tflite.Int32Vector,
+    tflite.SparseIndexVector.Uint16Vector: tflite.Uint16Vector,
+    tflite.SparseIndexVector.Uint8Vector: tflite.Uint8Vector,
 }
 _PADDINGS = {tflite.Padding.SAME: "SAME", tflite.Padding.VALID: "VALID"}
 
@@ -34,8 +42,16 @@ class TFLiteError(ValueError):
     """The file cannot be imported; the message says what was found, what was expected, what to do."""
 
 
+_LINES = 20  # of operators in a message
+_Cut = tuple[int | None, int | None, int]  # start, stop, step
+
+
 class _Unsupported(Exception):
     """One operator that cannot be imported; collected, so that all are reported at once."""
+
+
+class _Computed(_Unsupported):
+    """A value that the file should store comes from another operator: no fault of its own where that one is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,18 +59,26 @@ class Op:
     """One operator.  Sizes and steps are (height, width).
 
     Attributes:
-        kind: conv, depthwise, dense, prelu, add, mul, concat, pad, max_pool, avg_pool, resize, reshape,
-            sigmoid, relu, relu6.
+        kind: conv, depthwise, dense, prelu; add, sub, mul, div, maximum, minimum; mean, sum, reduce_max; concat, pad, max_pool,
+            avg_pool, resize, reshape, transpose, slice, depth_to_space, space_to_depth; softmax, leaky_relu, and the functions of
+            one number: sigmoid, tanh, relu, relu6, relu_n1_to_1, elu, hard_swish, exp, log, sqrt, rsqrt, square, abs, neg.
         name: unique and stable: kind and running number in the whole file, so that pruning renames nothing.
         inputs: tensor indices of the values read, without weights.
         output: tensor index of the value written.
-        activation: fused activation: none, relu or relu6.
+        activation: fused activation: none, relu, relu6 or relu_n1_to_1.
         strides, dilation, window: of a convolution or pool; ``window`` is the kernel size.
         padding: SAME or VALID of a convolution or pool; (low, high) per axis of a pad.
         features: output channels of a layer.
         use_bias: whether a layer has a bias.
-        shape: result of a reshape, without the leading axis.
+        shape: result of a reshape, reduction or slice, without the leading axis; all of a stored operand's.
         axis: of a concat.
+        axes: of a reduction; the order of a transpose.
+        stored: which operand, 0 or 1, the file stores: it is a parameter, and not in ``inputs``.
+        number: slope of a leaky_relu, factor of a softmax's input.
+        block: side of the squares of depth_to_space and space_to_depth.
+        places: of a resize: for each row and each column of the result, where in the input it lies. Empty: twice the size, with
+            half-pixel centres.
+        cuts: of a slice: (start, stop, step) of the axes after the leading one.
     """
 
     kind: str
@@ -70,6 +94,12 @@ class Op:
     use_bias: bool = False
     shape: tuple[int, ...] = ()
     axis: int = 0
+    axes: tuple[int, ...] = ()
+    stored: int | None = None
+    number: float = 1.0
+    block: int = 1
+    places: tuple[tuple[float, ...], ...] = ()
+    cuts: tuple[_Cut, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,12 +128,12 @@ def read(path: Path | str, *, outputs: tuple[str, ...] | None = None) -> tuple[G
 
     Args:
         path: the file.
-        outputs: names of the outputs to keep, in the order wanted; what they do not need is dropped.  None
-            keeps all.
+        outputs: names of the outputs to keep, in the order wanted, or of any other value that an operator computes; what they
+            do not need is dropped.  None keeps all outputs.
 
     Raises:
         TFLiteError: a foreign or damaged file, an unknown output, or operators that are not supported (all
-            listed).
+            kinds listed).
     """
     data = Path(path).read_bytes()
     if data[4:8] != _IDENTIFIER:
@@ -142,60 +172,99 @@ class _Reader:
             raise TFLiteError(f"{path}: found {self.model.SubgraphsLength()} subgraphs, expected one.")
         self.graph = self.model.Subgraphs(0)
         self.ops = [self.graph.Operators(index) for index in range(self.graph.OperatorsLength())]
-        # A constant that a DEQUANTIZE operator widens is read through to where it is stored.
-        self.stored = {
-            op.Outputs(0): op.Inputs(0)
-            for op in self.ops
-            if self._kind(op) == "DEQUANTIZE" and self._has_data(op.Inputs(0))
-        }
+        # A constant that DENSIFY and DEQUANTIZE operators widen is read through to where it is stored.
+        self.stored: dict[int, int] = {}
+        for op in self.ops:
+            if self._kind(op) in ("DEQUANTIZE", "DENSIFY") and self.is_constant(op.Inputs(0)):
+                self.stored[op.Outputs(0)] = self.stored.get(op.Inputs(0), op.Inputs(0))
 
     def read(self, wanted: tuple[str, ...] | None) -> tuple[Graph, Weights]:
-        outputs = self._select_outputs(wanted)
         if self.graph.InputsLength() != 1:
             raise TFLiteError(f"{self.path}: found {self.graph.InputsLength()} inputs, expected one.")
-        needed, kept = set(outputs.values()), []
-        for index in reversed(range(len(self.ops))):
-            op = self.ops[index]
-            if op.Outputs(0) in needed and op.Outputs(0) not in self.stored:
-                kept.append(index)
-                needed.update(int(value) for value in op.InputsAsNumpy() if value >= 0)
-
-        names = self._names()
-        built, weights, problems = [], Weights(), []
-        for index in reversed(kept):
-            kind = self._kind(self.ops[index])
-            try:
-                if kind not in _BUILDERS:
-                    raise _Unsupported("unknown operator")
-                op, parameters = _BUILDERS[kind](self, self.ops[index], names[index])
-            except _Unsupported as problem:
-                problems.append(f"  operator {index} {kind}: {problem}")
-                continue
-            built.append(op)
-            if parameters:
-                weights[op.name] = parameters
-        if problems:
-            raise TFLiteError(
-                f"{self.path}: {len(problems)} operator(s) cannot be imported:\n"
-                + "\n".join(problems)
-                + f"\nSupported: {', '.join(sorted(_BUILDERS))}. Choose outputs that do not need them,"
-                " or extend experiments/models/tflite_graph.py and tflite_import.py."
-            )
+        outputs = self._select_outputs(wanted)
         source = int(self.graph.Inputs(0))
+        kept = self._needed(outputs)
+        names = self._names()
+        built, weights, problems = [], Weights(), dict[tuple[str, str], list[int]]()
+        sound, unsound = {source}, set[int]()  # values that can be computed, and those that cannot
+        for index in kept:
+            op, results = self.ops[index], _results(self.ops[index])
+            depends = any(int(value) in unsound for value in op.InputsAsNumpy())
+            try:
+                made, parameters = self._build(op, names[index], sound | unsound)
+            except _Unsupported as problem:
+                if not (depends and isinstance(problem, _Computed)):
+                    problems.setdefault((self._kind(op), str(problem)), []).append(index)
+                unsound.update(results)
+                continue
+            (unsound if depends else sound).update(results)
+            built.append(made)
+            if parameters:
+                weights[made.name] = parameters
+        if problems:
+            free = [name for name, index in outputs.items() if index in sound]
+            raise TFLiteError(_refusal(self.path, problems, free or self._last(kept, sound - {source}, unsound)))
+        for name, index in outputs.items():
+            if index not in sound:
+                raise TFLiteError(f"{self.path}: the output {name!r} is not computed from the input. Leave it out.")
         graph = Graph(ops=tuple(built), input=source, input_shape=self.shape(source), outputs=tuple(outputs.items()))
         return graph, weights
 
+    def _needed(self, outputs: dict[str, int]) -> list[int]:
+        """The operators that outputs need, in execution order."""
+        needed, kept = set(outputs.values()), []
+        for index in reversed(range(len(self.ops))):
+            op = self.ops[index]
+            if needed.intersection(_results(op)) and op.Outputs(0) not in self.stored:
+                kept.append(index)
+                needed.update(int(value) for value in op.InputsAsNumpy() if value >= 0)
+        return kept[::-1]
+
+    def _build(self, op: Any, name: str, known: set[int]) -> tuple[Op, dict[str, np.ndarray]]:
+        kind = self._kind(op)
+        if kind not in _BUILDERS:
+            raise _Unsupported("unknown operator")
+        if (found := self.type(op.Outputs(0))) != "FLOAT32":
+            raise _Unsupported(f"a result of type {found}, expected FLOAT32")
+        made, parameters = _BUILDERS[kind](self, op, name)
+        for index in made.inputs:
+            if self.is_constant(index):
+                raise _Unsupported("a constant operand")
+            if index not in known:
+                raise _Unsupported("an operand that is not computed from the input")
+        return made, parameters
+
+    def _last(self, kept: list[int], sound: set[int], unsound: set[int]) -> list[str]:
+        """Names of the last values before those that cannot be computed, as far as an output can be named so."""
+        border = set[int]()
+        for index in kept:
+            if unsound.intersection(_results(self.ops[index])):
+                border.update(int(value) for value in self.ops[index].InputsAsNumpy())
+        return [name for name, index in self._inner().items() if index in border & sound]
+
+    def _inner(self) -> dict[str, int]:
+        """Every value that an operator computes, by its name; without those that share theirs."""
+        indices = [index for op in self.ops for index in _results(op) if index not in self.stored]
+        names = [self._name(index) for index in indices]
+        return {name: index for name, index in zip(names, indices, strict=True) if name and names.count(name) == 1}
+
+    def _name(self, index: int) -> str:
+        return (self.graph.Tensors(index).Name() or b"").decode()
+
     def _select_outputs(self, wanted: tuple[str, ...] | None) -> dict[str, int]:
-        indices = [int(index) for index in self.graph.OutputsAsNumpy()]
-        known = {self.graph.Tensors(index).Name().decode(): index for index in indices}
+        outputs = {self._name(int(index)): int(index) for index in self.graph.OutputsAsNumpy()}
         if wanted is None:
-            return known
+            return outputs
+        known = self._inner() | outputs
         for name in wanted:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-                raise TFLiteError(f"{self.path}: no output {name!r}; did you mean {near}? Known: {', '.join(known)}.")
+                raise TFLiteError(
+                    f"{self.path}: no output {name!r}; did you mean {near}? Known: {', '.join(outputs)}; and every other value"
+                    " that an operator computes."
+                )
         if not wanted:
-            raise TFLiteError(f"{self.path}: no output was asked for. Known: {', '.join(known)}.")
+            raise TFLiteError(f"{self.path}: no output was asked for. Known: {', '.join(outputs)}.")
         return {name: known[name] for name in wanted}
 
     def _names(self) -> list[str]:
@@ -214,10 +283,19 @@ class _Reader:
     def _kind(self, op: Any) -> str:
         code = self.model.OperatorCodes(op.OpcodeIndex())
         number = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
+        if number == tflite.BuiltinOperator.CUSTOM:
+            return f"{(code.CustomCode() or b'without a name').decode()} (custom)"
         return _KINDS.get(number, f"number {number}")
 
     def _has_data(self, index: int) -> bool:
         return index >= 0 and self.model.Buffers(self.graph.Tensors(index).Buffer()).DataLength() > 0
+
+    def is_constant(self, index: int) -> bool:
+        return index < 0 or index in self.stored or self._has_data(index)
+
+    def type(self, index: int) -> str:
+        number = self.graph.Tensors(index).Type()
+        return _TYPES.get(number, f"number {number}")
 
     def shape(self, index: int) -> tuple[int, ...]:
         tensor = self.graph.Tensors(index)
@@ -227,29 +305,68 @@ class _Reader:
         """The stored value of a tensor; floats as float32."""
         index = self.stored.get(index, index)
         if not self._has_data(index):
-            raise _Unsupported("weights that are computed or missing, expected a constant")
-        tensor = self.graph.Tensors(index)
-        kind = _TYPES.get(tensor.Type(), f"number {tensor.Type()}")
+            raise _Computed("weights that are computed or missing, expected a constant")
+        tensor, kind = self.graph.Tensors(index), self.type(index)
         if kind not in _DTYPES:
             raise _Unsupported(f"weights of type {kind}, expected one of {', '.join(_DTYPES)}")
-        if tensor.Sparsity() is not None:
-            raise _Unsupported("sparse weights")
-        data = self.model.Buffers(tensor.Buffer()).DataAsNumpy()
-        value = np.frombuffer(data.tobytes(), _DTYPES[kind]).reshape(self.shape(index))
+        data = np.frombuffer(self.model.Buffers(tensor.Buffer()).DataAsNumpy().tobytes(), _DTYPES[kind])
+        shape, sparsity = self.shape(index), tensor.Sparsity()
+        value = data.reshape(shape) if sparsity is None else _whole(data, sparsity, shape)
         return value if kind == "INT32" else value.astype(np.float32)
 
-    def values(self, op: Any) -> tuple[int, ...]:
-        """The inputs of an operator that reads activations only."""
-        inputs = tuple(int(index) for index in op.InputsAsNumpy())
-        for index in inputs:
-            if index < 0 or index in self.stored or self._has_data(index):
-                raise _Unsupported("a constant operand")
-        return inputs
+    def integers(self, index: int) -> list[int]:
+        """The stored axes, sizes or places that an operand holds."""
+        return [int(each) for each in self.constant(index).reshape(-1)]
 
     def layer(self, op: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """A layer's stored weights, and its bias as a parameter if it has one."""
         bias = int(op.Inputs(2)) if op.InputsLength() > 2 else -1
         return self.constant(int(op.Inputs(1))), {"bias": self.constant(bias)} if bias >= 0 else {}
+
+
+def _results(op: Any) -> list[int]:
+    return [int(index) for index in op.OutputsAsNumpy()] if op.OutputsLength() else []
+
+
+def _refusal(path: str, problems: dict[tuple[str, str], list[int]], free: list[str]) -> str:
+    """Each kind of operator once for each reason, and what can be had without them."""
+    lines = []
+    for (kind, reason), indices in problems.items():
+        more = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
+        lines.append(f"  operator {indices[0]} {kind}{more}: {reason}")
+    lines[_LINES:] = [f"  and {len(lines) - _LINES} more such lines"] if len(lines) > _LINES else []
+    advice = f"What does not need them: outputs={tuple(free[:8])}." if free else "No output can do without them."
+    return (
+        f"{path}: {sum(map(len, problems.values()))} operator(s) cannot be imported:\n"
+        + "\n".join(lines)
+        + f"\nSupported: {', '.join(sorted(_BUILDERS))}.\n{advice} Or extend experiments/models/tflite_graph.py and"
+        " tflite_import.py."
+    )
+
+
+def _whole(values: np.ndarray, sparsity: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor that is stored without its zeros: a tree with one level for each axis."""
+    if sparsity.BlockMapLength():
+        raise _Unsupported("sparse weights in blocks")
+    nodes = np.zeros((1, len(shape)), np.int64)  # where each lies; those of the last level hold a value
+    for number, axis in enumerate(sparsity.TraversalOrderAsNumpy()):
+        level = sparsity.DimMetadata(number)
+        if level.Format() == tflite.DimensionType.DENSE:
+            counts, places = np.full(len(nodes), level.DenseSize()), np.tile(np.arange(level.DenseSize()), len(nodes))
+        else:
+            counts = np.diff(_indices(level.ArraySegments(), level.ArraySegmentsType()))
+            places = _indices(level.ArrayIndices(), level.ArrayIndicesType())
+        nodes = np.repeat(nodes, counts, axis=0)
+        nodes[:, axis] = places
+    whole = np.zeros(shape, values.dtype)
+    whole[tuple(nodes.T)] = values
+    return whole
+
+
+def _indices(union: Any, kind: int) -> np.ndarray:
+    table = _INDICES[kind]()
+    table.Init(union.Bytes, union.Pos)
+    return table.ValuesAsNumpy().astype(np.int64)
 
 
 def _options(op: Any, table: type) -> Any:
@@ -259,6 +376,14 @@ def _options(op: Any, table: type) -> Any:
         raise _Unsupported("its options are missing")
     options.Init(union.Bytes, union.Pos)
     return options
+
+
+def _inputs(op: Any) -> tuple[int, ...]:
+    return tuple(int(index) for index in op.InputsAsNumpy())
+
+
+def _kind_of(name: str) -> str:
+    return name.rsplit("_", 1)[0]
 
 
 def _activation(options: Any) -> str:
@@ -312,6 +437,8 @@ def _depthwise(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.nd
 
 def _dense(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
     options = _options(op, tflite.FullyConnectedOptions)
+    if options.WeightsFormat() != tflite.FullyConnectedOptionsWeightsFormat.DEFAULT:
+        raise _Unsupported("shuffled weights")
     kernel, parameters = reader.layer(op)
     source = int(op.Inputs(0))
     if reader.shape(source) != (1, kernel.shape[1]):
@@ -339,9 +466,9 @@ def _prelu(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarra
 def _pool(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
     options = _options(op, tflite.Pool2DOptions)
     built = Op(
-        kind=name.rsplit("_", 1)[0],
+        kind=_kind_of(name),
         name=name,
-        inputs=reader.values(op),
+        inputs=_inputs(op),
         output=int(op.Outputs(0)),
         window=(options.FilterHeight(), options.FilterWidth()),
         **_window(options),
@@ -357,15 +484,29 @@ def _pad(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]
 
 
 def _resize(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
-    options = _options(op, tflite.ResizeBilinearOptions)
-    before, after = reader.shape(int(op.Inputs(0))), reader.shape(int(op.Outputs(0)))
-    double = (1, 2 * before[1], 2 * before[2], before[3])
-    if after != double or options.AlignCorners() or not options.HalfPixelCenters():
-        raise _Unsupported(
-            f"{before} to {after}, align_corners {options.AlignCorners()}, half_pixel_centers"
-            f" {options.HalfPixelCenters()}; expected twice the size with half_pixel_centers"
-        )
-    return Op(kind="resize", name=name, inputs=(int(op.Inputs(0)),), output=int(op.Outputs(0))), {}
+    nearest = _kind_of(name) == "nearest"
+    options = _options(op, tflite.ResizeNearestNeighborOptions if nearest else tflite.ResizeBilinearOptions)
+    source, result = int(op.Inputs(0)), int(op.Outputs(0))
+    before, after = reader.shape(source), reader.shape(result)
+    corners, half = bool(options.AlignCorners()), bool(options.HalfPixelCenters())
+    doubled = after == (before[0], 2 * before[1], 2 * before[2], before[3])
+    places = [_places(*sizes, corners, half, nearest) for sizes in zip(before[1:3], after[1:3], strict=True)]
+    if doubled and half and not corners and not nearest:
+        places = []
+    return Op(kind="resize", name=name, inputs=(source,), output=result, places=tuple(places)), {}
+
+
+def _places(before: int, after: int, corners: bool, half: bool, nearest: bool) -> tuple[float, ...]:
+    """Where in an axis of `before` values each of `after` lies, as TensorFlow Lite has it, in float32."""
+    aligned = corners and after > 1
+    scale = np.float32(before - 1) / np.float32(after - 1) if aligned else np.float32(before) / np.float32(after)
+    offset = np.float32(0.5 if half else 0.0)
+    places = (np.arange(after, dtype=np.float32) + offset) * scale
+    if nearest:
+        places = np.floor(places + np.float32(0.5)) if corners else np.floor(places)
+    else:
+        places = places - offset
+    return tuple(float(each) for each in np.clip(places, 0, before - 1))
 
 
 def _reshape(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
@@ -378,7 +519,7 @@ def _reshape(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndar
 
 def _concat(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
     options = _options(op, tflite.ConcatenationOptions)
-    inputs, result = reader.values(op), int(op.Outputs(0))
+    inputs, result = _inputs(op), int(op.Outputs(0))
     axis = options.Axis() % len(reader.shape(result))
     if axis == 0:
         raise _Unsupported("along the leading axis")
@@ -386,25 +527,104 @@ def _concat(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarr
     return Op(kind="concat", name=name, inputs=inputs, output=result, axis=axis, activation=activation), {}
 
 
-def _binary(reader: _Reader, op: Any, name: str, *, table: type, kind: str) -> tuple[Op, dict[str, np.ndarray]]:
-    inputs = reader.values(op)
-    if len({len(reader.shape(index)) for index in inputs}) != 1:
+def _binary(reader: _Reader, op: Any, name: str, *, table: type | None) -> tuple[Op, dict[str, np.ndarray]]:
+    """Two operands, of which the file may store one."""
+    inputs, result = list(_inputs(op)), int(op.Outputs(0))
+    activation = "none" if table is None else _activation(_options(op, table))
+    constants = [place for place, index in enumerate(inputs) if reader.is_constant(index)]
+    stored, shape, parameters = None, (), dict[str, np.ndarray]()
+    if len(constants) > 1:
+        raise _Unsupported("two constant operands")
+    if constants:
+        stored = constants[0]
+        value = reader.constant(inputs.pop(stored))
+        value = value.reshape((1,) * (len(reader.shape(result)) - value.ndim) + value.shape)
+        if value.shape[:1] != (1,):
+            raise _Unsupported(f"a constant of shape {value.shape}, expected 1 along the leading axis")
+        shape, parameters = value.shape, {"constant": value}
+    if any(len(reader.shape(index)) != len(reader.shape(result)) for index in inputs):
         raise _Unsupported("operands of different rank")
-    activation = _activation(_options(op, table))
-    return Op(kind=kind, name=name, inputs=inputs, output=int(op.Outputs(0)), activation=activation), {}
+    made = Op(
+        kind=_kind_of(name),
+        name=name,
+        inputs=tuple(inputs),
+        output=result,
+        activation=activation,
+        shape=shape,
+        stored=stored,
+    )
+    return made, parameters
 
 
-def _add(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
-    return _binary(reader, op, name, table=tflite.AddOptions, kind="add")
+def _reduce(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
+    source, result = int(op.Inputs(0)), int(op.Outputs(0))
+    rank = len(reader.shape(source))
+    axes = tuple(sorted({axis % rank for axis in reader.integers(int(op.Inputs(1)))}))
+    if 0 in axes:
+        raise _Unsupported("over the leading axis")
+    shape = reader.shape(result)[1:]
+    return Op(kind=_kind_of(name), name=name, inputs=(source,), output=result, axes=axes, shape=shape), {}
 
 
-def _mul(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
-    return _binary(reader, op, name, table=tflite.MulOptions, kind="mul")
+def _transpose(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
+    axes = tuple(reader.integers(int(op.Inputs(1))))
+    if axes[0] != 0:
+        raise _Unsupported(f"to the axes {axes}, expected the leading one first")
+    return Op(kind="transpose", name=name, inputs=(int(op.Inputs(0)),), output=int(op.Outputs(0)), axes=axes), {}
+
+
+def _slice(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
+    begins, sizes = (reader.integers(int(op.Inputs(place))) for place in (1, 2))
+    cuts: list[_Cut] = [
+        (begin, None if size < 0 else begin + size, 1) for begin, size in zip(begins, sizes, strict=True)
+    ]
+    return _cut(reader, op, name, cuts), {}
+
+
+def _strided_slice(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
+    options = _options(op, tflite.StridedSliceOptions)
+    if options.EllipsisMask() or options.NewAxisMask() or options.Offset() or options.ShrinkAxisMask() & 1:
+        raise _Unsupported("an ellipsis, a new axis, ends as offsets, or without the leading axis")
+    cuts: list[_Cut] = []
+    bounds = zip(*(reader.integers(int(op.Inputs(place))) for place in (1, 2, 3)), strict=True)
+    for axis, (begin, end, step) in enumerate(bounds):
+        if options.ShrinkAxisMask() >> axis & 1:
+            begin %= reader.shape(int(op.Inputs(0)))[axis]
+            cuts.append((begin, begin + 1, 1))
+        else:
+            start = None if options.BeginMask() >> axis & 1 else begin
+            cuts.append((start, None if options.EndMask() >> axis & 1 else end, step))
+    return _cut(reader, op, name, cuts), {}
+
+
+def _cut(reader: _Reader, op: Any, name: str, cuts: list[_Cut]) -> Op:
+    source, result = int(op.Inputs(0)), int(op.Outputs(0))
+    leading = range(reader.shape(source)[0])
+    if leading[slice(*cuts[0])] != leading:
+        raise _Unsupported("of the leading axis")
+    shape = reader.shape(result)[1:]
+    return Op(kind="slice", name=name, inputs=(source,), output=result, cuts=tuple(cuts[1:]), shape=shape)
+
+
+def _blocks(reader: _Reader, op: Any, name: str, *, table: type) -> tuple[Op, dict[str, np.ndarray]]:
+    block = _options(op, table).BlockSize()
+    return Op(kind=_kind_of(name), name=name, inputs=_inputs(op), output=int(op.Outputs(0)), block=block), {}
+
+
+def _softmax(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
+    number = _options(op, tflite.SoftmaxOptions).Beta()
+    if len(reader.shape(int(op.Inputs(0)))) < 2:
+        raise _Unsupported("over the leading axis")
+    return Op(kind="softmax", name=name, inputs=_inputs(op), output=int(op.Outputs(0)), number=number), {}
+
+
+def _leaky_relu(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
+    number = _options(op, tflite.LeakyReluOptions).Alpha()
+    return Op(kind="leaky_relu", name=name, inputs=_inputs(op), output=int(op.Outputs(0)), number=number), {}
 
 
 def _unary(reader: _Reader, op: Any, name: str) -> tuple[Op, dict[str, np.ndarray]]:
-    kind = name.rsplit("_", 1)[0]
-    return Op(kind=kind, name=name, inputs=reader.values(op), output=int(op.Outputs(0))), {}
+    return Op(kind=_kind_of(name), name=name, inputs=_inputs(op), output=int(op.Outputs(0))), {}
 
 
 _NAMES = {
@@ -414,6 +634,7 @@ _NAMES = {
     "MAX_POOL_2D": "max_pool",
     "AVERAGE_POOL_2D": "avg_pool",
     "RESIZE_BILINEAR": "resize",
+    "RESIZE_NEAREST_NEIGHBOR": "nearest",
     "CONCATENATION": "concat",
     "LOGISTIC": "sigmoid",
 }
@@ -426,11 +647,28 @@ _BUILDERS: dict[str, Callable[[_Reader, Any, str], tuple[Op, dict[str, np.ndarra
     "AVERAGE_POOL_2D": _pool,
     "PAD": _pad,
     "RESIZE_BILINEAR": _resize,
+    "RESIZE_NEAREST_NEIGHBOR": _resize,
     "RESHAPE": _reshape,
+    "SQUEEZE": _reshape,
+    "EXPAND_DIMS": _reshape,
+    "TRANSPOSE": _transpose,
+    "SLICE": _slice,
+    "STRIDED_SLICE": _strided_slice,
     "CONCATENATION": _concat,
-    "ADD": _add,
-    "MUL": _mul,
+    "DEPTH_TO_SPACE": partial(_blocks, table=tflite.DepthToSpaceOptions),
+    "SPACE_TO_DEPTH": partial(_blocks, table=tflite.SpaceToDepthOptions),
+    "ADD": partial(_binary, table=tflite.AddOptions),
+    "SUB": partial(_binary, table=tflite.SubOptions),
+    "MUL": partial(_binary, table=tflite.MulOptions),
+    "DIV": partial(_binary, table=tflite.DivOptions),
+    "MAXIMUM": partial(_binary, table=None),
+    "MINIMUM": partial(_binary, table=None),
+    "MEAN": _reduce,
+    "SUM": _reduce,
+    "REDUCE_MAX": _reduce,
+    "SOFTMAX": _softmax,
+    "LEAKY_RELU": _leaky_relu,
     "LOGISTIC": _unary,
-    "RELU": _unary,
-    "RELU6": _unary,
+    **dict.fromkeys(("TANH", "RELU", "RELU6", "RELU_N1_TO_1", "ELU", "HARD_SWISH"), _unary),
+    **dict.fromkeys(("EXP", "LOG", "SQRT", "RSQRT", "SQUARE", "ABS", "NEG"), _unary),
 }

@@ -2,11 +2,11 @@
 
 ``load_tflite(path)`` reads the operators (``tflite_graph``) and interprets them in execution order.
 Convolutions and dense layers are ``nn.Conv`` and ``nn.Dense`` submodules named by kind and running number
-(``conv_00``, ``depthwise_01`` …), the same names whatever outputs are kept; each is called once.  Depthwise
-convolutions go through ``mpjax.depthwise``.
+(``conv_00``, ``depthwise_01`` …), the same names whatever outputs are kept; each is called once.  Slopes and operands that the
+file stores are parameters, too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import numpy as np
 from jax import lax
 
 from experiments.models.tflite_graph import LAYERS, Graph, Op, TFLiteError, read
-from mpjax.depthwise import depthwise_conv
 from mpjax.resize import doubled
 
 __all__ = ["Imported", "TFLiteError", "TFLiteModule", "load_tflite"]
@@ -50,13 +49,13 @@ def load_tflite(
 
     Args:
         path: the file.
-        outputs: names of the outputs to keep; operators that they do not need are dropped.  None keeps all.
+        outputs: names of the outputs to keep, or of any other value that an operator computes; operators that they do not need
+            are dropped.  None keeps all outputs.
         dtype: handed to every layer, Flax's own way of computing in another dtype; None computes in float32.
-        plain: lax's grouped convolutions and `jax.image.resize`, in place of mpjax's own, which are faster on a CPU.
+        plain: `jax.image.resize` for twice the size, in place of mpjax's own, which is faster on a CPU.
 
     Raises:
-        TFLiteError: a foreign or damaged file, an unknown output, or operators that are not supported (all
-            listed).
+        TFLiteError: a foreign or damaged file, an unknown output, or operators that are not supported (all kinds listed).
         FileNotFoundError: no such file.
     """
     graph, weights = read(path, outputs=outputs)
@@ -80,6 +79,16 @@ class PReLU(nn.Module):
         return jnp.where(x >= 0, x, slope * x)
 
 
+class Constant(nn.Module):
+    """An operand that the file stores."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("constant", nn.initializers.zeros, self.shape, jnp.float32)
+
+
 class TFLiteModule(nn.Module):
     """The operators of a graph, one after the other."""
 
@@ -96,6 +105,8 @@ class TFLiteModule(nn.Module):
         values = {self.graph.input: x}
         for op in self.graph.ops:
             inputs = [values[index] for index in op.inputs]
+            if op.stored is not None:
+                inputs.insert(op.stored, Constant(op.shape, name=op.name)().astype(inputs[0].dtype))
             with_weights = op.kind in (*LAYERS, "prelu")
             out = self._layer(op, inputs[0]) if with_weights else compute(op, inputs, plain=self.plain)
             values[op.output] = ACTIVATIONS[op.activation](out)
@@ -107,32 +118,57 @@ class TFLiteModule(nn.Module):
             return PReLU(name=op.name)(x)
         if op.kind == "dense":
             return nn.Dense(op.features, use_bias=op.use_bias, dtype=self.dtype, name=op.name)(x)
-        depthwise = op.kind == "depthwise"
         return nn.Conv(
             op.features,
             op.window,
             strides=op.strides,
             padding=op.padding,
             kernel_dilation=op.dilation,
-            feature_group_count=x.shape[-1] if depthwise else 1,
+            feature_group_count=x.shape[-1] if op.kind == "depthwise" else 1,
             use_bias=op.use_bias,
-            conv_general_dilated=depthwise_conv if depthwise and not self.plain else None,
             dtype=self.dtype,
             name=op.name,
         )(x)
 
 
-ACTIVATIONS = {"none": lambda x: x, "relu": nn.relu, "relu6": nn.relu6}
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "sigmoid": nn.sigmoid,
+    "tanh": nn.tanh,
+    "relu": nn.relu,
+    "relu6": nn.relu6,
+    "relu_n1_to_1": lambda x: jnp.clip(x, -1, 1),
+    "elu": nn.elu,
+    "hard_swish": nn.hard_swish,
+    "exp": jnp.exp,
+    "log": jnp.log,
+    "sqrt": jnp.sqrt,
+    "rsqrt": lax.rsqrt,
+    "square": jnp.square,
+    "abs": jnp.abs,
+    "neg": jnp.negative,
+}
+ACTIVATIONS = {"none": lambda x: x, **{name: _FUNCTIONS[name] for name in ("relu", "relu6", "relu_n1_to_1")}}
+_OF_TWO: dict[str, Callable[..., Any]] = {
+    "add": jnp.add,
+    "sub": jnp.subtract,
+    "mul": jnp.multiply,
+    "div": jnp.divide,
+    "maximum": jnp.maximum,
+    "minimum": jnp.minimum,
+}
+_REDUCTIONS: dict[str, Callable[..., Any]] = {"mean": jnp.mean, "sum": jnp.sum, "reduce_max": jnp.max}
 
 
 def compute(op: Op, inputs: Sequence[jax.Array], *, plain: bool = False) -> jax.Array:
-    """One operator without weights, and without its fused activation (`ACTIVATIONS`)."""
+    """One operator without weights, its stored operand among the inputs, and without its fused activation (`ACTIVATIONS`)."""
     x = inputs[0]
+    if op.kind in _FUNCTIONS:
+        return _FUNCTIONS[op.kind](x)
+    if op.kind in _OF_TWO:
+        return _OF_TWO[op.kind](inputs[0], inputs[1])
+    if op.kind in _REDUCTIONS:
+        return _REDUCTIONS[op.kind](x, axis=op.axes).reshape(x.shape[0], *op.shape)
     match op.kind:
-        case "add":
-            return inputs[0] + inputs[1]
-        case "mul":
-            return inputs[0] * inputs[1]
         case "concat":
             return jnp.concatenate(inputs, axis=op.axis)
         case "pad":
@@ -142,14 +178,40 @@ def compute(op: Op, inputs: Sequence[jax.Array], *, plain: bool = False) -> jax.
         case "avg_pool":
             return _mean_pool(x, op)
         case "resize":
-            return doubled(x, way="xla" if plain else "blend")
+            return _resized(x, op.places) if op.places else doubled(x, way="xla" if plain else "blend")
         case "reshape":
             return x.reshape(x.shape[0], *op.shape)
-        case "sigmoid":
-            return nn.sigmoid(x)
-        case "relu" | "relu6":
-            return ACTIVATIONS[op.kind](x)
+        case "transpose":
+            return x.transpose(op.axes)
+        case "slice":
+            return x[:, *(slice(*cut) for cut in op.cuts)].reshape(x.shape[0], *op.shape)
+        case "depth_to_space":
+            count, height, width, _ = x.shape
+            squares = x.reshape(count, height, width, op.block, op.block, -1).transpose(0, 1, 3, 2, 4, 5)
+            return squares.reshape(count, height * op.block, width * op.block, -1)
+        case "space_to_depth":
+            count, height, width = x.shape[0], x.shape[1] // op.block, x.shape[2] // op.block
+            squares = x.reshape(count, height, op.block, width, op.block, -1).transpose(0, 1, 3, 2, 4, 5)
+            return squares.reshape(count, height, width, -1)
+        case "softmax":
+            return nn.softmax(op.number * x, axis=-1)
+        case "leaky_relu":
+            return nn.leaky_relu(x, op.number)
     raise TFLiteError(f"operator {op.name}: no rule for kind {op.kind!r}")
+
+
+def _resized(x: jax.Array, places: tuple[tuple[float, ...], ...]) -> jax.Array:
+    """Rows, then columns, blended of the two beside each place."""
+    for axis, each in enumerate(places, start=1):
+        below = np.floor(each).astype(np.int32)
+        share = np.asarray(each) - below
+        lower = jnp.take(x, below, axis=axis)
+        if share.any():
+            upper = jnp.take(x, np.ceil(each).astype(np.int32), axis=axis)
+            along = [-1 if number == axis else 1 for number in range(x.ndim)]
+            lower = lower + (upper - lower) * share.astype(x.dtype).reshape(along)
+        x = lower
+    return x
 
 
 def _mean_pool(x: jax.Array, op: Op) -> jax.Array:
