@@ -296,8 +296,7 @@ def _torsos(crops: data.Crops, base: Model) -> np.ndarray:
 
 def torsos(crops: data.CropSet, base: Model) -> np.ndarray:
     """(N,) float32 torso lengths in pixels, by the float32 pose model."""
-    run = jax.jit(lambda params, images: base.call(params, images)["Identity"])
-    return pose_landmark.split_of(crops, base, run).torso
+    return pose_landmark.split_of(crops, base, pose_landmark.in_float32(base)).torso
 
 
 def _photograph_facts(name: str, count: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from experiments.benchmarks import Benchmark
 from experiments.estimators_judge import FORMATS, Evaluator, first
 from experiments.estimators_plan import Sizes
-from mpjax import from_loss, metrics, sensitivity
+from mpjax import from_loss, gradients, metrics, sensitivity
 from mpjax.ledger import Ledger
 from mpjax.losses import OUTPUT, flat
 from mpjax.models import Batches, Params
@@ -150,10 +150,10 @@ def slq_check(benchmark: Benchmark, sizes: Sizes, key: jax.Array) -> Computed:
     epsilon = 1e-2 * spectra.mean
     blocks = sorted(model.partition, key=lambda block: -_weights(benchmark, block.name))[: sizes.checked]
     inputs = [jnp.concatenate(arrays) for arrays in zip(*batches, strict=True)]
-    reference = model.call(model.params, *inputs)
+    reference = model.call(model.params, *inputs, override=gradients.scored)
 
     def loss(params: Params) -> jax.Array:
-        return jnp.mean(OUTPUT.value(model.call(params, *inputs), reference))
+        return jnp.mean(OUTPUT.value(model.call(params, *inputs, override=gradients.scored), reference))
 
     scorer = from_loss.logdet(damping=epsilon, method="slq", num_probes=sizes.check_probes, depth=sizes.check_depth)
     found = scorer(loss, model.params, tuple(blocks), FORMATS[:1], key)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax.traverse_util import flatten_dict
 
 from experiments import data
 from mpjax import gradients, models, partition
@@ -140,7 +141,7 @@ def network(
 
     def loss_with(override: models.Override | None) -> Loss:
         def loss(p: Params) -> jax.Array:
-            logits = model.call(p, x, override=override)
+            logits = model.call(flatten_dict(p, sep="/"), x, override=override)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         return loss

@@ -20,7 +20,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,10 @@ from experiments.models.minilm import encode, load_minilm, load_tokenizer
 from experiments.models.pretrained import in_dtype, jitted
 from experiments.storage import CONFIDENCE, HEADLINE
 from mpjax import apply, compiled, cost, models, report, search, sensitivity
-from mpjax.attention import narrow
 from mpjax.evaluation import Evaluation
 from mpjax.files import jsonable
 from mpjax.ledger import Ledger
-from mpjax.models import Array, Batches, Model
+from mpjax.models import Batches, Model
 from mpjax.search import Assignment, Measurement
 
 MODEL, LENGTH = "minilm", 128
@@ -283,7 +282,7 @@ def lowered(subject: Subject, tolerance: float) -> tuple[Table, Table, dict[str,
         cost=costs.seconds[:, 1:],
         float32_cost=costs.seconds[:, 0],
     )
-    evaluations = {attention: emulated(subject, attention) for attention in (FAST, "float32")}
+    evaluations = emulated(subject)
     everything = evaluations[FAST](Assignment.uniform(model.names, FAST)).value
     limits = {"mixed": tolerance} | {f"mixed, {share:g} of all low": share * everything for share in TOLERANCES}
     plain = jitted(in_dtype(subject.module, jnp.bfloat16))
@@ -298,7 +297,7 @@ def lowered(subject: Subject, tolerance: float) -> tuple[Table, Table, dict[str,
     searches = []
     for name, limit in limits.items():
         found, attention = solved(problem, evaluations, limit)
-        programs[name] = apply.apply(model, found.assignment, lowering="rule", attention=attention)
+        programs[name] = apply.apply(model, with_attention(model, found.assignment, attention), lowering="rule")
         program = compiled.compile(programs[name], subject.heldout[:2])
         outputs = np.concatenate([np.asarray(program(*batch)) for batch in subject.heldout])
         off = float(drift(outputs, subject.reference["heldout"]).mean())
@@ -322,23 +321,27 @@ def solved(
     raise search.ToleranceError(f"Not even float32 is within {limit:g} of itself.")
 
 
-def emulated(subject: Subject, attention: str) -> Callable[[Assignment], Measurement]:
-    """Calibration drift of layers in bfloat16, by emulation, with attention's products on operands of that dtype."""
-    model = subject.model
+def with_attention(model: Model, assignment: Assignment, fmt: str) -> dict[str, str]:
+    """The assignment, with attention's products in a format."""
+    return {**assignment, **dict.fromkeys((each.name for each in model.activation_products), fmt)}
 
-    def call(params: Any, *inputs: Array, override: models.Override | None = None) -> Array:
-        function = functools.partial(model.call, override=override)
-        return narrow(function, attention, model.names)(params, *inputs)
 
+def emulated(subject: Subject) -> dict[str, Callable[[Assignment], Measurement]]:
+    """Format of attention's products -> calibration drift of an assignment of the layers, by emulation."""
     truth = subject.reference["calibration"]
-    return Evaluation(
-        replace(model, call=call),
+    evaluate = Evaluation(
+        models.with_activation_products(subject.model),
         subject.calibration,
         (FAST,),
         lambda low, _: drift(low, truth),
         blocks=np.arange(len(truth)),
         confidence=CONFIDENCE,
     )
+
+    def drift_with(fmt: str) -> Callable[[Assignment], Measurement]:
+        return lambda assignment: evaluate(with_attention(subject.model, assignment, fmt))
+
+    return {fmt: drift_with(fmt) for fmt in (FAST, "float32")}
 
 
 def timed(subject: Subject, programs: Mapping[str, Model]) -> list[dict[str, Any]]:

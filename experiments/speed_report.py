@@ -85,7 +85,7 @@ PROGRAMS_TABLE = (
     Column(key="weight_bytes", title="bytes of weights"),
     Column(key="peak_bytes", title="bytes in use"),
     Column(key="flops", title="FLOP"),
-    Column(key="error", title="against op by op", format=".1g"),
+    Column(key="error", title="against its definition", format=".1g"),
     Column(key="limit", title="limit", format=".1g"),
     Column(key="outside", title="time outside layers", format=".1%"),
 )

@@ -44,7 +44,7 @@ class Job:
 
     Attributes:
         model, outputs ("all" or "landmarks"), batch: what is timed.
-        assignments: variant -> layer -> format, applied to the model; empty: all layers in bfloat16, as `bf16_profitable`.
+        assignments: variant -> layer -> format, applied to the model; empty: all products in bfloat16, as `bf16_profitable`.
         tune: choose ways and options by timing; otherwise by the rule.
         report: look into the mixed program, layer by layer.
         cache: folder of timings and choices.
@@ -150,10 +150,10 @@ def main(job: Job) -> dict[str, Any]:
 
 def low_precision(job: Job, subject: Subject) -> tuple[dict[str, compiled.Compiled], list[str], list[dict[str, Any]]]:
     """The float32 program and the mixed ones; `mixed` is the float32 one where that is not slower."""
-    everything = {"bf16_profitable": dict.fromkeys(subject.model.names, "bfloat16")}
-    attention = "bfloat16" if job.model in ENCODERS else "float32"  # as Flax's dtype= has it
+    products = (each.name for each in subject.model.lowerable)  # attention's, too, as Flax's dtype= has it
+    everything = {"bf16_profitable": dict.fromkeys(products, "bfloat16")}
     wanted = {"fp32_tuned": subject.model} | {
-        name: apply.apply(subject.model, assignment, lowering="rule", attention=attention)
+        name: apply.apply(subject.model, assignment, lowering="rule")
         for name, assignment in (job.assignments or everything).items()
     }
     programs: dict[str, compiled.Compiled] = {}

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from mpjax import cost, metrics, partition, predicted
+from mpjax import cost, metrics, predicted
 from mpjax.formats import FLOAT32, parse
 from mpjax.models import Array, Batches, Model
 from mpjax.quantized import round_weights
@@ -32,7 +32,7 @@ class Store:
         model: float32.
         formats: weight-only.
         weight_bytes: (L, 1 + F), float32 first; scales counted.
-        other_bytes: of all other parameters, which stay float32.
+        other_bytes: of all other parameters that the model uses, which stay as they are.
         call: the model's, jitted.
     """
 
@@ -41,7 +41,8 @@ class Store:
             raise ValueError(f"Expected weight-only formats, found {', '.join(wide)}.")
         self.model, self.formats = model, tuple(formats)
         self.weight_bytes: NDArray[np.int64] = cost.static(model, formats, *inputs).weight_bytes
-        self.other_bytes = 4 * sum(int(np.prod(each.shape)) for each in model.others)
+        kernels = {layer.kernel for layer in model.layers}
+        self.other_bytes = sum(int(each.nbytes) for name, each in model.params.items() if name not in kernels)
         self.call = jax.jit(model.call)
 
     def bytes_of(self, assignment: Mapping[str, str]) -> int:
@@ -52,13 +53,13 @@ class Store:
 
     def params(self, assignment: Mapping[str, str]) -> Any:
         """The model's params with the numbers that the stored weights stand for."""
-        weights = partition.select_all(self.model.params, self.model.partition)
+        weights = self.model.params
         found = {
-            layer.kernel: _rounded(weights[layer.kernel], assignment[layer.name], layer.summed)
+            layer.kernel: _rounded(weights[layer.kernel], assignment[layer.name], layer.summed, layer.stacked)
             for layer in self.model.layers
             if assignment.get(layer.name, FLOAT32.name) != FLOAT32.name
         }
-        return partition.replace(self.model.params, found)
+        return {**weights, **found}
 
     def outputs(self, assignment: Mapping[str, str], batches: Batches) -> list[Any]:
         """The model's outputs on each batch."""
@@ -130,9 +131,9 @@ def measured(error: NDArray[Any], beside: NDArray[Any] | None = None) -> Measure
     )
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _rounded(weights: Array, fmt: str, summed: tuple[int, ...] | None) -> Array:
-    return round_weights(weights, parse(fmt), summed)
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _rounded(weights: Array, fmt: str, summed: tuple[int, ...] | None, stacked: tuple[int, ...]) -> Array:
+    return round_weights(weights, parse(fmt), summed, stacked)
 
 
 def formats_of(assignment: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ The package exports modules, not names: `import mpjax as mp; mp.sensitivity.loca
 
 from mpjax import (
     apply,
-    attention,
+    arithmetic,
     autotune,
     branch,
     compiled,
@@ -32,11 +32,14 @@ from mpjax import (
     predicted,
     problem,
     profiling,
+    program,
     quantized,
     report,
     resize,
+    running,
     search,
     sensitivity,
+    tracing,
     verification,
 )
 
@@ -44,7 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "apply",
-    "attention",
+    "arithmetic",
     "autotune",
     "branch",
     "compiled",
@@ -71,10 +74,13 @@ __all__ = [
     "predicted",
     "problem",
     "profiling",
+    "program",
     "quantized",
     "report",
     "resize",
+    "running",
     "search",
     "sensitivity",
+    "tracing",
     "verification",
 ]

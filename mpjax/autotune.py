@@ -6,7 +6,7 @@
 First every layer is timed alone, in each way that covers it (`cost.measure`). Then whole programs are timed in turns: the rule's
 ways, with float32's 1x1 convolutions as matrix products or as convolutions, under each set of compiler options
 (`executable.option_sets`); the fastest of these with one layer changed to the way that was clearly faster alone; and all changes
-together that were faster in the program, too. The fastest program that agrees with an op-by-op run is taken. The middle step
+together that were faster in the program, too. The fastest program that is verified (`verification`) is taken. The middle step
 matters, because XLA fuses neighbours: on MediaPipe's pose model four of seven ways that won alone made the program slower.
 """
 
@@ -32,17 +32,18 @@ from jax import lax
 
 from mpjax import (
     apply,
-    attention,
+    arithmetic,
     cost,
     depthwise,
     executable,
     formats,
     graph,
     quantized,
-    reach,
     report,
+    running,
     stored,
     timing,
+    tracing,
     verification,
     windows,
 )
@@ -57,8 +58,8 @@ from mpjax.verification import MiscompiledError
 Progress = Callable[[int, int, str], None]  # (done, of how many in this phase, what)
 # What a kept choice depends on.
 _SOURCES: tuple[ModuleType, ...] = (
-    *(apply, attention, cost, depthwise, executable, formats, graph, lowerings, quantized, reach, stored, timing),
-    *(verification, windows),
+    *(apply, arithmetic, cost, depthwise, executable, formats, graph, lowerings, quantized, running, stored, timing),
+    *(tracing, verification, windows),
     sys.modules[__name__],
 )
 _MOST_CHANGES = 16  # single layers that are tried in the whole program
@@ -70,7 +71,7 @@ class Candidate:
     """A whole program that was timed.
 
     `changes`: layer -> way, where it is not the rule's. `seconds`: median; `spread`: interquartile range. `verified`: whether it
-    agrees with an op-by-op run; None where that was not asked, because a faster one does.
+    agrees with its reference; None where that was not asked, because a faster one does.
     """
 
     changes: Mapping[str, str]
@@ -145,7 +146,7 @@ def tune(
 
     Raises:
         ValueError: fewer than two inputs, an unknown dtype of activations.
-        MiscompiledError: no program agrees with its op-by-op run.
+        MiscompiledError: no program agrees with its reference.
     """
     if not activations:
         raise ValueError('Expected activations=("float32",) or more dtypes, found none.')
@@ -178,7 +179,7 @@ def tune(
     base, dtype, options = first
     alone = costs.lowering(model.assignment or {})
     now = rule | base
-    changed = [name for name, way in alone.items() if way not in (now[name], "own") and name not in base]
+    changed = [name for name, way in alone.items() if way != now[name] and name not in base]
     changed = sorted(
         changed, key=lambda name: -costs.gain.get((name, (model.assignment or {}).get(name, FLOAT32.name)), 0.0)
     )
@@ -239,24 +240,23 @@ class _Trials:
         return [self.which[i] for i in sorted(there, key=lambda i: float(np.median(self.samples[i])))]
 
     def fastest(self) -> tuple[int, list[Candidate]]:
-        """The fastest that agrees with an op-by-op run; and all of them."""
+        """The fastest that agrees with its reference; and all of them."""
         verified: dict[int, bool] = {}
-        stepwise: dict[str, verification.Stepwise] = {}
+        references: dict[str, verification.Reference] = {}
         order = sorted(range(len(self.which)), key=lambda i: float(np.median(self.samples[i])))
         last = self.of([self.which[i] for i in order[:_FINALISTS]])  # those before were timed in different turns
         order[: len(last)] = [self.which.index(each) for each in last]
         for i in order:
             changes, dtype, options = self.which[i]
-            key = f"{changes} {dtype}"
-            if key not in stepwise:
-                stepwise[key] = verification.stepwise(self._variant(changes, dtype), self.batches)
-            found = stepwise[key].verify(self.runs[i])
+            if dtype not in references:
+                references[dtype] = verification.reference(self._variant(changes, dtype), self.batches)
+            found = references[dtype].verify(self.runs[i])
             verified[i] = found.agrees
             if found.agrees:
                 break
             self.notes.append(f"{changes or 'rule'}, {executable.name(options)}: {found.reason}")
         else:
-            raise MiscompiledError(f"No program agrees with its op-by-op run: {'; '.join(self.notes)}.")
+            raise MiscompiledError(f"No program agrees with its reference: {'; '.join(self.notes)}.")
         candidates = []
         for number, ((changes, dtype, options), samples) in enumerate(zip(self.which, self.samples, strict=True)):
             low, median, high = np.percentile(samples, (25, 50, 75))
@@ -293,7 +293,7 @@ class _Trials:
 
 def ways_of(model: Model, *inputs: Array) -> dict[str, str]:
     """Layer -> the way in which `model` computes it for these inputs; of a layer that runs several times, the first run's."""
-    choose = lowerings.choose(model, model.lowering, narrow=apply.runs_narrow(model))
+    choose = apply.choose(model.original or model, model.lowering, narrow=apply.runs_narrow(model))
     found: dict[str, str] = {}
     lookups_last = sorted(
         graph.calls(model, *inputs), key=lambda each: each.product.kind == "lookup"

@@ -1,7 +1,7 @@
-"""Compile a model to one XLA function, and give it to nobody before it has been compared with an op-by-op run.
+"""Compile a model to one XLA function, and give it to nobody before it has been compared with its definition.
 
-Every program is compared, on real inputs, with an op-by-op run of the same program (`verification`); if they disagree it is
-compiled again with other options, and refused if they still do.
+Every program is compared, on real inputs, with its formats emulated and with float32 (`verification`); if it disagrees it is
+compiled again with other options, and refused if it still does.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import numpy as np
 from jax import export as jax_export
 from jax.interpreters import partial_eval
 
-from mpjax import apply, autotune, executable, hlo, profiling, timing
+from mpjax import apply, arithmetic, autotune, executable, hlo, profiling, timing
 from mpjax.autotune import Tuning
 from mpjax.executable import Executable
 from mpjax.files import write_bytes
 from mpjax.formats import parse
-from mpjax.models import Array, Batches, Layer, Model
+from mpjax.models import Array, Batches, Layer, Model, spec
 from mpjax.quantized import stored_bytes
-from mpjax.verification import MiscompiledError, Verification, stepwise
+from mpjax.verification import MiscompiledError, Verification, check_inputs, reference
 
 __all__ = [
     "Compiled",
@@ -44,7 +44,7 @@ __all__ = [
     "load",
 ]
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +57,9 @@ class Report:
             weight-only format: whether the program makes float32 weights in memory before it multiplies, so that the format
             saves storage only), "flops" (for the compiled batch), "share" of
             the time (None if not measured), "dropped" (whether the outputs that are kept do not need it).
-        program: "options", "activations", "attention", "skipped" (options that this jaxlib does not know), "weight_bytes",
-            "peak_bytes", "flops", "compile_seconds", "error" and "limit" of the verification, "outside" (share of time outside of
-            layers).
+        program: "options", "activations", "skipped" (options that this jaxlib does not know), "weight_bytes", "peak_bytes",
+            "flops", "compile_seconds", "error" and "limit" of the verification, "not_finite" (share of output numbers that are
+            not finite though float32's are), "outside" (share of time outside of layers).
     """
 
     rows: tuple[Mapping[str, Any], ...]
@@ -89,9 +89,11 @@ class Report:
         program = self.program
         text.append(
             f"{program['weight_bytes'] / 1024:.0f} KiB of weights, {program['peak_bytes'] / 1024:.0f} KiB in use at most, "
-            f"{program['flops'] / 1e6:.1f} MFLOP; {program['options']}, activations {program['activations']}; differs from an "
-            f"op-by-op run by {program['error']:.1g} (limit {program['limit']:.1g})."
+            f"{program['flops'] / 1e6:.1f} MFLOP; {program['options']}, activations {program['activations']}; differs from its "
+            f"definition by {program['error']:.1g} (limit {program['limit']:.1g})."
         )
+        if program["not_finite"]:
+            text.append(f"{program['not_finite']:.1%} of the output numbers are not finite, though float32's are.")
         return "\n".join(text)
 
 
@@ -102,7 +104,8 @@ class Compiled:
     `weights`: what the program takes as arguments, those that its outputs need; float32 vectors packed into the first.
     `executed`: layer -> dtypes in the optimised HLO.
     `assignment`: layer -> requested format; `lowering`: layer -> way; `activations`: dtype that lowered layers hand on.
-    `attention`: dtype of the operands of products without weights. `dropped`: layers that no output needs.
+    `layers`: those of the model, and products of two activations that the assignment names. `dropped`: those that no output
+    needs.
     `options`: the compiler options in force; `skipped`: what this jaxlib did not know.
     `weight_bytes`, `peak_bytes` (temporaries, arguments and outputs, from XLA's memory analysis).
     """
@@ -110,11 +113,10 @@ class Compiled:
     weights: tuple[Array, ...]
     program: Executable
     layers: tuple[Layer, ...]
-    input_specs: tuple[jax.ShapeDtypeStruct, ...]
+    input_specs: tuple[Any, ...]
     assignment: Mapping[str, str]
     lowering: Mapping[str, str]
     activations: str
-    attention: str
     executed: Mapping[str, hlo.Executed]
     dropped: tuple[str, ...]
     verification: Verification
@@ -145,11 +147,13 @@ class Compiled:
             *inputs: real inputs, if each layer's share of the time is to be measured (twenty profiled runs).
         """
         text = self.program.compiled.as_text()
-        copies = hlo.copied(text, {layer.name: layer.weights for layer in self.layers}, apply.MULTIPLIED_OUT)
+        sizes = {layer.name: layer.weights for layer in self.layers if layer.kernel}
+        copies = hlo.copied(text, sizes, arithmetic.MULTIPLIED_OUT)
         names = tuple(layer.name for layer in self.layers)
         seconds = profiling.layer_seconds(lambda: self(*inputs), text, names) if inputs else None
         total = sum(seconds.values()) if seconds else 0.0
-        batch = self.input_specs[0].shape[0]
+        first = jax.tree.leaves(self.input_specs)[0]
+        batch = first.shape[0] if first.shape else 1
         rows: list[dict[str, Any]] = []
         for layer in self.layers:
             name, executed = layer.name, self.executed[layer.name]
@@ -161,10 +165,12 @@ class Compiled:
                     "executed": None if dropped else executed.operands,
                     "result": None if dropped else executed.result,
                     "opcode": "" if dropped else executed.opcode,
-                    "way": self.lowering.get(name, "own"),
+                    "way": self.lowering.get(name, "xla"),
                     "weights": layer.weights,
                     "weight_bytes": 0 if dropped else _stored(layer, self.assignment[name]),
-                    "full_copy": None if dropped or not parse(self.assignment[name]).weight_only else name in copies,
+                    "full_copy": None
+                    if dropped or not (layer.kernel and parse(self.assignment[name]).weight_only)
+                    else name in copies,
                     "flops": 0 if dropped else layer.flops * batch,
                     "share": seconds.get(name, 0.0) / total if seconds and total else None,
                     "dropped": dropped,
@@ -173,7 +179,6 @@ class Compiled:
         program = {
             "options": executable.name(self.options),
             "activations": self.activations,
-            "attention": self.attention,
             "skipped": list(self.skipped),
             "weight_bytes": self.weight_bytes,
             "peak_bytes": self.peak_bytes,
@@ -181,24 +186,32 @@ class Compiled:
             "compile_seconds": self.compile_seconds,
             "error": self.verification.error,
             "limit": self.verification.limit,
+            "not_finite": self.verification.not_finite,
             "outside": seconds.get(profiling.OUTSIDE, 0.0) / total if seconds and total else None,
         }
         return Report(rows=tuple(rows), program=program)
 
     def export(self, path: str | os.PathLike[str]) -> Path:
-        """Save program (StableHLO, by jax.export), weights, dtypes and assignment as one file; `load` reads it back."""
+        """Save program (StableHLO, by jax.export), weights, dtypes and assignment as one file; `load` reads it back.
+
+        Outputs in a class of the model's own, which no file can name, become a mapping from their paths.
+        """
         specs = tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in self.weights)
-        exported = jax_export.export(jax.jit(self.program.python))(specs, *self.input_specs)
+        try:
+            exported = jax_export.export(jax.jit(_plain(self.program.python)))(specs, *self.input_specs)
+        except NotImplementedError as error:  # a callback to Python
+            raise ExportError(f"The program holds what no file can: {str(error).splitlines()[0]}") from error
         header = {
             "format": _FORMAT,
             "assignment": dict(self.assignment),
             "lowering": dict(self.lowering),
             "activations": self.activations,
-            "attention": self.attention,
             "options": dict(self.options),
             "weights": [{"shape": each.shape, "dtype": str(each.dtype)} for each in self.weights],
             "executed": {name: vars(each) for name, each in self.executed.items()},
-            "verification": {name: _finite(value) for name, value in vars(self.verification).items()},
+            "verification": {
+                name: _finite(value) for name, value in vars(self.verification).items() if name != "dropped"
+            },
             "platforms": list(exported.platforms),
             "jax": jax.__version__,
             "verified_on": _here(),
@@ -248,16 +261,19 @@ def compile(  # noqa: A001 - the design's name
     Args:
         model: a model, float32 or made by `apply`.
         batches: at least two different input tuples of equal shapes.
-        lowering: how products are computed: "own", "xla", "rule" or layer -> way as in `apply`; "auto", as `autotune.tune` finds
-            now; or what it found (a `Tuning`). None: as the model says.
+        lowering: how products are computed: "xla", "rule" or layer -> way as in `apply`; "auto", as `autotune.tune` finds now; or
+            what it found (a `Tuning`). None: as the model says.
         outputs: of a model that returns a mapping, the ones to keep; layers and weights that they do not need are dropped.
         cache, progress: of "auto".
 
     Raises:
         ValueError: fewer than two input tuples, an unknown lowering.
         KeyError: an unknown output or layer.
-        MiscompiledError: no tried set of compiler options gave a program that agrees with the op-by-op run.
+        MiscompiledError: no tried set of compiler options gave a program that agrees with its definition.
+
+    Warns where outputs are not finite though float32's are: a format that overflows, which is what was asked for.
     """
+    check_inputs(batches)
     if outputs is not None:
         model = _keep(model, tuple(outputs))
     wanted = model.lowering if lowering is None else lowering
@@ -269,7 +285,7 @@ def compile(  # noqa: A001 - the design's name
         sets = (dict(wanted.options), *(each for each in sets if each != wanted.options))
     elif wanted != model.lowering:
         model = apply.lowered(model, wanted)
-    expected = stepwise(model, batches)
+    expected = reference(model, batches)
     needed = _needed(model, batches[0])
     function, (leaves, *_) = autotune.as_function(model, batches[0], needed=needed)
     weights = jax.device_put(leaves)
@@ -286,8 +302,15 @@ def compile(  # noqa: A001 - the design's name
         errors.append(f"{executable.name(program.options)}: {verification.reason}")
     else:
         raise MiscompiledError(
-            f"No compiled program agrees with an op-by-op run. {'; '.join(errors)}. Not used. Where the model's own ways agree "
-            '(lowering="own"), report the way to mpjax; else report it to the XLA project.'
+            f"No compiled program agrees with its definition. {'; '.join(errors)}. Not used. Where XLA's own products agree "
+            '(lowering="xla"), report the way to mpjax; else report it to the XLA project.'
+        )
+    if verification.not_finite:
+        warnings.warn(
+            f"{verification.not_finite:.1%} of the program's output numbers are not finite, though float32's are: a format "
+            "overflows. `report()` says so, too; leave the layers in float32 that a score calls overflow, or hand activations on "
+            "in float32.",
+            stacklevel=2,
         )
     analysis = program.compiled.memory_analysis()
     peak = (
@@ -295,16 +318,16 @@ def compile(  # noqa: A001 - the design's name
         if analysis is None
         else sum(int(getattr(analysis, f"{kind}_size_in_bytes")) for kind in ("temp", "argument", "output"))
     )
+    assignment = dict(model.assignment or dict.fromkeys(model.names, "float32"))
     return Compiled(
         weights=weights,
         program=program,
-        layers=model.layers,
-        input_specs=tuple(jax.ShapeDtypeStruct(np.shape(each), each.dtype) for each in batches[0]),
-        assignment=dict(model.assignment or dict.fromkeys(model.names, "float32")),
+        layers=tuple(layer for layer in model.lowerable if layer.name in assignment),
+        input_specs=_specs(batches[0]),
+        assignment=assignment,
         lowering=autotune.ways_of(model, *batches[0]),
         activations=model.activations,
-        attention=model.attention,
-        executed=hlo.executed_dtypes(program.compiled.as_text(), model.names),
+        executed=hlo.executed_dtypes(program.compiled.as_text(), tuple(assignment)),
         dropped=_dropped(model, needed),
         verification=verification,
         weight_bytes=sum(int(each.nbytes) for each in weights),
@@ -386,7 +409,8 @@ def load(path: str | os.PathLike[str]) -> Loaded:
             stacklevel=2,
         )
     leaves = tuple(weights)
-    specs = tuple(jax.ShapeDtypeStruct(each.shape, each.dtype) for each in exported.in_avals[len(leaves) :])
+    given = [jax.ShapeDtypeStruct(each.shape, each.dtype) for each in exported.in_avals]
+    specs = jax.tree.unflatten(exported.in_tree, given)[0][1:]
     program = executable.build(exported.call, (leaves, *specs), header["options"])
     if program.skipped:
         raise ExportError(
@@ -460,30 +484,53 @@ def _needed(model: Model, inputs: Sequence[Array]) -> tuple[bool, ...]:
 def _dropped(model: Model, needed: Sequence[bool]) -> tuple[str, ...]:
     """Layers whose weights reach no output."""
     flags = iter(needed)
-    tree = jax.tree.map(lambda _: next(flags), model.params)
-    used = apply.kernels(model, tree)
-    return tuple(name for name in model.names if not used[name])
+    used = jax.tree.map(lambda _: next(flags), model.params)
+    return tuple(layer.name for layer in model.layers if layer.kernel and not any(jax.tree.leaves(used[layer.kernel])))
 
 
 def _check_inputs(inputs: Sequence[Any], specs: Sequence[jax.ShapeDtypeStruct]) -> None:
-    if any(isinstance(each, jax.core.Tracer) for each in inputs):
+    if any(isinstance(each, jax.core.Tracer) for each in jax.tree.leaves(inputs)):
         raise TypeError(
             "A compiled program takes arrays: it cannot be called under jit, vmap or grad, which would compile another program. "
             "Transform the model's `call` instead."
         )
     if len(inputs) == len(specs) and all(
-        getattr(each, "shape", None) == spec.shape and each.dtype == spec.dtype
+        isinstance(each, jax.Array | np.ndarray)
+        and each.shape == getattr(spec, "shape", None)
+        and each.dtype == spec.dtype
         for each, spec in zip(inputs, specs, strict=True)
     ):
         return  # a microsecond; what follows takes ten
-    found = tuple((np.shape(each), np.dtype(getattr(each, "dtype", type(each)))) for each in inputs)
-    expected = tuple((spec.shape, np.dtype(spec.dtype)) for spec in specs)
+    found, expected = _specs(inputs), tuple(specs)
     if found != expected:
         raise ValueError(f"Expected inputs {expected}, found {found}: compile again for other shapes or dtypes.")
 
 
+def _specs(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Shapes and dtypes of inputs, as jax takes them: with 64-bit types off, int64 is int32."""
+    return jax.tree.map(spec, tuple(inputs))
+
+
+def _plain(function: Any) -> Any:
+    """The function, with outputs that `jax.export` can write: in plain containers, or as a mapping from paths."""
+
+    def run(*arguments: Any) -> Any:
+        outputs = function(*arguments)
+        if _only_plain(jax.tree.structure(outputs)):
+            return outputs
+        leaves = jax.tree_util.tree_leaves_with_path(outputs)
+        return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+
+    return run
+
+
+def _only_plain(structure: Any) -> bool:
+    data = structure.node_data()
+    return (data is None or data[0] in (dict, list, tuple, type(None))) and all(map(_only_plain, structure.children()))
+
+
 def _stored(layer: Layer, fmt: str) -> int:
-    return stored_bytes(parse(fmt), layer.kernel_shape, layer.summed)
+    return stored_bytes(parse(fmt), layer.kernel_shape, layer.summed, layer.stacked) if layer.kernel else 0
 
 
 def _finite(value: float) -> float | None:

@@ -1,7 +1,7 @@
 """What a layer costs in a format: bytes, FLOPs, and its latency measured alone on this device.
 
 `seconds` times what a mixed model executes today (`apply`): a float32 input is cast to the operand dtype, multiplied with
-weights stored narrow, and the bias added; a float32 output is handed on. `cast_seconds` is the cast's part of it: the
+weights stored narrow; a float32 output is handed on. `cast_seconds` is the cast's part of it: the
 difference to the same product timed on an input that is narrow already. From these two follow both views of a sum:
 additive per layer, and with casts only where formats meet (`boundary`), as a runtime would pay that hands on narrow arrays.
 
@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax import apply, executable, graph, stored, timing
+from mpjax import apply, arithmetic, executable, graph, timing
 from mpjax import lowering as lowerings
 from mpjax.formats import FLOAT32, FORMATS, Format, parse_all
 from mpjax.models import Array, Model, check_batches
-from mpjax.product import flops
-from mpjax.quantized import dequantize, quantize, stored_bytes
+from mpjax.product import Layer, flops
+from mpjax.quantized import store, stored_bytes
 
 _CLEARLY = 0.9  # of the rule's time: what another way must take, alone, to be preferred
 
@@ -42,7 +42,7 @@ class Costs:
     Attributes:
         layers, formats: names; float32 is always the first format.
         examples: in the batch.
-        weight_bytes: (L, F) of the stored kernel; biases stay float32 and are left out.
+        weight_bytes: (L, F) of the stored weights; what is no layer's weight is left out.
         activation_bytes: (L, F) per example and over all runs: the input in the operand dtype, the output in float32.
         flops: (L,) per example and over all runs, two per multiply-add; no format changes them.
         runs: (L,) how often the layer's product runs in one call of the model.
@@ -142,7 +142,7 @@ def measure(
     model: Model,
     formats: Sequence[str | Format],
     *inputs: Array,
-    lowering: str = "own",
+    lowering: str = "xla",
     rounds: int = 9,
     cache: str | Path | None = None,
     progress: Progress | None = None,
@@ -155,7 +155,7 @@ def measure(
 
     Args:
         model, formats, *inputs: as in `static`; the shapes of `inputs`, batch included, are those that are timed.
-        lowering: "own" times a product as the model computes it, "xla" as lax does, "rule" in the way of `lowering.rule`, "auto"
+        lowering: "xla" times a product as lax computes it, "rule" in the way of `lowering.rule`, "auto"
             in every way that covers it, and keeps the rule's for each layer and format, or one that takes less than nine tenths
             of its time (`Costs.lowering`): a layer in its model is another matter than a layer alone.
         rounds: timings of each program.
@@ -198,7 +198,7 @@ def measure(
             progress(number, len(distinct), call.layer)
     seconds, spread, casts = (np.full(costs.weight_bytes.shape, np.nan) for _ in range(3))
     gain: dict[tuple[str, str], float] = {}
-    chosen = np.full(costs.weight_bytes.shape, "own", object)
+    chosen = np.full(costs.weight_bytes.shape, "xla", object)
     notes = [
         f"{fmt.name} was not timed: no hardware accumulates in float16 here, XLA runs an emulation of it."
         for fmt in low
@@ -212,7 +212,7 @@ def measure(
         common = [way for way in lowerings.WAYS if all((fmt.name, way) in each for each in several)]
         sums = {}
         for way in common:
-            found = [(call.runs, each.get((fmt.name, way)) or each[fmt.name, "own"]) for call, each in own]
+            found = [(call.runs, each.get((fmt.name, way)) or each[fmt.name, "xla"]) for call, each in own]
             good = [(runs, entry) for runs, entry in found if isinstance(entry, timing.Entry)]
             if len(good) == len(found):
                 sums[way] = [
@@ -329,13 +329,15 @@ def _static(model: Model, low: tuple[Format, ...], inputs: Sequence[Array], call
         layers=model.names,
         formats=tuple(fmt.name for fmt in low),
         examples=examples,
-        weight_bytes=np.array(
-            [[stored_bytes(fmt, layer.kernel_shape, layer.summed) for fmt in low] for layer in model.layers], np.int64
-        ),
+        weight_bytes=np.array([[_stored(layer, fmt) for fmt in low] for layer in model.layers], np.int64),
         activation_bytes=(read + 4 * written[:, None]) // examples,
         flops=count(lambda call: flops(call.product, call.lhs, call.rhs, call.out)) // examples,
         runs=count(lambda call: 1),
     )
+
+
+def _stored(layer: Layer, fmt: Format) -> int:
+    return stored_bytes(fmt, layer.kernel_shape, layer.summed, layer.stacked) if layer.kernel else 0
 
 
 def _size(spec: jax.ShapeDtypeStruct) -> int:
@@ -345,8 +347,8 @@ def _size(spec: jax.ShapeDtypeStruct) -> int:
 def _identity(call: graph.Call) -> tuple:
     """Equal for calls whose isolated programs are equal."""
     product = vars(call.product)
-    settings = tuple((name, repr(value)) for name, value in product.items() if name not in ("function", "bias"))
-    return (id(product["function"]), settings, *(repr(spec) for spec in (call.lhs, call.rhs, call.bias, call.out)))
+    settings = tuple((name, repr(value)) for name, value in product.items() if name != "function")
+    return (id(product["function"]), settings, *(repr(spec) for spec in (call.lhs, call.rhs, call.out)))
 
 
 def _describe(call: graph.Call) -> str:
@@ -358,13 +360,13 @@ def _describe(call: graph.Call) -> str:
     if product.kind == "conv":
         strides = "x".join(map(str, product.window_strides))
         window = f", strides {strides}, padding {product.padding}, groups {product.feature_group_count}"
-    return f"{product.kind} {shape}{window}, {'no ' if call.bias is None else ''}bias, {function}"
+    return f"{product.kind} {shape}{window}, {function}"
 
 
 def _ways(fmt: Format, call: graph.Call, lowering: str, ynn: bool) -> tuple[str, ...]:
     """The ways to time a product in."""
-    if lowering in ("own", "xla"):
-        return (lowering,)
+    if lowering == "xla":
+        return ("xla",)
     lhs, rhs = (_in_dtype(spec, fmt.operand) for spec in (call.lhs, call.rhs))
     if lowering == "rule":
         return (lowerings.rule(call.product, lhs, rhs, narrow=ynn),)
@@ -377,50 +379,30 @@ def _in_dtype(spec: jax.ShapeDtypeStruct, dtype: str) -> jax.ShapeDtypeStruct:
 
 
 def _programs(fmt: Format, call: graph.Call, way: str, as_stored: bool) -> timing.Programs:
-    described, product_as_is = _describe(call), call.product
-    if way != "own":
-        call = replace(call, product=lowerings.lowered(call.product, way))
-        described = f"{described} as {way}"
+    described = f"{fmt.name}: {_describe(call)}{'' if way == 'xla' else f' as {way}'}"
     rng = np.random.default_rng(0)
-    if call.product.kind == "lookup":
-        return _lookup_programs(fmt, call, f"{fmt.name}: {described}", rng)
+    product, shape = call.product, call.rhs.shape
+    if product.kind == "ragged":
+        groups = np.full(shape[0], call.lhs.shape[0] // shape[0], np.int32)
+        product = replace(product, operands=(groups,))
+    layer = Layer(name="", kind=product.kind, kernel="w", summed=product.summed, stacked=product.stacked)
+    rhs: Any = rng.standard_normal(shape).astype(np.float32)
+    if product.weighted and fmt != FLOAT32:
+        rhs = store(rhs, fmt, layer)
+    if product.kind == "lookup":
+        rows = shape[product.dimension_numbers.start_index_map[0]]
+        lhs = rng.integers(0, rows, call.lhs.shape).astype(call.lhs.dtype)
+    else:
+        lhs = rng.standard_normal(call.lhs.shape).astype(np.float32)
+    ranges = (fmt.max, fmt.max) if fmt.scaled else (None, None)  # a scale of one
 
-    def numbers(spec: jax.ShapeDtypeStruct) -> np.ndarray:
-        return rng.standard_normal(spec.shape).astype(np.float32)
+    def whole(lhs: Array, rhs: Any) -> Array:
+        return arithmetic.executed(fmt, product, lhs, rhs, shape=shape, ranges=ranges, way=way, as_stored=as_stored)
 
-    scale = np.ones((), np.float32) if fmt.scaled else None
-    weights: Any = numbers(call.rhs)
-    weights = quantize(weights, fmt, call.product.summed) if fmt.weight_only else weights.astype(jnp.dtype(fmt.storage))
-    bias = None if call.bias is None else numbers(call.bias)
-    lhs = numbers(call.lhs)
-
-    def product(lhs: Array, weights: Any, bias: Array | None, scale: Array | None) -> Array:
-        if fmt.weight_only:
-            found, scales = weights
-            if as_stored and stored.readable(fmt, product_as_is, lhs, product_as_is.summed):
-                out = stored.multiply(fmt, product_as_is, lhs, found, scales)
-                return replace(product_as_is, bias=bias).add_bias(out)
-            weights = dequantize(found, scales, fmt, call.rhs.shape, call.product.summed)
-        return apply.multiply(fmt, replace(call.product, bias=bias), lhs, weights, scale)
-
-    def whole(lhs: Array, weights: Any, bias: Array | None, scale: Array | None) -> Array:
-        return product(apply.operand(fmt, lhs, scale), weights, bias, scale)
-
-    rest = (weights, bias, scale)
-    narrow = None if fmt == FLOAT32 else (product, (lhs.astype(jnp.dtype(fmt.operand)), *rest))
-    return timing.Programs(name=f"{fmt.name}: {described}", whole=(whole, (lhs, *rest)), product=narrow)
-
-
-def _lookup_programs(fmt: Format, call: graph.Call, described: str, rng: np.random.Generator) -> timing.Programs:
-    shape = call.rhs.shape
-    table: Any = rng.standard_normal(shape).astype(np.float32)
-    table = quantize(table, fmt, call.product.summed) if fmt.weight_only else table.astype(jnp.dtype(fmt.storage))
-    ids = rng.integers(0, shape[0], call.lhs.shape).astype(call.lhs.dtype)
-
-    def whole(ids: Array, table: Any) -> Array:
-        return apply.look_up(fmt, call.product, ids, (*table, shape) if fmt.weight_only else table)
-
-    return timing.Programs(name=described, whole=(whole, (ids, table)), product=None)
+    narrow = None
+    if fmt != FLOAT32 and product.kind != "lookup":
+        narrow = (whole, (lhs.astype(jnp.dtype(fmt.operand)), rhs))
+    return timing.Programs(name=described, whole=(whole, (lhs, rhs)), product=narrow)
 
 
 # --- small things -------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ Options = Mapping[str, Any]
 EXACT: dict[str, Any] = {"xla_allow_excess_precision": False}
 NO_YNN: dict[str, Any] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 WIDE: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
+# Without optimisation, for a program that others are compared with.
+PLAIN: dict[str, Any] = EXACT | NO_YNN | {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 
 
 class _Traced(Exception):

@@ -11,6 +11,7 @@ Sources: IEEE 754-2019 (binary16, binary32); Micikevicius et al., "FP8 formats f
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -109,11 +110,15 @@ def round_to(x: Float[Array, ...], dtype: str) -> Float[Array, ...]:
     float16 overflows to ±inf (from 65520 on), float8 saturates to ±max; signed zeros, subnormals and NaN are kept.
     bfloat16 works on the bit pattern (it vectorises on CPUs where a conversion does not); the float8 formats
     add and subtract 1.5 · 2^(exponent + 23 − mantissa bits), which rounds in one float32 addition.
-    No conversion is left in them for a compiler that is allowed excess precision to remove.
+    No conversion is left in them for a compiler that is allowed excess precision to remove. The derivative is that of the
+    identity (Bengio et al., arXiv 1308.3432).
     """
     x = jnp.asarray(x, jnp.float32)
-    if dtype == "float32":
-        return x
+    return x if dtype == "float32" else _rounded(dtype, x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rounded(dtype: str, x: Array) -> Array:
     if dtype == "bfloat16":
         return _round_bfloat16(x)
     if dtype == "float16":
@@ -121,6 +126,11 @@ def round_to(x: Float[Array, ...], dtype: str) -> Float[Array, ...]:
     info = jnp.finfo(dtype)
     clipped = jnp.clip(x, -float(info.max), float(info.max))  # NaN passes through
     return _round_mantissa(clipped, mantissa_bits=info.nmant, min_exponent=int(info.minexp))
+
+
+@_rounded.defjvp
+def _rounded_jvp(dtype: str, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _rounded(dtype, *primals), tangents[0]
 
 
 def narrowed(x: Float[Array, ...], dtype: str) -> Array:

@@ -25,7 +25,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mpjax.depthwise import depthwise_conv
-from mpjax.models import Layer, Product
+from mpjax.lowering import suited
+from mpjax.product import Layer, Product
 
 # Positions of a depthwise convolution's output in one step of the sum. 16 to 64 are equally fast; with fewer terms XLA:CPU
 # fuses the loop's slicing into them and is ten times slower.
@@ -37,7 +38,7 @@ def matrix_gradients(layer: Layer, product: Product, lhs: Array, rhs: Array) -> 
 
     Covered are convolutions of any rank, stride, padding and kernel dilation in Flax's layout, with one group or depthwise
     (any multiplier), in float32 or float64, run by `lax.conv_general_dilated` or `depthwise.depthwise_conv`. Everything else
-    (other groups, dots, whose own gradients are matrix products already, a hook of the module's own) is left as it is.
+    (other groups, dots, whose own gradients are matrix products already) is left as it is.
 
     Gradients with respect to activations are the product's own; but those of 1x1 convolutions are matrix products, too, and
     those of 2-D depthwise ones are `depthwise.depthwise_conv`'s.
@@ -45,9 +46,15 @@ def matrix_gradients(layer: Layer, product: Product, lhs: Array, rhs: Array) -> 
     Memory beside the gradient itself: the padded activations, and a tap's slice of them.
     """
     del layer
-    if not _covers(product, lhs, rhs):
+    if product.kind != "conv" or product.operands:
         return product(lhs, rhs)
-    return product.add_bias(_multiply_p.bind(lhs, rhs, product=replace(product, bias=None)))
+    viewed, bare = product.viewed(rhs), product.bare
+    return _multiply_p.bind(lhs, viewed, product=bare) if _covers(bare, lhs, viewed) else product(lhs, rhs)
+
+
+def scored(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+    """The override of scores: `matrix_gradients`, with depthwise convolutions as `lowering.suited` computes them."""
+    return matrix_gradients(layer, suited(product, lhs, rhs), lhs, rhs)
 
 
 def _covers(product: Product, lhs: Array, rhs: Array) -> bool:

@@ -8,6 +8,7 @@ A loss with labels takes them from the end of each batch: with `num_targets=1` a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 
 Outputs = Any  # what the model returns: a pytree of arrays with leading axis N
 
@@ -56,8 +57,39 @@ class Loss:
 
 
 def flat(outputs: Outputs) -> Array:
-    """Outputs of N examples as one (N, K) array."""
-    return jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(outputs)], axis=1)
+    """Outputs of N examples as one (N, K) array of real numbers.
+
+    Complex numbers count as pairs of real ones. What has no derivative (integers, booleans) and scalars, which are of no example,
+    are left out.
+
+    Raises:
+        ValueError: nothing is left, or floating-point outputs of unlike leading axes.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(outputs) if leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    sizes = {leaf.shape[0] for leaf in leaves}
+    if len(sizes) != 1:
+        shapes = [f"{leaf.dtype} {leaf.shape}" for leaf in jax.tree.leaves(outputs)]
+        raise ValueError(
+            f"Expected floating-point outputs with one leading axis of examples, found {', '.join(shapes)}. Choose those that "
+            "count: models.with_output(model, lambda outputs: …)."
+        )
+    rows = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
+    parts = [part for row in rows for part in ((row.real, row.imag) if jnp.iscomplexobj(row) else (row,))]
+    widest = functools.reduce(jnp.promote_types, [part.dtype for part in parts])
+    return jnp.concatenate([part.astype(widest) for part in parts], axis=1)
+
+
+def inexact(outputs: Outputs) -> list[Array]:
+    """The outputs that have derivatives: of floating point, real or complex."""
+    return [leaf for leaf in jax.tree.leaves(outputs) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+
+def with_inexact(outputs: Outputs, values: Sequence[Array]) -> Outputs:
+    """The outputs with those of floating point exchanged."""
+    leaves, structure = jax.tree.flatten(outputs)
+    given = iter(values)
+    exchanged = [next(given) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf for leaf in leaves]
+    return jax.tree.unflatten(structure, exchanged)
 
 
 def check(loss: Any) -> Loss:
@@ -81,8 +113,18 @@ def _half_squares(outputs: Outputs, reference: Outputs) -> Array:
 def _signs(key: Array, outputs: Outputs) -> Outputs:
     leaves, structure = jax.tree.flatten(outputs)
     keys = jax.random.split(key, len(leaves))
-    drawn = [jax.random.rademacher(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    drawn = [_sign(k, leaf) for k, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, drawn)
+
+
+def _sign(key: Array, leaf: Array) -> Array:
+    """A cotangent of random signs; zero for what `flat` leaves out."""
+    if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return jnp.zeros_like(leaf)
+    if jnp.iscomplexobj(leaf):
+        real, imaginary = (jax.random.rademacher(each, leaf.shape, leaf.real.dtype) for each in jax.random.split(key))
+        return lax.complex(real, imaginary)
+    return jax.random.rademacher(key, leaf.shape, leaf.dtype)
 
 
 def _mean_squares(outputs: Outputs, reference: Outputs, targets: Array) -> Array:

@@ -2,8 +2,7 @@
 
 | way | what it does | for |
 | --- | --- | --- |
-| `own` | the model's own function | anything; the only way where its author set a hook |
-| `xla` | `lax.conv_general_dilated`, `lax.dot_general` | anything |
+| `xla` | lax's own function, as the program has it | anything |
 | `dot` | pixels are the rows of a matrix product | 1x1 kernels |
 | `im2col` | all taps of a pixel side by side are the rows of a matrix product | any kernel |
 | `taps` | a matrix product to one plane for each tap and output channel, then a sum of shifted planes | few output channels |
@@ -22,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,21 +32,20 @@ from jax import lax
 from mpjax import windows
 from mpjax.depthwise import depthwise_conv
 from mpjax.formats import narrowed
-from mpjax.models import Array, Layer, Model, Product
-from mpjax.product import row_count
+from mpjax.product import Array, Product, row_count
 from mpjax.windows import Window
 
-WAYS = ("own", "xla", "dot", "im2col", "taps", "terms", "shift", "flat", "rows")
-WORDS = ("own", "xla", "rule", "auto")  # what a whole model's lowering can be called
+WAYS = ("xla", "dot", "im2col", "taps", "terms", "shift", "flat", "rows")
+WORDS = ("xla", "rule", "auto")  # what a whole model's lowering can be called
 _MOST_TERMS = 64  # of `terms`: more are a long program
 _MOST_PLANES = 128  # of `taps`
 _LEAST_ROWS = 4  # of a product of narrow matrices that XLA:CPU runs fast
 
 
 def ways(product: Product, lhs: Array | jax.ShapeDtypeStruct, rhs: Array | jax.ShapeDtypeStruct) -> tuple[str, ...]:
-    """The ways that compute this product of operands of these shapes; `xla` first, or `own` alone."""
-    if not _replaceable(product):
-        return ("own",)
+    """The ways that compute this product of operands of these shapes (`rhs` viewed); `xla` first."""
+    if product.kind not in ("dot", "conv"):
+        return ("xla",)
     if product.kind == "dot":
         (contract, over), (batch, _) = product.dimension_numbers
         if len(batch):
@@ -97,22 +95,36 @@ def rule(
 
 
 def lowered(product: Product, way: str) -> Product:
-    """The product, computed in a way; in XLA's where that way does not cover it.
+    """The product, computed in a way; as lax does where that way does not cover it.
 
     Raises:
         ValueError: an unknown way.
     """
     if way not in WAYS:
         raise ValueError(f"Unknown way {way!r}. Known: {', '.join(WAYS)}.")
-    if way == "own" or not _replaceable(product):
+    if way == "xla" or product.kind not in ("dot", "conv"):
         return product
     return replace(product, function=functools.partial(contraction if product.kind == "dot" else convolution, way))
 
 
+def suited(product: Product, lhs: Array, rhs: Array) -> Product:
+    """The product as it is emulated and scored: depthwise convolutions in the way that a CPU runs tens of times faster.
+
+    Values differ from XLA's by the order of sums; derivatives are as fast. `rhs`: the whole weight.
+    """
+    if product.kind != "conv" or product.feature_group_count == 1 or jax.default_backend() != "cpu":
+        return product
+    return (
+        replace(product, function=depthwise_conv)
+        if "shift" in ways(product, lhs, jax.eval_shape(product.viewed, rhs))
+        else product
+    )
+
+
 def effective(product: Product, way: str, lhs: Array | jax.ShapeDtypeStruct, rhs: Array | jax.ShapeDtypeStruct) -> str:
-    """The way in which `lowered` computes it: "own" where its author set a function, "xla" where `way` does not cover it."""
-    if way == "own" or not _replaceable(product):
-        return "own"
+    """The way in which `lowered` computes it: "xla" where `way` does not cover it; `rhs` viewed."""
+    if product.kind not in ("dot", "conv"):
+        return "xla"
     if product.kind == "dot":
         _, (batch, _) = product.dimension_numbers
         return way if way in ("flat", "rows") and not len(batch) else "xla"
@@ -120,33 +132,6 @@ def effective(product: Product, way: str, lhs: Array | jax.ShapeDtypeStruct, rhs
         return way if way in ways(product, lhs, rhs) else "xla"
     window = _window(product, lhs, rhs) if way in _CONVOLUTIONS and product.feature_group_count == 1 else None
     return "xla" if window is None or (way == "dot" and window.kernel != (1, 1)) else way
-
-
-def choose(
-    model: Model, lowering: str | Mapping[str, str], *, narrow: bool = True
-) -> Callable[[Layer, Product, Any, Any], str]:
-    """The way in which `apply` computes a layer's product.
-
-    Args:
-        lowering: `"own"`, `"xla"` or `"rule"` for all layers; `"auto"`, which is the rule until `compiled.compile` has timed the
-            ways; or a way for each layer by name (its own for the others).
-        narrow: as in `rule`.
-
-    Raises:
-        ValueError: another word, an unknown way.
-        KeyError: an unknown layer.
-    """
-    if isinstance(lowering, str):
-        if lowering not in WORDS:
-            raise ValueError(f'lowering must be "own", "xla", "rule", "auto" or layer -> way; found {lowering!r}.')
-        if lowering in ("own", "xla"):
-            return lambda layer, product, lhs, rhs: lowering
-        return lambda layer, product, lhs, rhs: rule(product, lhs, rhs, narrow=narrow)
-    for name, way in lowering.items():
-        model.layer(name)
-        if way not in WAYS:
-            raise ValueError(f"Layer {name!r}: unknown way {way!r}. Known: {', '.join(WAYS)}.")
-    return lambda layer, product, lhs, rhs: lowering.get(layer.name, "own")
 
 
 def contraction(
@@ -287,8 +272,3 @@ def _window(product: Product, lhs: Any, rhs: Any) -> Window | None:
         product.rhs_dilation,
         product.dimension_numbers,
     )
-
-
-def _replaceable(product: Product) -> bool:
-    """Whether the product is XLA's or ours: a hook of the model's author stays."""
-    return product.function in (lax.dot_general, lax.conv_general_dilated, depthwise_conv)

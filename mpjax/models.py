@@ -1,20 +1,19 @@
-"""A Flax model as a pure function, its layers in execution order, and the one override of a layer's product.
+"""A model as a pure function, its layers in execution order, and the one override of a layer's product.
 
 Everything mpjax does to a layer (emulation, local-rounding taps, low-precision execution) is written as
 
-    override(layer, product, lhs, rhs) -> out
+    override(layer, product, activations, weights) -> out
 
-called in place of each layer's product: `lhs` the activations (row numbers, where an embedding looks up), `rhs` the weights,
-`product` a frozen description that can be called (`product(lhs, rhs)` is the product as the model computes it). How it gets
-there: `hooks`.
+called in place of each layer's product: `activations` are its input (row numbers, where a table is looked up), `weights` the
+whole weight, `product` a frozen description that can be called: `product(activations, weights)` is the product as the model
+computes it. The model is traced and its program run again: `tracing`, `program`, `running`.
 """
 
 from __future__ import annotations
 
 import difflib
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,11 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.interpreters import partial_eval
 
-from mpjax import hooks
-from mpjax.hooks import Session
+from mpjax import running
 from mpjax.partition import Block
 from mpjax.product import Array as Array
 from mpjax.product import Layer as Layer
@@ -36,29 +33,50 @@ from mpjax.product import OtherParameter as OtherParameter
 from mpjax.product import Override as Override
 from mpjax.product import Params as Params
 from mpjax.product import Product as Product
-from mpjax.product import flops as flops_of
-from mpjax.traced import INPUT, count
+from mpjax.program import WIDE, Multiply, Program, named_leaves, steps_of, values
+from mpjax.tracing import trace
 
 Batches = Sequence[tuple[Array, ...]]
+
+# What takes a vector, a position embedding or a class token, and has no product in it.
+_PLAIN = frozenset(
+    "add sub mul div max min neg pad concatenate broadcast_in_dim reshape transpose slice squeeze dynamic_slice tanh exp "
+    "scan while cond remat2".split()
+)
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, bool, int, float, complex)
+# What a function raises that cannot be called so.
+_USERS = (flax.errors.FlaxError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+_NO_PRODUCT, _UNUSED = "not a product's weights", "not used with these inputs"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """A model as a pure function.
 
-    `call(params, *inputs, override=None) -> outputs`. `layers`: in execution order. `others`: parameters that stay as they
-    are. The others are set by `apply` on the models it makes: see there.
+    Attributes:
+        params: slash path -> array: what the program takes. Parameters as they are, and weights that were computed from
+            parameters when the model was made (`Layer.sources` says from which).
+        layers: in execution order.
+        call: `call(params, *inputs, override=None) -> outputs`.
+        others: the user's parameters that no format lowers.
+        activation_products: products of two activations, as attention has them. An assignment may name them; to score and search
+            them, too: `with_activation_products`.
+        traced: the programs, by shapes of the inputs.
+
+    The others are set by `apply` on the models it makes: see there.
     """
 
     params: Params
     layers: tuple[Layer, ...]
     call: Callable[..., Any]
     others: tuple[OtherParameter, ...] = ()
+    activation_products: tuple[Layer, ...] = ()
+    traced: Traced | None = None
     original: Model | None = None
     assignment: Mapping[str, str] | None = None
-    lowering: str | Mapping[str, str] = "own"
+    calibration: Mapping[str, float] | None = None
+    lowering: str | Mapping[str, str] = "xla"
     activations: str = "float32"
-    attention: str = "float32"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,9 +84,14 @@ class Model:
         return tuple(layer.name for layer in self.layers)
 
     @property
+    def lowerable(self) -> tuple[Layer, ...]:
+        """The layers, and the products of two activations that are not among them."""
+        return (*self.layers, *(each for each in self.activation_products if each not in self.layers))
+
+    @property
     def partition(self) -> tuple[Block, ...]:
-        """The layers' weights as blocks, in execution order."""
-        return tuple(layer.block for layer in self.layers)
+        """The layers' weights as blocks, in execution order; a product of two activations has none."""
+        return tuple(layer.block for layer in self.layers if layer.kernel)
 
     def layer(self, name: str) -> Layer:
         """The layer of that name.
@@ -76,97 +99,225 @@ class Model:
         Raises:
             KeyError: no layer has that name; the message gives the nearest ones.
         """
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.3)
-        raise KeyError(f"Unknown layer {name!r}. Nearest known names: {', '.join(near or self.names[:3])}.")
-
-
-class OverrideNotReached(RuntimeError):
-    """A product ran without passing through the override."""
+        names = [layer.name for layer in self.lowerable]
+        if name in names:
+            return self.lowerable[names.index(name)]
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+        raise KeyError(f"Unknown layer {name!r}. Nearest known names: {', '.join(near or names[:3])}.")
 
 
 class ModelError(ValueError):
-    """A module that cannot be called with the given inputs."""
+    """A function or module that cannot be called with the given inputs, or not be taken as a model."""
 
 
-def from_linen(module: nn.Module, variables: Mapping[str, Any], *example: Array, **kwargs: Any) -> Model:
+class Traced:
+    """A function of parameters and inputs, and its programs: one for each set of shapes and dtypes of inputs."""
+
+    def __init__(
+        self, function: Callable[..., Any], params: Params, *, modules: Mapping[str, str], root: str, count: int
+    ) -> None:
+        self.function, self.modules, self.root, self.count = function, modules, root, count
+        self.specs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)), params)
+        self.identities: dict[str, tuple] = {}
+        self._programs: dict[Any, Program] = {}
+
+    def program(self, inputs: Sequence[Any], params: Mapping[str, Any] | None = None) -> Program:
+        """The program for inputs of these shapes; traced the first time.
+
+        Args:
+            inputs: arrays or specs; more than the function takes are ignored.
+            params: of which dtypes, where they are not the function's own (float64, for a test).
+
+        Raises:
+            ModelError: for these inputs something is computed otherwise from the parameters.
+        """
+        specs = jax.tree.map(spec, tuple(inputs[: self.count]))
+        changed = self._changed(params or {})
+        leaves, structure = jax.tree.flatten(specs)
+        shapes = tuple((leaf.shape, str(leaf.dtype), leaf.weak_type) for leaf in leaves)
+        precision = jax.config.values["jax_default_matmul_precision"]  # it is part of what is traced
+        key = (structure, shapes, tuple(sorted(changed.items())), precision)
+        if key not in self._programs:
+            self._programs[key] = self._trace(specs, changed)
+        return self._programs[key]
+
+    @property
+    def first(self) -> Program:
+        """The program of the example inputs."""
+        return next(iter(self._programs.values()))
+
+    def _changed(self, params: Mapping[str, Any]) -> dict[str, str]:
+        """Parameter -> dtype, where weights are given in another one than the function was made with."""
+        if not self._programs:
+            return {}
+        found: dict[str, str] = {}
+        for weight in self.first.weights:
+            dtype = str(getattr(params.get(weight.name), "dtype", ""))
+            if dtype in map(str, WIDE) and dtype != str(weight.value.dtype):  # narrow: stored so, in a mixed model
+                found |= dict.fromkeys(weight.value.sources, dtype)
+        return found
+
+    def _trace(self, inputs: Sequence[Any], changed: Mapping[str, str]) -> Program:
+        named = iter(named_leaves(self.specs))
+        specs = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, changed.get(next(named)[0], leaf.dtype)), self.specs
+        )
+        again = bool(self.identities) and not changed
+        folds = frozenset(self.identities.values()) if again else None
+        held = frozenset(each.identity for each in self.first.weights if each.layer) if again else frozenset()
+        try:
+            program = trace(self.function, specs, inputs, modules=self.modules, root=self.root, folds=folds, held=held)
+        except _USERS as error:
+            raise ModelError(_explained(error, inputs)) from error
+        found = {weight.name: weight.identity for weight in program.weights}
+        self.identities = self.identities or found
+        other = [name for name, each in found.items() if self.identities.get(name) != each]
+        there = {each.identity for each in program.weights if each.layer}
+        other += [
+            each.name
+            for each in (self.first.weights if again else ())
+            if each.layer and each.identity not in there and each.value.sources & program.used
+        ]
+        if other and again:
+            shapes = [tuple(each.shape) for each in jax.tree.leaves(inputs)]
+            raise ModelError(
+                f"For inputs of shapes {shapes} the model computes {', '.join(list(dict.fromkeys(other))[:3])} otherwise from "
+                "its parameters than for those that it was made with: make another Model with such inputs as the example (of at "
+                "least two examples)."
+            )
+        return program
+
+
+def from_function(function: Callable[..., Any], params: Params, *example: Any) -> Model:
+    """Any JAX code as a Model.
+
+    Args:
+        function: `function(params, *inputs) -> outputs`, pure; outputs may be any pytree.
+        params: pytree of arrays. What is multiplied with activations is a layer, named by its path in this tree; what is computed
+            from parameters alone is computed once, here.
+        *example: inputs, leading axis = example; only shapes and dtypes are used.
+
+    Raises:
+        ValueError: no example input, or no layer that a format could lower.
+        ModelError: the function cannot be called so; the message gives its own words.
+    """
+    if not callable(function):
+        raise TypeError(f"Expected a function of (params, *inputs), found {type(function).__name__}.")
+    return _build(function, params, example, {}, "")
+
+
+def from_linen(module: nn.Module, variables: Mapping[str, Any], *example: Any, **kwargs: Any) -> Model:
     """A linen module as a Model.
 
     Args:
-        module: any linen module. Its Dense, DenseGeneral, Conv, ConvLocal, ConvTranspose, Einsum and Embed submodules become
-            layers, wherever they are, and so does each weight that a module of one's own multiplies with its input.
-        variables: as `module.init` returns them; everything beside "params" is held constant.
+        module: any linen module.
+        variables: as `module.init` returns them, boxed or not; everything beside "params" is held constant.
         *example: inputs, leading axis = example; only shapes and dtypes are used.
         **kwargs: handed to `module.apply` at each call (`train=False`, `deterministic=True`, say).
 
     Raises:
-        ValueError: no "params", no example input, or no layer that a format could lower.
+        ValueError: no "params", no example input, a keyword that has the examples' axis, or no layer that a format could lower.
         ModelError: the module cannot be called so; the message gives Flax's own words.
     """
     _check_module(module, nn.Module, "a linen module", "from_nnx")
-    variables = dict(variables)
+    variables = dict(nn.meta.unbox(variables))
     if "params" not in variables:
         raise ValueError(
             f"Expected variables with a 'params' collection, found {sorted(variables)}. Pass what module.init returned."
         )
+    _check_keywords(example, kwargs)
     params = variables.pop("params")
+    modules: dict[str, str] = {}
 
-    def run(run_params: Params, inputs: tuple[Array, ...], session: Session) -> Any:
-        with nn.intercept_methods(hooks.linen_interceptor(session)):
-            return module.apply({**variables, "params": run_params}, *inputs, **kwargs)
+    def note(next_function: Callable[..., Any], args: tuple, kwargs: dict, context: Any) -> Any:
+        modules.setdefault("/".join(context.module.path), type(context.module).__name__)
+        return next_function(*args, **kwargs)
 
-    return _build(run, params, example)
+    def function(params: Params, *inputs: Any) -> Any:
+        with nn.intercept_methods(note):
+            return module.apply({**variables, "params": params}, *inputs, **kwargs)
+
+    return _build(function, params, example, modules, type(module).__name__)
 
 
-def from_nnx(module: nnx.Module, *example: Array, **kwargs: Any) -> Model:
-    """An NNX module as a Model: its Linear, LinearGeneral, Conv, ConvTranspose, Einsum, Embed and own modules are layers.
+def from_nnx(module: nnx.Module, *example: Any, **kwargs: Any) -> Model:
+    """An NNX module as a Model.
 
-    Params are the pure dict of its `nnx.Param` state, whose paths agree with linen's; all other state is held constant. `module`
-    itself is not changed.
+    Params are those of its `nnx.Param` state, whose paths agree with linen's; all other state is held constant, as it is now, and
+    what a call writes to it is lost when the call ends. `module` itself is not changed.
 
     Raises:
-        ValueError: no example input, or no layer that a format could lower.
+        ValueError: no example input, a keyword that has the examples' axis, or no layer that a format could lower.
         ModelError: the module cannot be called so (the message gives Flax's own words), or it runs as for training: its outputs
             depend on random numbers, or its batch norms on the batch.
     """
     _check_module(module, nnx.Module, "an NNX module", "from_linen")
+    _check_keywords(example, kwargs)
     graphdef, state, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
-    rest = hooks.copied(rest)  # as it is now: what the module's variables become later is not this model's
+    rest = _copied(rest)  # as it is now: what the module's variables become later is not this model's
     params = nnx.to_pure_dict(state)
     if example:
         _check_inference(module, example, kwargs)
 
-    def run(run_params: Params, inputs: tuple[Array, ...], session: Session) -> Any:
-        copy = hooks.merged(graphdef, state, rest, run_params)
-        hooks.hook_nnx(copy, session)
-        return copy(*inputs, **kwargs)
+    def function(params: Params, *inputs: Any) -> Any:
+        return merged(graphdef, state, rest, params)(*inputs, **kwargs)
 
-    return _build(run, params, example)
+    modules = {"/".join(map(str, path)): type(each).__name__ for path, each in nnx.iter_modules(module)}
+    return _build(function, params, example, modules, type(module).__name__)
+
+
+def merged(graphdef: Any, state: Any, rest: Any, params: Params) -> Any:
+    """An NNX module of this graph with these params; nothing that is given is changed, or shared with it."""
+    copy = _copied(state)
+    nnx.replace_by_pure_dict(copy, params)
+    return nnx.merge(graphdef, copy, _copied(rest))
+
+
+def _copied(state: Any) -> Any:
+    """A state (or several) with variables of its own: one from `nnx.split` holds the module's."""
+    return jax.tree.map(lambda leaf: leaf, state)
 
 
 def with_output(model: Model, function: Callable[..., Any]) -> Model:
-    """The model followed by `function(outputs, *inputs[n:])`, where the model itself takes the first input only.
+    """The model followed by `function(outputs, *further)`.
 
-    It turns a model's raw outputs into the numbers whose change matters (landmarks in torso units, say); further
-    inputs of the batch reach only `function`.
+    It turns a model's raw outputs into the numbers whose change matters (landmarks in torso units, the logits of several
+    outputs); inputs of a batch beyond those that the model takes reach only `function`.
     """
+    count = model.traced.count if model.traced is not None else 1
 
-    def call(params: Params, *inputs: Array, override: Override | None = None) -> Any:
-        return function(model.call(params, inputs[0], override=override), *inputs[1:])
+    def call(params: Params, *inputs: Array, **options: Any) -> Any:
+        return function(model.call(params, *inputs[:count], **options), *inputs[count:])
 
     original = None if model.original is None else with_output(model.original, function)
     return replace(model, call=call, original=original)
 
 
+def with_activation_products(model: Model) -> Model:
+    """The model whose layers include its products of two activations, to be scored and searched like the others.
+
+    Raises:
+        ValueError: a mixed model: pass its `.original`.
+    """
+    if model.original is not None or model.traced is None:
+        raise ValueError("Expected a float32 model, found one made by apply: pass its .original.")
+    layers = {layer.name: layer for layer in model.lowerable}
+    order = [step.layer for step in steps_of(model.traced.first.block) if isinstance(step, Multiply)]
+    every = tuple(layers[name] for name in dict.fromkeys(order) if name in layers)
+
+    def call(params: Params, *inputs: Any, **options: Any) -> Any:
+        return model.call(params, *inputs, **{"layers": every, **options})
+
+    return replace(model, layers=every, call=call)
+
+
 def summary(model: Model) -> str:
-    """A table of the layers (kind, weights, kernel shape, output shape, FLOPs, bytes) and of what stays float32."""
+    """The share of the weights that formats can lower, a table of the layers, and what stays as it is, with its share."""
     header = ("layer", "kind", "kernel", "output", "groups", "calls", "weights", "KiB fp32", "MFLOP")
     rows = [
         (
             layer.name,
-            layer.kind,
+            f"{layer.kind} ({layer.module})" if layer.module else layer.kind,
             "x".join(map(str, layer.kernel_shape)),
             "x".join(map(str, layer.output_shape)),
             str(layer.groups),
@@ -178,21 +329,38 @@ def summary(model: Model) -> str:
         for layer in model.layers
     ]
     weights = sum(layer.weights for layer in model.layers)
+    every = weights + sum(
+        int(np.prod(each.shape)) for each in model.others if each.reason != _UNUSED and not each.folded
+    )
     flops = sum(layer.flops for layer in model.layers)
-    total = f"{len(rows)} layers, {weights:,} weights, {flops / 1e6:.1f} MFLOP per example"
-    lines = [*_text_table(header, rows), total]
+    share = weights / max(every, 1)
+    lines = [
+        f"{len(rows)} layers hold {weights:,} of {every:,} weights ({share:.1%}), {flops / 1e6:.1f} MFLOP per example"
+    ]
+    lines += _text_table(header, rows)
     if several := [layer.name for layer in model.layers if layer.calls > 1]:
-        names = f"{', '.join(several[:5])}{' …' if len(several) > 5 else ''}"
         lines.append(
-            f"{len(several)} of them run more than once (shared, or under a scan), always in one format: {names}."
+            f"{len(several)} of them run more than once (shared, or under a scan), always in one format: {_some(several)}."
+        )
+    if computed := [
+        f"{layer.name} (of {', '.join(layer.sources[:4])})" for layer in model.layers if _is_folded(layer, model.others)
+    ]:
+        lines.append(f"{len(computed)} of their weights are computed from parameters, once: {_some(computed)}.")
+    if free := [layer.name for layer in model.activation_products if layer not in model.layers]:
+        lines.append(
+            f"{len(free)} products of two activations stay as they are unless an assignment names them: {_some(free)}."
         )
     biases = sum(each.reason == "bias" for each in model.others)
-    others = [(e.path, "x".join(map(str, e.shape)), e.owner, e.reason) for e in model.others if e.reason != "bias"]
     if biases:
         lines.append(f"{biases} biases of these layers stay as they are.")
+    others = [
+        (e.path, "x".join(map(str, e.shape)), f"{np.prod(e.shape) / max(every, 1):.1%}", e.owner, e.reason)
+        for e in model.others
+        if e.reason != "bias"
+    ]
     if others:
-        lines.append(f"{len(others)} other parameters stay as they are:")
-        lines += _text_table(("parameter", "shape", "owner", "why"), others)
+        lines.append(f"{len(others)} other parameters:")
+        lines += _text_table(("parameter", "shape", "share", "owner", "why"), others)
     return "\n".join(lines)
 
 
@@ -200,7 +368,7 @@ def check_batches(batches: Batches) -> Batches:
     """Batches, refused early if empty, ragged or not tuples of arrays.
 
     Raises:
-        ValueError: says which batch differs and in what.
+        ValueError: says which batch and input differ, in what, and what to do.
     """
     if not isinstance(batches, Sequence) or not batches:
         raise ValueError("Expected a non-empty sequence of batches, each a tuple of arrays.")
@@ -208,9 +376,25 @@ def check_batches(batches: Batches) -> Batches:
     for number, batch in enumerate(batches):
         if not isinstance(batch, tuple) or not batch:
             raise ValueError(f"Batch {number} is a {type(batch).__name__}: expected a tuple of arrays, (x,) for one.")
+        for position, each in enumerate(batch):
+            where = f"Batch {number}, input {position}"
+            if isinstance(each, Mapping | tuple | list) or not hasattr(each, "shape"):
+                raise ValueError(
+                    f"{where} is a {type(each).__name__}: scores take examples apart along the leading axis of arrays. Pass its "
+                    "arrays one by one: models.from_function(lambda params, a, b: …, params, a, b) puts them together."
+                )
+            if not np.shape(each):
+                raise ValueError(
+                    f"{where} is a scalar: a leading axis of examples is expected. Broadcast it (jnp.full((N,), value)), or make "
+                    "it a constant of the function."
+                )
         sizes = {np.shape(each)[:1] for each in batch}
-        if len(sizes) != 1 or sizes in ({()}, {(0,)}):
-            raise ValueError(f"Batch {number}: arrays of one equal, non-zero leading axis expected, found {sizes}.")
+        if len(sizes) != 1 or sizes == {(0,)}:
+            found = ", ".join(f"input {position}: {np.shape(each)}" for position, each in enumerate(batch))
+            raise ValueError(
+                f"Batch {number}: arrays of one equal, non-zero leading axis expected, found {found}. What is one example as a "
+                "whole (a graph) takes a leading axis of one."
+            )
         shapes.append(tuple(np.shape(each) for each in batch))
         if shapes[-1] != shapes[0]:
             raise ValueError(
@@ -224,8 +408,20 @@ def _check_module(module: Any, kind: type, expected: str, other: str) -> None:
     if not isinstance(module, kind):
         raise TypeError(
             f"Expected {expected}, found {type(module).__name__}. The other kind of Flax module goes through models.{other}; any "
-            "other JAX code has scores through sensitivity.from_loss, which needs no Flax."
+            "other JAX code through models.from_function(function, params, *example)."
         )
+
+
+def _check_keywords(example: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuses keyword arrays that have the examples' axis: they would stay whole where examples are taken apart."""
+    sizes = {np.shape(each)[0] for each in jax.tree.leaves(example) if np.shape(each)} - {1}
+    for name, value in kwargs.items():
+        shapes = [np.shape(each) for each in jax.tree.leaves(value) if hasattr(each, "shape")]
+        if name != "rngs" and any(shape and shape[0] in sizes for shape in shapes):
+            raise ValueError(
+                f"The keyword {name!r} holds an array of the examples' leading axis, {shapes[0]}: pass it as an input, "
+                f"models.from_function(lambda params, x, {name}: module.apply({{'params': params}}, x, {name}={name}), …)."
+            )
 
 
 def _check_inference(module: nnx.Module, example: tuple[Array, ...], kwargs: Mapping[str, Any]) -> None:
@@ -236,12 +432,12 @@ def _check_inference(module: nnx.Module, example: tuple[Array, ...], kwargs: Map
         return
 
     def call(both: Any, *inputs: Array) -> Any:
-        copy = nnx.merge(graphdef, *hooks.copied((*both, rest)))
+        copy = nnx.merge(graphdef, *_copied((*both, rest)))
         return copy(*inputs, **kwargs), jax.tree.leaves(nnx.state(copy, nnx.BatchStat))
 
     try:
         closed, (_, after) = jax.make_jaxpr(call, return_shape=True)((random, statistics), *example)
-    except Exception:  # the discovery explains it
+    except Exception:  # the tracing of the model explains it
         return
     outputs, count = closed.jaxpr.outvars, len(held[0])
     given = len(outputs) - len(after)  # by the model; the others are its statistics
@@ -260,182 +456,134 @@ def _check_inference(module: nnx.Module, example: tuple[Array, ...], kwargs: Map
 
 
 def _build(
-    run: Callable[[Params, tuple[Array, ...], Session], Any],
-    params: Params,
-    example: tuple[Array, ...],
+    function: Callable[..., Any], params: Params, example: Sequence[Any], modules: dict[str, str], root: str
 ) -> Model:
     if not example:
-        raise ValueError("Expected at least one example input after the module: layers are found by tracing it.")
-    dtypes = {path: leaf.dtype for path, leaf in _named_leaves(params)}
-    if not any(jnp.issubdtype(each, jnp.floating) for each in dtypes.values()):
-        found = f"only {', '.join(sorted({str(each) for each in dtypes.values()}))}" if dtypes else "none at all"
+        raise ValueError(
+            "Expected at least one example input after the module or params: the program is traced with it."
+        )
+    leaves = dict(named_leaves(params))
+    if len(leaves) != len(jax.tree.leaves(params)):
+        raise ValueError("Two parameters share one slash path (a key contains '/'): rename one of them.")
+    if wrong := [path for path, leaf in leaves.items() if not isinstance(leaf, _ARRAYS)]:
+        raise TypeError(f"Expected params of arrays, found {type(leaves[wrong[0]]).__name__} at {wrong[0]!r}.")
+    dtypes = {_dtype(leaf) for leaf in leaves.values()}
+    if not any(jax.dtypes.issubdtype(each, jnp.floating) for each in dtypes):
+        found = f"only {', '.join(sorted(map(str, dtypes)))}" if dtypes else "none at all"
         raise ValueError(f"Expected a model with float32 weights, found {found}: there is nothing to lower.")
-    discovery = Session(override=_identity, dtypes=dtypes)
-    try:
-        jax.eval_shape(lambda p, *x: run(p, x, discovery), params, *example)
-    except (flax.errors.FlaxError, TypeError, ValueError) as error:
-        raise ModelError(_explained(error, example)) from error
-    if discovery.foreign:
-        raise OverrideNotReached(
-            f"The weights of {len(discovery.foreign)} layers are not among the model's params: "
-            f"{', '.join(discovery.foreign[:5])}. They belong to a module applied inside this one: make it a submodule."
-        )
-    for name in _tables_used_otherwise(run, params, example, discovery):
-        discovery.closed[discovery.found.pop(name).kernel] = hooks.USED_OTHERWISE
-    if not discovery.found:
+    traced = Traced(function, params, modules=modules, root=root, count=len(example))
+    program = traced.program(example)
+    others = _others(program, leaves, modules)
+    left = [each for each in others if each.weight]
+    if not program.layers:
+        why = "".join(f" {each.path}: {each.reason}." for each in left[:5])
         raise ValueError(
-            "Found no layer that multiplies its own weights with its input and that the override can reach; modules seen: "
-            f"{sorted(set(discovery.owners.values()))}. Nothing here can be lowered."
+            "Found no layer that multiplies its own weights with activations"
+            + (f"; modules seen: {sorted(set(modules.values()))}." if modules else ".")
+            + f"{why} Nothing here can be lowered."
         )
-    if discovery.narrow:
-        raise ValueError(
-            f"Expected float32 layers, found {len(discovery.narrow)} that compute in other dtypes: "
-            f"{', '.join(discovery.narrow[:5])}. Build the module with dtype=float32 (or None) and float32 params and inputs; "
-            "mpjax.apply then lowers them."
-        )
-    layers, expected = _counted(run, params, example, discovery)
-
-    def call(call_params: Params, *inputs: Array, override: Override | None = None) -> Any:
-        session = Session(override=override or _identity, dtypes=dtypes, layers=layers)
-        outputs = run(call_params, inputs, session)
-        _check_reached(session, expected)
-        return outputs
-
-    others = _others(params, tuple(layers.values()), discovery)
-    missed = [each for each in others if len(each.shape) >= 2 and each.reason not in _EXPECTED]
-    if missed:
+    if left:
         warnings.warn(
-            f"{len(missed)} weights stay in float32, because the override does not reach their products: "
-            f"{'; '.join(f'{each.path} ({each.owner}: {each.reason})' for each in missed[:5])}{' …' if len(missed) > 5 else ''}.",
+            f"{len(left)} weights stay as they are: "
+            f"{'; '.join(f'{each.path} ({each.owner}: {each.reason})' for each in left[:5])}{' …' if len(left) > 5 else ''}.",
             stacklevel=3,
         )
-    return Model(params=params, layers=tuple(layers.values()), call=call, others=others)
+    every = program.layers
+
+    def call(params: Params, *inputs: Any, override: Override | None = None, layers: Sequence[Layer] = every) -> Any:
+        found = traced.program(inputs, params)
+        return running.run(found, params, inputs[: traced.count], override, {layer.name: layer for layer in layers})
+
+    return Model(
+        params=values(program, leaves),
+        layers=program.layers,
+        call=call,
+        others=others,
+        activation_products=program.activation_products,
+        traced=traced,
+    )
 
 
-_EXPECTED = (hooks.NO_PRODUCT, "bias")  # reasons that nobody needs to be warned of
-
-
-def _tables_used_otherwise(
-    run: Callable[[Params, tuple[Array, ...], Session], Any],
-    params: Params,
-    example: tuple[Array, ...],
-    discovery: Session,
-) -> list[str]:
-    """Embeddings whose tables the model also reads past its `__call__` and `attend`: without these two the outputs need them."""
-    tables = [layer for layer in discovery.found.values() if layer.kind == hooks.TABLE]
-    if not tables:
-        return []
-
-    def nothing(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
-        if layer not in tables:
-            return product(lhs, rhs)
-        out = jax.eval_shape(product, lhs, rhs)
-        return jnp.zeros(out.shape, out.dtype)
-
-    session = Session(override=nothing, dtypes=discovery.dtypes, layers=discovery.found)
-    closed = jax.make_jaxpr(lambda p, *x: run(p, x, session))(params, *example)
-    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    needed = {path for (path, _), each in zip(_named_leaves(params), used, strict=False) if each}
-    return [layer.name for layer in tables if layer.kernel in needed]
-
-
-def _counted(
-    run: Callable[[Params, tuple[Array, ...], Session], Any],
-    params: Params,
-    example: tuple[Array, ...],
-    discovery: Session,
-) -> tuple[dict[str, Layer], Mapping[str, int]]:
-    """The layers with their whole kernels (under a scan a product sees a slice), runs and FLOPs; and how often each is traced."""
-    traced: list[tuple[str, int, int]] = []  # layer, size of its input, FLOPs of one run
-
-    def mark(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
-        out = product(checkpoint_name(lhs, f"{INPUT}{len(traced)}"), rhs)
-        traced.append((layer.name, max(lhs.size, 1), flops_of(product, lhs, rhs, out)))
-        return out
-
-    session = Session(override=mark, dtypes=discovery.dtypes, layers=discovery.found)
-    closed = jax.make_jaxpr(lambda p, *x: run(p, x, session))(params, *example)
-    _check_reached(session, {name: 1 for name in discovery.found})  # an inner trace that was cached is skipped now
-    runs: Counter[int] = Counter()
-    count(closed.jaxpr, 1, [size for _, size, _ in traced], runs)
-    calls, flops = Counter[str](), Counter[str]()
-    for number, (name, _, each) in enumerate(traced):
-        calls[name] += runs[number]
-        flops[name] += runs[number] * each
-    leaves, examples = dict(_named_leaves(params)), max(np.shape(example[0])[:1] or (1,))
-    return {
-        name: replace(
-            layer,
-            kernel_shape=tuple(leaves[layer.kernel].shape),
-            summed=_of_stack(layer, leaves[layer.kernel].shape),
-            calls=calls[name],
-            flops=flops[name] // max(examples, 1),
+def _others(program: Program, leaves: Mapping[str, Any], modules: Mapping[str, str]) -> tuple[OtherParameter, ...]:
+    """The parameters that are no layer's weight, and why."""
+    layers = {layer.kernel for layer in program.layers}
+    weights = {weight.name: weight for weight in program.weights}
+    folds: dict[str, list[str]] = {}
+    for weight in program.weights:
+        if weight.folded:
+            for path in weight.value.sources:
+                folds.setdefault(path, []).append(weight.layer or weight.name)
+    found = []
+    for path, leaf in leaves.items():
+        whole = weights.get(path)
+        if whole is not None and not whole.folded and path in layers:
+            continue
+        last, shape = path.rpartition("/")[2], tuple(np.shape(leaf))
+        matrix, reason = False, _NO_PRODUCT
+        left = [each for each in program.weights if path in each.value.sources and each.reason]
+        if left:
+            matrix, reason = True, left[0].reason
+        elif whole is not None and not whole.folded:
+            opaque = sorted(whole.taken_by - _PLAIN)
+            matrix = bool(opaque) and sum(size > 1 for size in shape) > 1 and last not in ("scale", "bias")
+            reason = f"taken by {', '.join(opaque)}, which is no product" if matrix else reason
+            reason = "bias" if reason == _NO_PRODUCT and last in ("bias", "b") else reason
+        elif path in folds:
+            reason = f"computed into {', '.join(dict.fromkeys(folds[path]))}"
+        elif path not in program.used:
+            reason = _UNUSED
+        owner = modules.get(path.rpartition("/")[0], "")
+        found.append(
+            OtherParameter(
+                path=path,
+                shape=shape,
+                owner=owner,
+                reason=reason,
+                weight=matrix,
+                folded=path in folds and (whole is None or whole.folded),
+            )
         )
-        for name, layer in discovery.found.items()
-    }, session.reached
+    for shape in dict.fromkeys(program.constants):
+        found.append(
+            OtherParameter(path="(constant)", shape=shape, owner="", reason="held constant: it is not among the params")
+        )
+    return tuple(found)
 
 
-def _of_stack(layer: Layer, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The summed axes in the whole kernel, which a scan slices along its first axes; None where it slices others."""
-    before = len(shape) - len(layer.kernel_shape)
-    if layer.summed is None or tuple(shape[before:]) != layer.kernel_shape:
-        return None
-    return tuple(axis + before for axis in layer.summed)
-
-
-def _explained(error: Exception, example: tuple[Array, ...]) -> str:
+def _explained(error: Exception, example: Sequence[Any]) -> str:
     """Why a module cannot be called with these inputs, and what to do."""
     said = str(error).strip().splitlines()
     words = said[0] if said else type(error).__name__
-    shapes = ", ".join(f"{np.shape(each)} {jnp.result_type(each)}" for each in example)
-    hint = "Pass the inputs and keyword arguments with which module.apply works"
+    shapes = ", ".join(f"{np.shape(each)} {_dtype(each)}" for each in jax.tree.leaves(tuple(example)))
+    hint = "Pass the inputs and keyword arguments with which the model can be called"
     if "rng" in words.lower():
         hint = (
             "It asks for random numbers: turn them off (deterministic=True, train=False), or pass rngs={'dropout': key}"
         )
     elif "mutable" in words.lower() or "modify" in words.lower():
         hint = "It writes to a collection: run it as for inference (train=False, use_running_average=True)"
-    return f"The module cannot be called with ({shapes}): {words} {hint}."
+    return f"The model cannot be called with ({shapes}): {words} {hint}."
 
 
-def _check_reached(session: Session, expected: Mapping[str, int]) -> None:
-    layers = session.layers or {}
-    missed = [name for name in layers if session.reached[name] < expected[name]]
-    if missed:
-        raise OverrideNotReached(
-            f"The override did not reach the product of {len(missed)} of {len(layers)} layers: "
-            f"{', '.join(missed[:5])}{' …' if len(missed) > 5 else ''}. An inner function that was jitted and traced before "
-            "does this: take inner jax.jit out of the model, and jit the whole instead."
-        )
+def spec(leaf: Any) -> jax.ShapeDtypeStruct:
+    """Of an input; a Python number leaves the dtype to what it meets."""
+    weak = isinstance(leaf, bool | int | float | complex) or getattr(leaf, "weak_type", False)
+    return jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf), weak_type=weak)
 
 
-def _others(params: Params, layers: Iterable[Layer], discovery: Session) -> tuple[OtherParameter, ...]:
-    kernels = {layer.kernel for layer in layers}
-    biases = {layer.bias for layer in layers} | {f"{each.rpartition('/')[0]}/bias" for each in kernels}
-    found = []
-    for path, leaf in _named_leaves(params):
-        if path in kernels:
-            continue
-        module = path.rpartition("/")[0]
-        owner = discovery.owners.get(module, "")
-        if path in biases:
-            reason = "bias"
-        elif path in discovery.closed or module in discovery.closed:
-            reason = discovery.closed.get(path) or discovery.closed[module]
-        else:
-            vector = np.ndim(leaf) < 2 or path.rpartition("/")[2] in ("scale", "bias")  # of a norm, maybe scanned
-            reason = hooks.NO_PRODUCT if vector else hooks.NOT_REACHED
-        found.append(OtherParameter(path=path, shape=tuple(np.shape(leaf)), owner=owner, reason=reason))
-    return tuple(found)
+def _dtype(leaf: Any) -> Any:
+    """A leaf's dtype as jax has it."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return dtype if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(dtype)
 
 
-def _named_leaves(params: Params) -> list[tuple[str, Array]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return [(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf) for keys, leaf in leaves]
+def _is_folded(layer: Layer, others: Sequence[OtherParameter]) -> bool:
+    """Whether a layer's weight is computed: its sources are then no weights themselves."""
+    return bool(layer.kernel) and (layer.sources != (layer.kernel,) or any(e.path == layer.kernel for e in others))
 
 
-def _identity(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
-    return product(lhs, rhs)
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
 
 
 def _text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -19,9 +19,10 @@ import numpy as np
 from jax import lax
 
 from mpjax import grams, losses, partition
-from mpjax.gradients import matrix_gradients
+from mpjax.emulate import in_format
+from mpjax.gradients import scored
 from mpjax.ledger import Ledger
-from mpjax.losses import Loss, flat
+from mpjax.losses import Loss, flat, inexact, with_inexact
 from mpjax.models import Array, Batches, Model, Params
 from mpjax.rounding_scores import half_hessian, output_size
 from mpjax.scores import Key, Rounding, Timed, examples_in
@@ -67,17 +68,20 @@ def probe(
     def of_example(params: Params, deltas: Sequence[dict[str, Array]], key: Key, example: Sequence[Array]) -> Array:
         inputs, targets = loss.split(tuple(each[None] for each in example))
         values = partition.select_all(params, blocks)
-        outputs, pull = jax.vjp(
-            lambda v: model.call(partition.replace(params, v), *inputs, override=matrix_gradients), values
-        )
+
+        def differentiated(v: dict[str, Array]) -> tuple[list[Array], losses.Outputs]:
+            found = model.call(partition.replace(params, v), *inputs, override=scored)
+            return inexact(found), found
+
+        parts, pull, outputs = jax.vjp(differentiated, values, has_aux=True)
 
         def one(number: Array) -> Array:
             if num_probes is None:
                 reference = lax.stop_gradient(outputs)
-                u = jax.grad(lambda o: jnp.sum(loss.value(o, reference, *targets)))(outputs)
+                u = jax.grad(lambda o: jnp.sum(loss.value(with_inexact(outputs, o), reference, *targets)))(parts)
             else:
                 assert loss.cotangents is not None
-                u = loss.cotangents(jax.random.fold_in(key, number), outputs, *targets)
+                u = inexact(loss.cotangents(jax.random.fold_in(key, number), outputs, *targets))
             return reduced(pull(u)[0], deltas)
 
         return jax.vmap(one)(jnp.arange(count))
@@ -110,14 +114,19 @@ def gauss_newton_products(
     def of_batch(params: Params, delta: dict[str, Array], *batch: Array) -> Array:  # -> (L,)
         inputs, targets = loss.split(batch)
         values = partition.select_all(params, model.partition)
-        outputs, tangent_of = jax.linearize(lambda v: model.call(partition.replace(params, v), *inputs), values)
-        reference = lax.stop_gradient(outputs)
-        slope = jax.grad(lambda o: jnp.sum(loss.value(o, reference, *targets)))
+
+        def differentiated(v: dict[str, Array]) -> tuple[list[Array], losses.Outputs]:
+            found = model.call(partition.replace(params, v), *inputs, override=in_format({}))
+            return inexact(found), found
+
+        outputs, tangent_of, whole = jax.linearize(differentiated, values, has_aux=True)
+        reference = lax.stop_gradient(with_inexact(whole, outputs))
+        slope = jax.grad(lambda o: jnp.sum(loss.value(with_inexact(whole, o), reference, *targets)))
 
         def score(number: Array) -> Array:
             change = tangent_of(partition.only(model.partition, number, delta))
             curved = jax.jvp(slope, (outputs,), (change,))[1]
-            return 0.5 * jnp.sum(flat(change) * flat(curved))
+            return 0.5 * jnp.stack([jnp.sum((a * b).real) for a, b in zip(change, curved, strict=True)]).sum()
 
         return lax.map(score, jnp.arange(len(model.partition)))
 
@@ -180,7 +189,7 @@ def spectra(
 
     def rows(params: Params, *example: Array) -> Array:
         inputs, targets = loss.split(tuple(each[None] for each in example))
-        outputs = model.call(params, *inputs, override=matrix_gradients)
+        outputs = model.call(params, *inputs, override=scored)
         joined = flat(outputs)[0]
         if loss is losses.OUTPUT:
             return joined

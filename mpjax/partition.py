@@ -25,11 +25,13 @@ class Block:
         name: unique within its partition.
         paths: slash paths of its leaves, at least one.
         summed: axes of its weights that the layer sums over, for formats with a scale per output channel; None: not known.
+        stacked: axes along which its weights are a stack of separate ones, each with scales of its own.
     """
 
     name: str
     paths: tuple[str, ...]
     summed: tuple[int, ...] | None = None
+    stacked: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.paths or len(set(self.paths)) != len(self.paths):

@@ -42,7 +42,6 @@ class Plan:
         seeds: of what was random.
         versions: of Python, jax and the other packages.
         data: `digest` of the data that the search measured on, for the reader to compare.
-        attention: dtype of the operands of products without weights, as `apply` takes it.
         lowering, activations, options: layer -> way, dtype that lowered layers hand on, and compiler options, as `autotune`
             found them on the machine in `versions`; no ways where nothing was timed.
     """
@@ -58,7 +57,6 @@ class Plan:
     data: str = ""
     lowering: Mapping[str, str] = field(default_factory=dict)
     activations: str = "float32"
-    attention: str = "float32"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def for_model(self, layers: Iterable[str]) -> Assignment:
@@ -143,7 +141,7 @@ def digest(*arrays: ArrayLike) -> str:
 
 _KINDS: dict[str, Any] = {
     **dict.fromkeys(("calibration", "scores", "metric", "seeds", "versions", "lowering", "options"), dict),
-    **dict.fromkeys(("estimator", "strategy", "data", "activations", "attention"), str),
+    **dict.fromkeys(("estimator", "strategy", "data", "activations"), str),
 }
 
 

@@ -1,73 +1,116 @@
-"""A layer's product, as an override sees it: what is multiplied, by which function, and what belongs to it."""
+"""A product of the traced program, as an override sees it, and the layer that it belongs to."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mpjax.partition import Block
 
 Array = jax.Array
 Params = Any
-Override = Callable[["Layer", "Product", Array, Array], Array]
+Override = Callable[["Layer", "Product", Array, Any], Array]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A module that multiplies its own weights with its input.
+    """One weight, and the products that multiply it with activations; or one product of two activations.
 
-    `name`: slash path. `kernel`, `bias`: slash paths in the model's params. Shapes are those of the example
-    inputs, `flops` are per example (first axis) and over all `calls` (runs of the product), two per multiply-add. `summed`: axes
-    of the kernel that the product sums over, which share a scale; None: not known, one scale for all.
+    Attributes:
+        name: slash path of the weight, without a trailing `kernel`, `embedding`, `w` or `weight`.
+        kind: of its first product, "dot", "conv", "ragged" or "lookup".
+        module: class of the module that owns the weight; "" where it is not known.
+        kernel: path of the weight in the model's params; "" for a product of two activations.
+        sources: paths of the user's parameters that the weight is computed from.
+        kernel_shape, input_shape, output_shape: of the weight, and of the operands and output of the first product.
+        groups: feature groups of a convolution.
+        calls: how often its products run: under a scan its length times; in a `cond` as if the dearest branch were taken, in a
+            `while_loop` as if it turned once.
+        flops: per example (first axis) and over all calls, two per multiply-add.
+        summed: axes of the weight that the product sums over, which share a scale; None: not known, one scale for all.
+        stacked: axes along which the weight is a stack of separate weights (scanned, mapped, or taken one by one): in every
+            format each has a scale of its own.
+        levels: how many leading axes are consumed by scans, so that a product sees a slice.
     """
 
     name: str
     kind: str
-    kernel: str
-    bias: str | None
-    kernel_shape: tuple[int, ...]
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    groups: int
-    calls: int
-    flops: int
+    module: str = ""
+    kernel: str = ""
+    sources: tuple[str, ...] = ()
+    kernel_shape: tuple[int, ...] = ()
+    input_shape: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+    groups: int = 1
+    calls: int = 1
+    flops: int = 0
     summed: tuple[int, ...] | None = None
+    stacked: tuple[int, ...] = ()
+    levels: int = 0
 
     @property
     def block(self) -> Block:
         """The parameters that a format lowers."""
-        return Block(name=self.name, paths=(self.kernel,), summed=self.summed)
+        return Block(name=self.name, paths=(self.kernel,), summed=self.summed, stacked=self.stacked)
 
     @property
     def weights(self) -> int:
         """Number of weights in the kernel."""
-        return int(np.prod(self.kernel_shape))
+        return int(np.prod(self.kernel_shape)) if self.kernel else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class OtherParameter:
-    """A parameter that no format lowers, and why."""
+    """A parameter that no format lowers, and why.
+
+    `weight`: products take it, but they cannot be lowered. `folded`: it is in the program only through what was computed from it.
+    """
 
     path: str
     shape: tuple[int, ...]
     owner: str
     reason: str
+    weight: bool = False
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Move:
+    """A step between a stored weight and the operand of its product, which computes nothing: transpose, slice, reshape, …
+
+    `operands`: how many of the product's run-time `operands` it takes (the position of a dynamic slice).
+    """
+
+    primitive: Any
+    params: Mapping[str, Any]
+    operands: int = 0
+
+    def __repr__(self) -> str:
+        return f"{self.primitive.name}({', '.join(f'{k}={v}' for k, v in self.params.items())})"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Product:
-    """One dot, convolution or lookup, and the bias added to it.
+    """One dot, convolution, ragged dot or lookup of the program; bias is no part of it.
 
-    `kind`: "dot" | "conv" | "lookup". For a dot only `dimension_numbers` and `precision` say something; for a lookup, whose
-    `lhs` are row numbers and whose `rhs` is the table, nothing does. `function` is the module's own hook, or the plain lax
-    function; `extra` what else Flax hands to it (`preferred_element_type`, say).
+    Attributes:
+        kind: "dot" | "conv" | "ragged" | "lookup". For a lookup, `lhs` are the indices and `rhs` is the table.
+        function: what multiplies, called as lax's own of that kind.
+        dimension_numbers: of lax; for a dot with the activations first, whatever the program's order.
+        weights_first: the program multiplies weights by activations, and its output has the weights' axes first.
+        view: what the program does to the weight before it multiplies it.
+        operands: run-time values that belong to the product: positions of dynamic slices in `view`, sizes of ragged groups.
+        extra: more arguments of `function`.
+        weighted: whether the second operand is a weight, and not a second activation.
+        dtype: in which the program has the weight operand; None: as it is.
+        shared: (summed, stacked) of the weight, as `Layer` says, without the axes that scans consume; None: the product's own.
     """
 
     kind: str
@@ -79,33 +122,72 @@ class Product:
     lhs_dilation: tuple[int, ...] = ()
     rhs_dilation: tuple[int, ...] = ()
     feature_group_count: int = 1
-    bias: Array | None = None
+    batch_group_count: int = 1
+    weights_first: bool = False
+    weighted: bool = True
+    dtype: Any = None
+    view: tuple[Move, ...] = ()
+    operands: tuple[Any, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
-    channels: bool = True  # whether the weights keep their axes, so that each output channel can have a scale
+    shared: tuple[tuple[int, ...] | None, tuple[int, ...]] | None = None
 
     @property
     def summed(self) -> tuple[int, ...] | None:
-        """Axes of the weights that the product sums over; None where they are not known."""
-        return summed_axes(self) if self.channels else None
+        """Axes of the weight that the product sums over; None where they are not known."""
+        return self.shared[0] if self.shared is not None else operand_summed(self)
+
+    @property
+    def stacked(self) -> tuple[int, ...]:
+        """Axes of the weight along which it is a stack of weights."""
+        return self.shared[1] if self.shared is not None else operand_stacked(self)
+
+    @property
+    def bare(self) -> Product:
+        """The product of an operand that `viewed` has given."""
+        return replace(self, view=(), operands=self._own_operands, shared=None)
+
+    @property
+    def _own_operands(self) -> tuple[Any, ...]:
+        return self.operands[sum(move.operands for move in self.view) :]
+
+    def viewed(self, weights: Array) -> Array:
+        """The weight as the product takes it: transposed, sliced, reshaped."""
+        rest = list(self.operands)
+        for move in self.view:
+            taken, rest = rest[: move.operands], rest[move.operands :]
+            params = move.params
+            if move.primitive.name == "gather" and params["fill_value"] is not None:  # of the weight's dtype, as stored
+                params = {**params, "fill_value": None}
+            weights = move.primitive.bind(weights, *taken, **params)
+        return weights
 
     def __call__(self, lhs: Array, rhs: Array) -> Array:
-        """The product as the model computes it, bias included."""
-        return self.add_bias(self.multiply(lhs, rhs))
+        """The product as the program computes it, from activations and the (whole) weight."""
+        return self.multiply(lhs, rhs)
 
     def multiply(self, lhs: Array, rhs: Array, *, accumulate: str | None = None) -> Array:
-        """The product without bias.
-
-        `accumulate`: dtype of accumulation and result where the operands are narrower (`preferred_element_type`). A
-        hook that has no such argument gets its operands converted up first: the result is the same.
-        """
+        """The same; `accumulate`: dtype of accumulation and result where the operands are narrower."""
+        rhs = self.viewed(rhs)
         if self.kind == "lookup":
-            rows = self.function(lhs, rhs)
+            rows = self.function(rhs, lhs, self.dimension_numbers, **self._lookup_extra(rhs))
             return rows if accumulate is None else rows.astype(accumulate)
-        if accumulate is not None and not _takes_preferred_type(self.function):
-            lhs, rhs, accumulate = lhs.astype(accumulate), rhs.astype(accumulate), None
-        extra = dict(self.extra) if accumulate is None else {"preferred_element_type": jnp.dtype(accumulate)}
+        if accumulate is None and self.dtype is not None and rhs.dtype.itemsize < self.dtype.itemsize:
+            rhs = rhs.astype(self.dtype)  # narrower as it is stored, or as a format rounds it
+        extra = dict(self.extra)
+        if accumulate is not None:
+            extra["preferred_element_type"] = jnp.dtype(accumulate)
+        if self.kind == "ragged":
+            return self.function(lhs, rhs, *self._own_operands, self.dimension_numbers, self.precision, **extra)
         if self.kind == "dot":
-            return self.function(lhs, rhs, self.dimension_numbers, precision=self.precision, **extra)
+            if not self.weights_first:
+                return self.function(lhs, rhs, self.dimension_numbers, precision=self.precision, **extra)
+            # Narrow operands the usual way round: XLA:CPU (jaxlib 0.10.2) cannot run some of their batched products.
+            if self.function is not lax.dot_general or lhs.dtype.itemsize < 4:
+                out = self.function(lhs, rhs, self.dimension_numbers, precision=self.precision, **extra)
+                return self.in_program_order(out, rhs.ndim)
+            (contract, over), (batch, batch_rhs) = self.dimension_numbers
+            numbers = ((over, contract), (batch_rhs, batch))
+            return self.function(rhs, lhs, numbers, precision=self.precision, **extra)
         return self.function(
             lhs,
             rhs,
@@ -115,26 +197,33 @@ class Product:
             rhs_dilation=self.rhs_dilation,
             dimension_numbers=self.dimension_numbers,
             feature_group_count=self.feature_group_count,
+            batch_group_count=self.batch_group_count,
             precision=self.precision,
             **extra,
         )
 
-    def add_bias(self, out: Array) -> Array:
-        """`out` plus the bias, added in the dtype of `out`."""
-        if self.bias is None:
+    def in_program_order(self, out: Array, rank: int) -> Array:
+        """The output of a dot with the activations first, as the program has it; `rank`: of the weight operand."""
+        if not self.weights_first:
             return out
-        bias = self.bias.astype(out.dtype)
-        return out + bias.reshape((1,) * (out.ndim - bias.ndim) + bias.shape)
+        (_, over), (batch, _) = self.dimension_numbers
+        free = rank - len(over) - len(batch)
+        first = out.ndim - free
+        return out.transpose(*range(len(batch)), *range(first, out.ndim), *range(len(batch), first))
+
+    def _lookup_extra(self, table: Array) -> dict[str, Any]:
+        """A gather's arguments; what fills rows outside of the table is a number of the table's dtype."""
+        extra = dict(self.extra)
+        if not jnp.issubdtype(table.dtype, jnp.floating):
+            extra["fill_value"] = None
+        return extra
 
 
 def flops(product: Product, lhs: Any, rhs: Any, out: Any) -> int:
-    """Two per multiply-add, for operands of these shapes; zeros that a transposed convolution puts in between count."""
+    """Two per multiply-add, for operands of these shapes (`rhs` viewed); zeros that a transposed convolution inserts count."""
     if product.kind == "lookup":
         return 0
-    if product.kind == "dot":
-        (contract, _), _ = product.dimension_numbers
-        return 2 * math.prod(out.shape) * math.prod(lhs.shape[axis] for axis in contract)
-    return 2 * math.prod(out.shape) * math.prod(rhs.shape[axis] for axis in summed_axes(product))
+    return 2 * math.prod(out.shape) * math.prod(rhs.shape[axis] for axis in operand_summed(product))
 
 
 def row_count(lhs: Any, contract: Sequence[int]) -> int:
@@ -142,23 +231,31 @@ def row_count(lhs: Any, contract: Sequence[int]) -> int:
     return math.prod(size for axis, size in enumerate(lhs.shape) if axis not in contract)
 
 
-def summed_axes(product: Product) -> tuple[int, ...]:
-    """Axes of `rhs` that the product sums over; of a table, the axis along a row."""
+def operand_summed(product: Product) -> tuple[int, ...]:
+    """Axes of the viewed weight that the product sums over; of a table, those along a row."""
+    numbers = product.dimension_numbers
     if product.kind == "lookup":
-        return (1,)
+        return tuple(axis for axis, size in enumerate(product.extra["slice_sizes"]) if size > 1)
+    if product.kind == "ragged":
+        (_, over), _ = numbers.dot_dimension_numbers
+        return tuple(over)
     if product.kind == "dot":
-        (_, contract), _ = product.dimension_numbers
-        return tuple(contract)
-    numbers, rank = product.dimension_numbers, len(product.window_strides) + 2
-    features = numbers.rhs_spec[0] if isinstance(numbers, jax.lax.ConvDimensionNumbers) else numbers[1].index("O")
+        (_, over), _ = numbers
+        return tuple(over)
+    rank = len(product.window_strides) + 2
+    features = numbers.rhs_spec[0] if isinstance(numbers, lax.ConvDimensionNumbers) else numbers[1].index("O")
     return tuple(axis for axis in range(rank) if axis != features)
 
 
-def _takes_preferred_type(function: Callable[..., Any]) -> bool:
-    if function in (jax.lax.dot_general, jax.lax.conv_general_dilated):
-        return True
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return False
-    return "preferred_element_type" in parameters
+def operand_stacked(product: Product) -> tuple[int, ...]:
+    """Axes of the viewed weight along which the product has one weight each: batch axes, ragged groups."""
+    numbers = product.dimension_numbers
+    if product.kind == "lookup":
+        return tuple(numbers.operand_batching_dims)
+    if product.kind == "ragged":
+        _, (_, batch) = numbers.dot_dimension_numbers
+        return (*numbers.rhs_group_dimensions, *batch)
+    if product.kind == "dot":
+        _, (_, batch) = numbers
+        return tuple(batch)
+    return ()

@@ -16,10 +16,12 @@ import numpy as np
 from jax import lax
 
 from mpjax import losses
-from mpjax.emulate import Calibration, calibrate, choose, product_in
+from mpjax.arithmetic import Calibration, emulated, ranges_of
+from mpjax.emulate import calibrate, choose
 from mpjax.formats import Format
 from mpjax.ledger import Ledger
-from mpjax.losses import Loss, flat
+from mpjax.losses import Loss, flat, inexact, with_inexact
+from mpjax.lowering import suited
 from mpjax.models import Array, Batches, Layer, Model, Override, Params, Product
 from mpjax.scores import (
     Key,
@@ -28,6 +30,8 @@ from mpjax.scores import (
     Timed,
     all_finite,
     examples_in,
+    for_layers,
+    in_range,
     make_scores,
     overflows,
     prepare,
@@ -83,7 +87,7 @@ def local_rounding(
             overflowed=overflows(value, low, finite=all_finite(model.params, batches)),
         )
 
-    return scorer
+    return in_range(scorer, loss)
 
 
 def measured(*, loss: Loss = losses.OUTPUT, calibration: Calibration | None = None) -> Scorer:
@@ -140,7 +144,7 @@ def measured(*, loss: Loss = losses.OUTPUT, calibration: Calibration | None = No
             overflowed=overflows(value, low, finite=all_finite(model.params, batches)),
         )
 
-    return scorer
+    return in_range(scorer, loss)
 
 
 def rounding_norm() -> Scorer:
@@ -150,7 +154,9 @@ def rounding_norm() -> Scorer:
         del key
         low = prepare(batches, formats, losses.OUTPUT)
         rounding = rounding_of(model.params, model.partition, low)
-        return _baseline("rounding_norm", model, low, rounding.squares, rounding.unchanged, rounding.overflowed)
+        weights = replace(model, layers=tuple(layer for layer in model.layers if layer.kernel))
+        found = _baseline("rounding_norm", weights, low, rounding.squares, rounding.unchanged, rounding.overflowed)
+        return for_layers(found, model.names)
 
     return scorer
 
@@ -217,15 +223,16 @@ def tap_samples(
 ) -> Iterator[np.ndarray]:
     """Per batch (N, P, L, F) float64: s = uᵀ (∂f/∂a) δa of each example, probe, layer and format."""
     shape = (len(model.layers), len(formats))
-    dtype = jnp.result_type(*jax.tree.leaves(model.params))
+    dtype = jnp.result_type(*inexact(model.params))
 
     def of_example(params: Params, probe_key: Key, *example: Array) -> Array:  # -> (P, L, F)
         inputs, targets = loss.split(tuple(each[None] for each in example))
 
-        def tapped(taps: Array) -> losses.Outputs:
-            return model.call(params, *inputs, override=_taps(taps, model.names, formats, calibration))
+        def tapped(taps: Array) -> tuple[list[Array], losses.Outputs]:
+            outputs = model.call(params, *inputs, override=_taps(taps, model.names, formats, calibration))
+            return inexact(outputs), outputs
 
-        outputs, pull = jax.vjp(tapped, jnp.zeros(shape, dtype))
+        _, pull, outputs = jax.vjp(tapped, jnp.zeros(shape, dtype), has_aux=True)
         if num_probes is None:
             cotangents = half_hessian(loss, outputs, targets)
         else:
@@ -234,7 +241,7 @@ def tap_samples(
             cotangents = jax.vmap(lambda n: draw(jax.random.fold_in(probe_key, n), outputs, *targets))(
                 jnp.arange(num_probes)
             )
-        return jax.vmap(lambda u: pull(u)[0])(cotangents)
+        return jax.vmap(lambda u: pull(inexact(u))[0])(cotangents)
 
     def of_batch(params: Params, batch_key: Key, *batch: Array) -> Array:
         keys = jax.random.split(batch_key, batch[0].shape[0])
@@ -262,26 +269,27 @@ def half_hessian(loss: Loss, outputs: losses.Outputs, targets: Sequence[Array]) 
     H is the Hessian of the loss with respect to the outputs at outputs = reference; what is negative in it (a loss that is
     not convex in its outputs) counts as 0. The identity for the output loss. Memory: K × K.
     """
-    leaves, structure = jax.tree.flatten(outputs)
-    sizes = [leaf.size for leaf in leaves]
-    count = sum(sizes)
+    joined = flat(outputs)[0]
+    count, parts = joined.size, inexact(outputs)
+    # A vector of K numbers as outputs: the transpose of taking them apart, which is linear.
+    transposed = jax.linear_transpose(lambda each: flat(with_inexact(outputs, each))[0], parts)
 
     def shaped(vector: Array) -> losses.Outputs:
-        parts, start = [], 0
-        for leaf, size in zip(leaves, sizes, strict=True):
-            parts.append(vector[start : start + size].reshape(leaf.shape).astype(leaf.dtype))
-            start += size
-        return jax.tree.unflatten(structure, parts)
+        return with_inexact(outputs, transposed(vector)[0])
 
-    joined = flat(outputs)[0]
     if loss is losses.OUTPUT:
         rows = jnp.eye(count, dtype=joined.dtype)
     else:
         reference = lax.stop_gradient(outputs)
-        hessian = jax.hessian(lambda o: jnp.sum(loss.value(shaped(o), reference, *targets)))(joined)
+        hessian = jax.hessian(lambda o: jnp.sum(loss.value(conjugated(shaped(o)), reference, *targets)))(joined)
         values, vectors = jnp.linalg.eigh((hessian + hessian.T) / 2)
         rows = jnp.sqrt(jnp.maximum(values, 0))[:, None] * vectors.T
     return jax.vmap(shaped)(rows)
+
+
+def conjugated(outputs: losses.Outputs) -> losses.Outputs:
+    """Complex leaves conjugated: a cotangent of an imaginary part is its conjugate."""
+    return jax.tree.map(lambda leaf: leaf.conj() if jnp.iscomplexobj(leaf) else leaf, outputs)
 
 
 def output_size(model: Model, batches: Batches, loss: Loss) -> int:
@@ -302,26 +310,34 @@ def _taps(taps: Array, layers: Sequence[str], formats: Sequence[Format], calibra
     position = {name: number for number, name in enumerate(layers)}
 
     def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
-        amax = None if calibration is None else calibration[layer.name]
+        ranges = ranges_of(calibration, layer)
 
         @jax.custom_vjp
-        def tapped(row: Array, x: Array, w: Array, bias: Array | None) -> Array:
-            return replace(product, bias=bias)(x, w)
+        def tapped(row: Array, x: Array, w: Array, operands: tuple) -> Array:
+            whole = replace(product, operands=operands)
+            return suited(whole, x, w)(x, w)
 
-        def forward(row: Array, x: Array, w: Array, bias: Array | None) -> tuple[Array, tuple]:
-            return tapped(row, x, w, bias), (x, w, bias)
+        def forward(row: Array, x: Array, w: Array, operands: tuple) -> tuple[Array, tuple]:
+            return tapped(row, x, w, operands), (x, w, operands)
 
         def backward(kept: tuple, cotangent: Array) -> tuple:
-            x, w, bias = kept
-            whole = replace(product, bias=bias)
-            lookup = product.kind == "lookup"  # of row numbers, which have no derivative
-            exact, pull = (whole(x, w), lambda _: (None,)) if lookup else jax.vjp(lambda each: whole(each, w), x)
-            errors = [product_in(fmt, whole, x, w, amax=amax).astype(exact.dtype) - exact for fmt in formats]
+            x, w, operands = kept
+            whole = replace(product, operands=operands)
+            fast = suited(whole, x, w)
+            if product.kind == "lookup":  # of row numbers, which have no derivative
+                exact, back = fast(x, w), (None, jnp.zeros_like(w))
+            elif product.weighted:
+                exact, pull = jax.vjp(lambda each: fast(each, w), x)
+                back = (*pull(cotangent), jnp.zeros_like(w))
+            else:
+                exact, pull = jax.vjp(fast, x, w)
+                back = pull(cotangent)
+            errors = [emulated(fmt, whole, x, w, ranges=ranges).astype(exact.dtype) - exact for fmt in formats]
             row = jnp.stack([jnp.sum(cotangent * error) for error in errors])
-            return row, pull(cotangent)[0], jnp.zeros_like(w), None if bias is None else jnp.zeros_like(bias)
+            return row, *back, None
 
         tapped.defvjp(forward, backward)
-        return tapped(taps[position[layer.name]], lhs, rhs, product.bias)
+        return tapped(taps[position[layer.name]], lhs, rhs, product.operands)
 
     return override
 

@@ -6,10 +6,11 @@ that format. A score of kind "ranking" only orders layers.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,8 +20,8 @@ import numpy as np
 
 from mpjax.formats import FLOAT32, Format, parse_all
 from mpjax.ledger import Ledger
-from mpjax.losses import Loss
-from mpjax.models import Array, Batches, Model, Params, check_batches
+from mpjax.losses import OUTPUT, Loss, flat, inexact, with_inexact
+from mpjax.models import Array, Batches, Model, Params, check_batches, with_output
 from mpjax.partition import Partition, select_all
 from mpjax.quantized import round_weights
 
@@ -147,7 +148,7 @@ class Timed:
             key = (jax.tree.structure(args), tuple(map(str, jax.tree.leaves(shapes, is_leaf=_is_shape))))
             start = time.perf_counter()
             if key not in programs:
-                programs[key] = jitted.lower(*args).compile()
+                programs[key] = _lowered(jitted, args).compile()
                 self.compilations += 1
                 self.compile_seconds += time.perf_counter() - start
                 self.peak_mb = max(self.peak_mb, _peak_mb(programs[key]))
@@ -157,6 +158,24 @@ class Timed:
             return out
 
         return run
+
+
+def _lowered(jitted: Any, args: Sequence[Any]) -> Any:
+    """The program, or why there is none for what the model contains."""
+    try:
+        return jitted.lower(*args)
+    except (TypeError, ValueError) as error:
+        if "custom_vjp" in str(error):
+            raise ValueError(
+                "The model contains a custom_vjp function, which has no forward-mode derivative (jvp): this score needs one. Use "
+                "quadratic(hessian='true'), gauss_newton() or local_rounding()."
+            ) from error
+        if "Reverse-mode differentiation does not work for lax.while_loop" in str(error):
+            raise ValueError(
+                "The model contains a while_loop, which has no reverse-mode derivative: this score needs one. Use measured() or "
+                "quadratic(), or write the loop as a scan."
+            ) from error
+        raise
 
 
 def _is_shape(node: Any) -> bool:
@@ -206,10 +225,13 @@ def rounding_of(params: Params, blocks: Partition, formats: Sequence[Format], ti
     """The rounding errors of every block's weights in every format (with scales where a format has them: `quantized`)."""
     timed = timed or Timed()
     leaves = select_all(params, blocks)
-    summed = {path: block.summed for block in blocks for path in block.paths}
+    owner = {path: block for block in blocks for path in block.paths}
 
     def errors(fmt: Format, values: dict[str, Array]) -> dict[str, Array]:
-        return {path: round_weights(w, fmt, summed[path]).astype(w.dtype) - w for path, w in values.items()}
+        return {
+            path: round_weights(w, fmt, owner[path].summed, owner[path].stacked).astype(w.dtype) - w
+            for path, w in values.items()
+        }
 
     deltas = tuple(timed.jit(partial(errors, fmt))(leaves) for fmt in formats)
     host = [{path: np.float64(value) for path, value in delta.items()} for delta in deltas]
@@ -278,6 +300,50 @@ def make_scores(
         compile_seconds=timed.compile_seconds,
         peak_mb=timed.peak_mb,
     )
+
+
+def for_layers(scores: Scores, names: Sequence[str]) -> Scores:
+    """The same for more layers: a score of weights is zero by construction for a product without them."""
+    rows = {name: row for row, name in enumerate(scores.layers)}
+    at = np.array([rows.get(name, -1) for name in names])
+    value, stderr, residual = (
+        np.where((at >= 0)[:, None], each[at], 0.0) for each in (scores.value, scores.stderr, scores.residual)
+    )
+    status = np.where((at >= 0)[:, None], scores.status[at], ZERO)
+    return replace(scores, layers=tuple(names), status=status, value=value, stderr=stderr, residual=residual)
+
+
+_SMALL, _LARGE = 1e-30, 1e30  # of squares in float32, beyond which digits are lost
+
+
+def in_range(scorer: Scorer, loss: Loss) -> Scorer:
+    """The scorer, also where squares of the outputs leave float32: then of outputs near 1, scaled back.
+
+    Only the output loss is known to scale with the square of the outputs; and of a ranking only the order is kept.
+    """
+
+    def scaled_scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
+        scores = scorer(model, batches, formats, key)
+        finite = scores.value[np.isfinite(scores.value)]
+        lost = (scores.status == NOT_FINITE).any() or not finite.any() or np.abs(finite).max() < _SMALL
+        if loss is not OUTPUT or not (lost or np.abs(finite).max() > _LARGE):
+            return scores
+        outputs = flat(jax.jit(model.call)(model.params, *batches[0]))
+        largest = float(jnp.max(jnp.where(jnp.isfinite(outputs), jnp.abs(outputs), 0.0)))
+        if not largest or 1e-12 < largest < 1e12:
+            return scores
+        power = -round(math.log2(largest))
+
+        def near_one(outputs: Any) -> Any:
+            return with_inexact(outputs, [jnp.ldexp(1.0, power).astype(x.dtype) * x for x in inexact(outputs)])
+
+        scores = scorer(with_output(model, near_one), batches, formats, key)
+        if scores.kind == "ranking":
+            return scores
+        value, stderr, residual = (np.ldexp(e, -2 * power) for e in (scores.value, scores.stderr, scores.residual))
+        return replace(scores, value=value, stderr=stderr, residual=residual)
+
+    return scaled_scorer
 
 
 def _per_format(array: np.ndarray | None, layers: int, formats: int) -> np.ndarray:

@@ -17,6 +17,7 @@ Where to look: `rounding_scores` (measured, local_rounding and the baselines), `
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import jax
@@ -27,7 +28,7 @@ from mpjax import estimate, from_loss, grams, hessian_scores, losses, output_sco
 from mpjax.cross_terms import Interactions, interactions
 from mpjax.formats import Format
 from mpjax.from_loss import EigenvalueScale, Form, Probes, TraceScale
-from mpjax.gradients import matrix_gradients
+from mpjax.gradients import scored
 from mpjax.hessian_scores import Objective
 from mpjax.losses import Loss
 from mpjax.models import Array, Batches, Model, Params
@@ -45,6 +46,8 @@ from mpjax.scores import (
     Scores,
     Timed,
     examples_in,
+    for_layers,
+    in_range,
     make_scores,
     pack,
     prepare,
@@ -110,7 +113,7 @@ def quadratic(*, hessian: Literal["gauss_newton", "true"] = "gauss_newton", loss
             unchanged=rounding.unchanged, overflowed=rounding.overflowed,
         )  # fmt: skip
 
-    return scorer
+    return _of_weights(scorer, loss)
 
 
 def gauss_newton(*, num_probes: int = 4, loss: Loss = losses.OUTPUT) -> Scorer:
@@ -125,7 +128,7 @@ def gauss_newton(*, num_probes: int = 4, loss: Loss = losses.OUTPUT) -> Scorer:
     def scorer(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
         return _probed(model, batches, formats, key, f"gauss_newton[{num_probes}]", loss, num_probes, "directional")
 
-    return scorer
+    return _of_weights(scorer, loss)
 
 
 def first_order(*, loss: Loss) -> Scorer:
@@ -141,7 +144,7 @@ def first_order(*, loss: Loss) -> Scorer:
         low = prepare(batches, formats, loss)
         return hessian_scores.first_order(_objective(model, batches, loss), low, "first_order")
 
-    return scorer
+    return _of_weights(scorer, loss)
 
 
 def fisher(
@@ -175,7 +178,7 @@ def fisher(
             return _probed(model, batches, formats, key, name, loss, probes, "elementwise")
         return _squares(model, batches, formats, key, name, loss, probes, "noise")
 
-    return scorer
+    return _of_weights(scorer, loss)
 
 
 def trace(
@@ -227,7 +230,7 @@ def trace(
             scale=scale, loss=exact.loss, timed=exact.timed, ledger=exact.ledger, mean=True,
         )  # fmt: skip
 
-    return scorer
+    return _of_weights(scorer, loss)
 
 
 def top_eigenvalue(
@@ -270,7 +273,7 @@ def top_eigenvalue(
             scale=scale, loss=exact.loss, timed=exact.timed, ledger=exact.ledger, mean=False,
         )  # fmt: skip
 
-    return scorer
+    return _of_weights(scorer, loss)
 
 
 def logdet(
@@ -337,16 +340,29 @@ def logdet(
             loss=exact.loss, ledger=exact.ledger, timed=exact.timed, kind="ranking",
         )  # fmt: skip
 
-    return scorer
+    return _of_weights(scorer, loss)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
+def _of_weights(scorer: Scorer, loss: Loss) -> Scorer:
+    """A scorer that looks at weights: products without them have none to score."""
+    scorer = in_range(scorer, loss)
+
+    def of_weights(model: Model, batches: Batches, formats: Sequence[str | Format], key: Key) -> Scores:
+        layers = tuple(layer for layer in model.layers if layer.kernel)
+        if len(layers) == len(model.layers):
+            return scorer(model, batches, formats, key)
+        return for_layers(scorer(replace(model, layers=layers), batches, formats, key), model.names)
+
+    return of_weights
+
+
 def _objective(model: Model, batches: Batches, loss: Loss) -> Objective:
     def total(params: Params, *batch: Array) -> Array:
         inputs, targets = loss.split(batch)
-        outputs = model.call(params, *inputs, override=matrix_gradients)
+        outputs = model.call(params, *inputs, override=scored)
         # The reference is the model itself, here: at the trained weights the two have the same value.
         return jnp.sum(loss.value(outputs, jax.lax.stop_gradient(outputs), *targets))
 

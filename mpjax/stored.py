@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,8 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mpjax.formats import Format, narrowed
-from mpjax.product import Array, Product, row_count, summed_axes
-from mpjax.reach import weight_first
+from mpjax.product import Array, Product, operand_summed, row_count
 
 # Rows of activations: above, arithmetic weighs more than memory, and this is three or four times as much of it. With AMX it is
 # faster than float32 up to 1024 rows at least; the limits are for CPUs whose kernels for int8 gain less.
@@ -37,18 +36,24 @@ _BFLOAT16_MAX = float(jnp.finfo(jnp.bfloat16).max)
 _MOST_SUMMED = 2**31 // 127**2  # products of int8 that an int32 holds
 
 
-def readable(fmt: Format, product: Product, lhs: Array, summed: Sequence[int] | None) -> bool:
-    """Whether `multiply` takes this product of float32 activations and weights stored in a format, on this backend.
+def readable(fmt: Format, product: Product, lhs: Array, rank: int) -> bool:
+    """Whether `multiply` takes this product of float32 activations and weights of this rank, stored in a format, on this backend.
 
-    A dot by XLA (not by a hook of the model's author), without batch axes, of at most 128 rows in int8 and 256 in bfloat16, on a
-    CPU, that sums over the axes for which its weights were stored (`summed`). An axis that vmap maps is not seen, nor counted.
+    A dot without batch axes, of at most 128 rows in int8 and 256 in bfloat16, on a CPU, that sums over the axes for which its
+    weights were stored, and takes them as they are (a matrix: also transposed). An axis that vmap maps is not seen, nor counted.
     Its kernels are YNN's; without them it would be slow.
     """
-    if product.kind != "dot" or product.function not in (lax.dot_general, weight_first):
+    if product.kind != "dot" or product.function is not lax.dot_general or product.summed is None:
         return False
     if fmt.storage not in _PARTS or not fmt.weight_only or jax.default_backend() != "cpu":
         return False
-    if product.summed is None or summed is None or set(product.summed) != set(summed):
+    transposes = [move for move in product.view if move.primitive.name == "transpose"]
+    if len(transposes) != len(product.view) or (transposes and rank != 2):
+        return False
+    over = operand_summed(product)
+    if len(transposes) % 2:
+        over = tuple(1 - axis for axis in over)
+    if set(product.summed) != set(over):
         return False
     (contract, _), (batch, _) = product.dimension_numbers
     count = row_count(lhs, contract)
@@ -62,13 +67,13 @@ def multiply(fmt: Format, product: Product, lhs: Array, stored: Array, scale: Ar
     product's.
     """
     (contract, over), _ = product.dimension_numbers
-    summed = summed_axes(product)
-    in_order = [contract[list(over).index(axis)] for axis in sorted(summed)]
+    in_order = [contract[list(over).index(axis)] for axis in sorted(over)]
     kept = [axis for axis in range(lhs.ndim) if axis not in contract]
     x = lhs.astype(jnp.float32).transpose(*kept, *in_order).reshape(-1, math.prod(lhs.shape[axis] for axis in contract))
-    channels = stored.shape[: stored.ndim - len(summed)]
+    channels = stored.shape[: stored.ndim - len(over)]
     out = _of_rows(fmt.storage, x, stored.reshape(-1, x.shape[1]), scale)
-    return out.reshape(*(lhs.shape[axis] for axis in kept), *channels)
+    out = out.reshape(*(lhs.shape[axis] for axis in kept), *channels)
+    return product.in_program_order(out, stored.ndim)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

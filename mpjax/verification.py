@@ -1,52 +1,61 @@
-"""A compiled program against an op-by-op run of the same program, on real inputs: nobody gets one that was not compared.
+"""A compiled program against its definition on real inputs: nobody gets one that was not compared.
 
 XLA:CPU has been seen to miscompile silently (jaxlib 0.10.2: its YNN fusion returned wrong numbers for a chain of
 convolution, depthwise convolution, pad, add, relu and max-pool), and by default it drops roundings to bfloat16.
+
+Two programs are compiled without optimisation, once for each model: its formats emulated in float32 (`arithmetic.emulated`, the
+definition that scores and searches look at), and float32 at the highest precision. With
+
+    d  how far the emulation is from float32,
+    n  how far float32 is from itself, where inputs and each product's activations are one rounding away,
+
+a program is used if it is within 2 d + n of the emulation, and at least d / 2 from float32: each output, in the 2-norm and in its
+largest number. Two right programs add up in other orders, which flips roundings, and a flipped rounding flips others after it, so
+that they may be as far apart as each is from float32 (2 d); where nothing is low they differ by the noise of float32 alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from mpjax import apply
+from mpjax import executable
+from mpjax.emulate import in_format
+from mpjax.formats import FLOAT32, parse, round_to
 from mpjax.metrics import relative_error
-from mpjax.models import Array, Batches, Model, check_batches
+from mpjax.models import Array, Batches, Layer, Model, Override, Product, check_batches
 
-FLOAT32_LIMIT = 1e-4
-_AS_GOOD_AS_FLOAT32 = 1e-5
-_ONE_ROUNDING = float(np.finfo(np.float32).eps)
+# A product's sums round oftener than its operands; what was seen is at most a quarter of this (docs/speed.md).
+_NOISE, _LEAST = 16.0, 1e-5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distance:
+    """Between two sets of outputs: ‖a − b‖₂ / ‖b‖₂, and the largest difference over the largest number."""
+
+    norm: float
+    worst: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The compiled program against an op-by-op run of the same model, on real inputs.
+    """A compiled program against its definition on real inputs, at the output nearest to its limit.
 
     Attributes:
-        error: ‖difference‖₂ over ‖op-by-op run‖₂, of the output nearest to its limit. At most `limit`.
-        worst: largest difference over the largest number, likewise. At most `worst_limit`.
-        distance: the op-by-op run's own `error` against float32, the largest; 0 for a float32 program.
-        own_distance: the compiled program's. At least half of `distance`, at most twice.
-        usual_distance: `distance` of the same formats computed in the model's own ways. `distance` is at most three times that.
-        spread: `error` between op-by-op runs whose inputs differ by one float32 rounding, the largest; whose float32 weights do,
-            where the inputs make no difference (token numbers, an empty cache).
+        error: ‖program − emulation‖₂ over ‖emulation‖₂; at most `limit` = 2 d + n.
+        worst: largest difference over the largest number, likewise.
+        distance: d, of the emulation to float32, the largest over outputs; 0 for a float32 program.
+        own_distance: the program's own to float32, the largest over outputs.
+        noise: n, the largest over outputs.
+        dropped: names of outputs whose distance to float32 is less than half of the emulation's: roundings were dropped.
+        not_finite: share of output numbers that are not finite though float32's are; the same in program and emulation.
         inputs: how many were compared.
-
-    A float32 program is compared with the user's model, not with its own lowering, and may differ by 1e-4 in both senses; in its
-    worst number by four times what the other inputs made of it, if that is more, up to 1e-3 (logits of a thousand next to zero
-    amplify any order of sums). The same holds for outputs of a low-precision program that no lowered layer reaches. In the others
-    the order of sums decides roundings, and one flipped rounding flips others after it: two right programs may be as far apart as
-    each is from float32. So `limit` is a quarter of `distance` there, or twice `spread` where that is more, up to one and a half
-    times `distance` (never below 1e-5), and no number may be further off than twice the furthest of those two comparisons. A
-    program that drops its roundings is refused by `own_distance`, which is next to nothing; a way that computes something else by
-    `usual_distance`.
-
-    Where float32 and a format disagree about what is finite (an overflow), those numbers count in none of the distances; the
-    compiled program has to have them where the op-by-op run has.
     """
 
     error: float
@@ -55,9 +64,10 @@ class Verification:
     worst_limit: float
     distance: float
     own_distance: float
-    usual_distance: float
-    spread: float
+    noise: float
     inputs: int
+    dropped: tuple[str, ...] = ()
+    not_finite: float = 0.0
 
     @property
     def agrees(self) -> bool:
@@ -73,55 +83,64 @@ class Verification:
             return f"differs by {self.error:.2g} (2-norm; at most {self.limit:.2g})"
         if self.worst > self.worst_limit:
             return f"one number differs by {self.worst:.2g} of the largest (at most {self.worst_limit:.2g})"
-        if self.distance <= _AS_GOOD_AS_FLOAT32:
-            return ""
-        if not self.distance / 2 <= self.own_distance <= 2 * self.distance:
-            return f"is {self.own_distance:.2g} from float32, its op-by-op run {self.distance:.2g}: other roundings"
-        if self.distance > 3 * self.usual_distance:
-            return f"its ways are {self.distance:.2g} from float32, the model's own in these formats {self.usual_distance:.2g}"
+        if self.dropped:
+            return (
+                f"is {self.own_distance:.2g} from float32, its definition {self.distance:.2g} ({self.dropped[0]}): "
+                "roundings were dropped"
+            )
         return ""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stepwise:
-    """Op-by-op runs of a model, and how far from them a compiled program may be: see `Verification`.
+class Reference:
+    """What a model's programs are compared with.
 
-    `outputs`: what the program has to agree with; `truth`: in float32. `limits`: of error and of the worst number, per output.
+    `expected`: outputs of its formats, emulated; `truth`: in float32; `distances`, `noise`: per output.
     """
 
     batches: Batches
-    outputs: tuple[Any, ...]
+    expected: tuple[Any, ...]
     truth: tuple[Any, ...]
-    limits: tuple[tuple[float, float], ...]
-    distance: float
-    usual_distance: float
-    spread: float
+    distances: tuple[Distance, ...]
+    noise: tuple[Distance, ...]
 
     def verify(self, run: Callable[..., Any]) -> Verification:
         """`run(*inputs)` of a compiled program, on every batch."""
         found = [run(*batch) for batch in self.batches]
-        each = by_output(found, self.outputs)
-        error, limit = max(zip((e for e, _ in each), (e for e, _ in self.limits), strict=True), key=_nearness)
-        worst, worst_limit = max(zip((w for _, w in each), (w for _, w in self.limits), strict=True), key=_nearness)
+        errors = by_output(found, self.expected)
+        own = by_output(found, self.truth, overflows=True)
+        limits = [
+            Distance(norm=2 * d.norm + n.norm, worst=2 * d.worst + n.worst)
+            for d, n in zip(self.distances, self.noise, strict=True)
+        ]
+        pairs = list(zip(errors, limits, strict=True))
+        error, limit = max(((e.norm, m.norm) for e, m in pairs), key=_nearness)
+        worst, worst_limit = max(((e.worst, m.worst) for e, m in pairs), key=_nearness)
+        dropped = [
+            name
+            for name, d, mine, n in zip(names_of(self.expected[0]), self.distances, own, self.noise, strict=True)
+            if mine.norm < d.norm / 2 and d.norm > n.norm
+        ]
         return Verification(
             error=error,
             limit=limit,
             worst=worst,
             worst_limit=worst_limit,
-            distance=self.distance,
-            own_distance=_largest(by_output(found, self.truth, overflows=True))[0] if self.distance else 0.0,
-            usual_distance=self.usual_distance,
-            spread=self.spread,
+            distance=max(d.norm for d in self.distances),
+            own_distance=max(each.norm for each in own),
+            noise=max(n.norm for n in self.noise),
             inputs=len(self.batches),
+            dropped=tuple(dropped),
+            not_finite=_overflown(found, self.truth),
         )
 
 
 class MiscompiledError(RuntimeError):
-    """The compiled program disagrees with an op-by-op run of the same program, with every option that was tried."""
+    """The compiled program disagrees with its definition, with every option that was tried."""
 
 
-def stepwise(model: Model, batches: Batches) -> Stepwise:
-    """Run a model op by op: in its formats, in float32, and in its own ways where it was lowered.
+def reference(model: Model, batches: Batches) -> Reference:
+    """Compile a model's definition without optimisation, and run it.
 
     Args:
         model: float32 or made by `apply`.
@@ -131,43 +150,44 @@ def stepwise(model: Model, batches: Batches) -> Stepwise:
         ValueError: fewer.
     """
     check_inputs(batches)
-    formats = {model.attention, *(model.assignment or {}).values()} - {"float32"}
-    low = model.original is not None and bool(formats)
     original = model.original or model
-    expected = model if low else original  # a float32 program has to agree with what the user gave
-    own = apply.lowered(model, "own") if low and model.lowering != "own" else None
+    formats = {name: parse(each) for name, each in (model.assignment or {}).items()}
+    low = any(fmt != FLOAT32 for fmt in formats.values())
+    layers = [layer for layer in original.lowerable if layer in original.layers or layer.name in formats]
 
-    def run(each: Model, inputs: Change = _unchanged, weights: Change = _unchanged) -> tuple[Any, ...]:
-        params = jax.tree.map(weights, each.params)
-        with jax.disable_jit():
-            return tuple(each.call(params, *map(inputs, batch)) for batch in batches)
+    def outputs(override: Callable[[Array], Override], precision: str | None, *amounts: float) -> list[tuple[Any, ...]]:
+        with jax.default_matmul_precision(precision):
+            program = executable.build(
+                lambda params, n, *inputs: original.call(
+                    params, *jax.tree.map(lambda x: _moved(x, n), inputs), override=override(n), layers=layers
+                ),
+                (original.params, jnp.float32(0), *batches[0]),
+                executable.PLAIN,
+            )
+        return [tuple(program(original.params, jnp.float32(n), *batch) for batch in batches) for n in amounts]
 
-    outputs = run(expected)
-    truth = run(original) if low else outputs
-    distances = by_output(outputs, truth, overflows=True)
-    floats = any(np.asarray(each).dtype == np.float32 for each in batches[0])
-    spreads = by_output(run(expected, inputs=_nudge), outputs, overflows=True) if floats else ()
-    if _largest(spreads)[0] < _ONE_ROUNDING:
-        spreads = by_output(run(expected, weights=_nudge), outputs, overflows=True)
-    (distance, worst_distance), (spread, worst_spread) = _largest(distances), _largest(spreads)
-    loose = (
-        max(_AS_GOOD_AS_FLOAT32, distance / 4, min(2 * spread, 1.5 * distance)),
-        max(FLOAT32_LIMIT, 2 * worst_distance, 2 * worst_spread),
+    truth, nudged = outputs(_nudged, "highest", 0, 1)
+    spread = by_output(nudged, truth, overflows=True)
+    noise = tuple(
+        Distance(norm=max(_NOISE * each.norm, _LEAST), worst=max(_NOISE * each.worst, _LEAST)) for each in spread
     )
-    limits = tuple(
-        (FLOAT32_LIMIT, max(FLOAT32_LIMIT, min(4 * worst, 10 * FLOAT32_LIMIT))) if far <= _AS_GOOD_AS_FLOAT32 else loose
-        for (far, _), (_, worst) in zip(distances, spreads, strict=True)
-    )
-    usual = distance if own is None else _largest(by_output(run(own), truth, overflows=True))[0]
-    return Stepwise(
-        batches=batches,
-        outputs=outputs,
-        truth=truth,
-        limits=limits,
-        distance=distance,
-        usual_distance=usual,
-        spread=spread,
-    )
+    if low or jax.default_backend() != "cpu":  # elsewhere float32's own products may be narrower by default
+        (expected,) = outputs(lambda _: _definition(model, formats), None, 0)
+    else:
+        expected = truth
+    distances = by_output(expected, truth, overflows=True)
+    return Reference(batches=batches, expected=expected, truth=truth, distances=distances, noise=noise)
+
+
+def _definition(model: Model, formats: Mapping[str, Any]) -> Override:
+    emulation = in_format(formats, calibration=model.calibration)
+
+    def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+        out = emulation(layer, product, lhs, rhs)
+        low = formats.get(layer.name, FLOAT32) != FLOAT32 and model.activations != "float32"
+        return round_to(out.astype(jnp.float32), model.activations) if low else out
+
+    return override
 
 
 def check_inputs(batches: Batches) -> None:
@@ -176,45 +196,79 @@ def check_inputs(batches: Batches) -> None:
     Raises:
         ValueError: says what was found.
     """
-    check_batches(batches)
+    if not isinstance(batches, Sequence) or any(not isinstance(batch, tuple) for batch in batches):
+        check_batches(batches)
     if len(batches) < 2:
         raise ValueError(f"Expected at least two real inputs to verify the program on, found {len(batches)}.")
-    if all(np.array_equal(a, b) for batch in batches[1:] for a, b in zip(batches[0], batch, strict=True)):
+    leaves = [jax.tree.leaves(batch) for batch in batches]
+    shapes = [[np.shape(each) for each in batch] for batch in leaves]
+    if any(each != shapes[0] for each in shapes):
+        raise ValueError(f"Expected inputs of equal shapes, found {shapes}: compile once for each.")
+    same = (bool(jnp.all(a == b)) for batch in leaves[1:] for a, b in zip(leaves[0], batch, strict=True))
+    if all(same):
         raise ValueError("Expected at least two different inputs to verify the program on, found the same one again.")
 
 
-def by_output(
-    found: Sequence[Any], expected: Sequence[Any], *, overflows: bool = False
-) -> tuple[tuple[float, float], ...]:
-    """Relative errors by the 2-norm and by the largest number, of each output (leaf), the worst over runs.
+def names_of(outputs: Any) -> list[str]:
+    """Path of each output that is compared."""
+    leaves = jax.tree_util.tree_leaves_with_path(outputs)
+    named = [(jax.tree_util.keystr(keys, simple=True, separator="/") or "output", leaf) for keys, leaf in leaves]
+    return [name for name, leaf in named if _compared(leaf, [each for _, each in named])]
+
+
+def by_output(found: Sequence[Any], expected: Sequence[Any], *, overflows: bool = False) -> tuple[Distance, ...]:
+    """Distances of each output (leaf), the largest over runs; of floating-point outputs, where there are any.
 
     Infinite where NaN or ±inf stand in other places; with `overflows`, only numbers that are finite in both are compared.
     """
-    pairs = [zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True) for a, b in zip(found, expected, strict=True)]
-    each = [[_error(np.asarray(a), np.asarray(b), overflows) for a, b in pair] for pair in pairs]
-    return tuple((max(e for e, _ in runs), max(w for _, w in runs)) for runs in zip(*each, strict=True))
+    each = []
+    for a, b in zip(found, expected, strict=True):
+        leaves = jax.tree.leaves(b)
+        pairs = zip(jax.tree.leaves(a), leaves, strict=True)
+        each.append([_error(np.asarray(x), np.asarray(y), overflows) for x, y in pairs if _compared(y, leaves)])
+    return tuple(
+        Distance(norm=max(e.norm for e in runs), worst=max(e.worst for e in runs)) for runs in zip(*each, strict=True)
+    )
 
 
 def errors(found: Sequence[Any], expected: Sequence[Any]) -> tuple[float, float]:
-    """The same, the worst over outputs as well."""
-    return _largest(by_output(found, expected))
+    """(2-norm, worst number) of the same, the largest over outputs."""
+    each = by_output(found, expected)
+    return max((e.norm for e in each), default=0.0), max((e.worst for e in each), default=0.0)
 
 
-def _error(a: np.ndarray, b: np.ndarray, overflows: bool) -> tuple[float, float]:
-    a, b = a.astype(np.float64), b.astype(np.float64)
+def _compared(leaf: Any, leaves: Sequence[Any]) -> bool:
+    """Integers and booleans may flip where two numbers are near each other: only where there is nothing else."""
+    inexact = [np.issubdtype(each.dtype, np.inexact) or "float" in str(each.dtype) for each in leaves]
+    return not any(inexact) or np.issubdtype(leaf.dtype, np.inexact) or "float" in str(leaf.dtype)
+
+
+def _error(a: np.ndarray, b: np.ndarray, overflows: bool) -> Distance:
+    wide = np.complex128 if np.iscomplexobj(b) else np.float64
+    a, b = (np.ascontiguousarray(each.astype(wide)).reshape(-1).view(np.float64) for each in (a, b))
     finite = np.isfinite(b)
     if overflows:
         finite &= np.isfinite(a)
     elif not np.array_equal(a[~finite], b[~finite], equal_nan=True) or not np.isfinite(a[finite]).all():
-        return float("inf"), float("inf")
+        return Distance(norm=float("inf"), worst=float("inf"))
     if not finite.any():
-        return 0.0, 0.0
+        return Distance(norm=0.0, worst=0.0)
     norm = float(np.linalg.norm(b[finite]))
-    return float(np.linalg.norm(a[finite] - b[finite])) / (norm or 1.0), relative_error(a[finite], b[finite])
+    return Distance(
+        norm=float(np.linalg.norm(a[finite] - b[finite])) / (norm or 1.0), worst=relative_error(a[finite], b[finite])
+    )
 
 
-def _largest(each: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    return max((e for e, _ in each), default=0.0), max((w for _, w in each), default=0.0)
+def _overflown(found: Sequence[Any], truth: Sequence[Any]) -> float:
+    """Share of numbers that are finite in float32 and not in the program."""
+    pairs = [
+        (np.asarray(a), np.asarray(b))
+        for one, other in zip(found, truth, strict=True)
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+        if jnp.issubdtype(b.dtype, jnp.inexact)
+    ]
+    lost = sum(int((np.isfinite(b) & ~np.isfinite(a)).sum()) for a, b in pairs)
+    return lost / max(sum(a.size for a, _ in pairs), 1)
 
 
 def _nearness(pair: tuple[float, float]) -> float:
@@ -222,17 +276,18 @@ def _nearness(pair: tuple[float, float]) -> float:
     return pair[0] / pair[1]
 
 
-Change = Callable[[Array], Array]
+def _nudged(amount: Array) -> Override:
+    """Float32 products whose activations (or rows that are looked up) are so many roundings away."""
+
+    def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+        return _moved(product(lhs, rhs), amount) if product.kind == "lookup" else product(_moved(lhs, amount), rhs)
+
+    return override
 
 
-def _unchanged(x: Array) -> Array:
-    return x
-
-
-def _nudge(x: Array) -> Array:
-    """`x` with every second number one float32 rounding away; other dtypes as they are."""
-    if x.dtype != np.float32:
+def _moved(x: Array, amount: Array) -> Array:
+    """Numbers so many roundings away, up and down in turns; what is no real number of floating point, as it is."""
+    if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
-    values = np.array(x)
-    values.flat[::2] = np.nextafter(values.flat[::2], np.float32(np.inf))
-    return jax.numpy.asarray(values)
+    sign = 1 - 2 * (lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) % 2)
+    return x * (1 + amount.astype(x.dtype) * sign.astype(x.dtype) * float(jnp.finfo(x.dtype).eps)).astype(x.dtype)

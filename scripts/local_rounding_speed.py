@@ -33,6 +33,7 @@ from experiments import benchmarks, common  # noqa: E402
 from experiments.benchmarks import Benchmark  # noqa: E402
 from mpjax import emulate, metrics, report, sensitivity  # noqa: E402
 from mpjax.files import write_bytes  # noqa: E402
+from mpjax.gradients import scored  # noqa: E402
 from mpjax.losses import flat  # noqa: E402
 from mpjax.pages import Column, csv_table  # noqa: E402
 from mpjax.scores import Scores, Timed  # noqa: E402
@@ -139,7 +140,7 @@ def vjp_seconds(single: Benchmark, probes: int) -> float:
     """Seconds of `probes` vector-Jacobian products per example with respect to the input, without compilation."""
 
     def of_example(params: Any, key: jax.Array, first: jax.Array, *others: jax.Array) -> jax.Array:
-        outputs, pull = jax.vjp(lambda x: flat(single.model.call(params, x, *others)), first)
+        outputs, pull = jax.vjp(lambda x: flat(single.model.call(params, x, *others, override=scored)), first)
         signs = jax.random.rademacher(key, (probes, *outputs.shape), outputs.dtype)
         return jnp.stack([jnp.sum(pulled) for pulled in jax.vmap(lambda u: pull(u)[0])(signs)])
 

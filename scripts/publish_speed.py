@@ -131,8 +131,8 @@ def block(summary: dict[str, Any], remark: str) -> str:
     return "\n".join(
         [
             "Milliseconds, medians. `low` is mixed, or bfloat16 for the transformers. Tuned: batch 1, all outputs, and the "
-            "transformers; elsewhere, and in `bf16_profitable`, by the rule. Flax's bfloat16 has mpjax's depthwise convolution, "
-            "which naive float32 has not. LiteRT takes iris one image at a time.",
+            "transformers; elsewhere, and in `bf16_profitable`, by the rule. Naive float32 and Flax's bfloat16 have XLA's own "
+            "convolutions. LiteRT takes iris one image at a time.",
             "",
             *times(summary["rows"]),
             "",

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from mpjax import apply, emulate, formats, models
-from mpjax.depthwise import depthwise_conv
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -16,7 +15,7 @@ class Small(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.relu(nn.Conv(6, (3, 3), strides=2, name="stem")(x))
-        x = nn.Conv(6, (3, 3), feature_group_count=6, conv_general_dilated=depthwise_conv, name="depthwise")(x)
+        x = nn.Conv(6, (3, 3), feature_group_count=6, name="depthwise")(x)
         return nn.Dense(3, name="head")(nn.relu(x).mean((1, 2)))
 
 
@@ -47,12 +46,11 @@ def test_params_are_stored_in_the_assigned_dtype(small):
     ranges = emulate.calibrate(model, [(x,)])
     before = jax.tree.map(np.array, model.params)
     mixed = apply.apply(model, {"stem": "bfloat16", "head": "float8_e4m3fn"}, calibration=ranges)
-    weights = mixed.params["weights"]
-    assert weights["stem"]["kernel"].dtype == jnp.bfloat16
-    assert weights["depthwise"]["kernel"].dtype == jnp.float32
-    assert weights["head"]["kernel"].dtype == jnp.float8_e4m3fn
-    assert weights["stem"]["bias"].dtype == jnp.float32
-    assert set(mixed.params["weight_scales"]) == {"head"} == set(mixed.params["input_scales"])
+    weights = mixed.params
+    assert weights["stem/kernel"].dtype == jnp.bfloat16
+    assert weights["depthwise/kernel"].dtype == jnp.float32
+    assert weights["head/kernel"].numbers.dtype == jnp.float8_e4m3fn and weights["head/kernel"].scale.size == 1
+    assert weights["stem/bias"].dtype == jnp.float32
     assert mixed.assignment == {"stem": "bfloat16", "depthwise": "float32", "head": "float8_e4m3fn"}
     assert mixed.original is model
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, model.params), before)

@@ -1,4 +1,4 @@
-"""Products without weights in a narrow dtype: against NumPy, inside scan and remat, and nothing else is touched."""
+"""Products of two activations: named by what feeds them, left alone unless they are named, and layers' equals where they are."""
 
 import flax.linen as nn
 import jax
@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
-from mpjax import apply, attention, compiled, models
-from mpjax.formats import narrowed
+from mpjax import apply, compiled, cost, emulate, evaluation, graph, models, search, sensitivity
+from mpjax.formats import narrowed, parse
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -35,45 +36,6 @@ def products(function, *arguments):
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_operands_are_rounded_and_nothing_else(dtype):
-    def scores(a, b):
-        return jnp.tanh(jnp.einsum("bqd,bkd->bqk", a, b)) * 2
-
-    run = attention.narrow(scores, dtype, ())
-    found = jax.jit(run)(TOKENS, 2 * TOKENS)
-    low = np.asarray(TOKENS).astype(DTYPES[dtype]).astype(np.float64)
-    expected = np.tanh(np.einsum("bqd,bkd->bqk", low, 2 * low)) * 2
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert products(run, TOKENS, TOKENS) == [(dtype, "float32")]
-    assert found.dtype == jnp.float32
-
-
-def test_float32_is_the_function_itself_and_other_dtypes_are_refused():
-    assert attention.narrow(jnp.dot, "float32", ()) is jnp.dot
-    with pytest.raises(ValueError, match="found 'int8'"):
-        attention.narrow(jnp.dot, "int8", ())
-
-
-def test_programs_inside_are_rewritten():
-    def step(carry, x):
-        return carry + jnp.einsum("td,sd->ts", carry, x) @ x, carry.sum()
-
-    def scanned(x):
-        return jax.lax.scan(jax.checkpoint(step), x[0], x)
-
-    run = attention.narrow(scanned, "bfloat16", ())
-    assert products(run, TOKENS) == [("bfloat16", "float32")] * 2
-
-    def rounded(carry, x):
-        low = (narrowed(carry, "bfloat16"), narrowed(x, "bfloat16"))
-        scores = jnp.einsum("td,sd->ts", *low, preferred_element_type=jnp.float32)
-        return carry + jnp.dot(narrowed(scores, "bfloat16"), low[1], preferred_element_type=jnp.float32), carry.sum()
-
-    expected = jax.lax.scan(rounded, TOKENS[0], TOKENS)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), run(TOKENS), expected)
-
-
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -81,15 +43,23 @@ class Block(nn.Module):
         return nn.Dense(4, name="head")(x)
 
 
-@pytest.mark.parametrize("wrap", [lambda each: each, nn.remat])
-def test_a_models_attention_is_narrow_and_its_layers_keep_their_format(wrap):
+def block(wrap=lambda each: each):
     module = wrap(Block)()
-    variables = module.init(KEY, TOKENS)
-    model = models.from_linen(module, variables, TOKENS)
-    low = apply.apply(model, {}, attention="bfloat16")
+    return models.from_linen(module, module.init(KEY, TOKENS), TOKENS)
+
+
+FREE = ("attention/scores", "attention/values")
+
+
+@pytest.mark.parametrize("wrap", [lambda each: each, nn.remat])
+def test_a_models_attention_is_narrow_where_it_is_named(wrap):
+    model = block(wrap)
+    assert tuple(each.name for each in model.activation_products) == FREE and not set(FREE) & set(model.names)
+    assert [each.flops for each in model.activation_products] == [2 * 2 * 6 * 6 * 8] * 2
+    low = apply.apply(model, dict.fromkeys(FREE, "bfloat16"))
     found = products(low.call, low.params, TOKENS)
     assert sorted(found) == [("bfloat16", "float32")] * 2 + [("float32", "float32")] * 5
-    both = apply.apply(model, {"head": "float16"}, attention="bfloat16")
+    both = apply.apply(model, {"head": "float16", **dict.fromkeys(FREE, "bfloat16")})
     assert sorted(products(both.call, both.params, TOKENS))[:3] == [("bfloat16", "float32")] * 2 + [
         ("float16", "float32")
     ]
@@ -99,10 +69,98 @@ def test_a_models_attention_is_narrow_and_its_layers_keep_their_format(wrap):
     assert apply.runs_narrow(low)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operands_are_rounded_and_nothing_else(dtype):
+    def scores(params, a, b):
+        return jnp.tanh(jnp.einsum("bqd,bkd->bqk", a @ params["w"], b)) * 2
+
+    params = {"w": jnp.eye(16, dtype=jnp.float32)}
+    model = models.from_function(scores, params, TOKENS, TOKENS)
+    assert [each.name for each in model.activation_products] == ["product"]
+    mixed = apply.apply(model, {"product": dtype})
+    found = jax.jit(mixed.call)(mixed.params, TOKENS, 2 * TOKENS)
+    low = np.asarray(TOKENS).astype(DTYPES[dtype]).astype(np.float64)
+    expected = np.tanh(np.einsum("bqd,bkd->bqk", low, 2 * low)) * 2
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert sorted(products(mixed.call, mixed.params, TOKENS, TOKENS)) == [(dtype, "float32"), ("float32", "float32")]
+
+
+def test_programs_inside_are_reached():
+    def step(carry, x):
+        return carry + jnp.einsum("td,sd->ts", carry, x) @ x, carry.sum()
+
+    def scanned(params, x):
+        return jax.lax.scan(jax.checkpoint(step), x[0] @ params["w"], x)
+
+    params = {"w": jnp.eye(16, dtype=jnp.float32)}
+    model = models.from_function(scanned, params, TOKENS)
+    names = [each.name for each in model.activation_products]
+    assert names == ["scores", "values"] and [each.calls for each in model.activation_products] == [2, 2]
+    mixed = apply.apply(model, dict.fromkeys(names, "bfloat16"))
+    found = products(mixed.call, mixed.params, TOKENS)
+    assert found.count(("bfloat16", "float32")) == 2
+
+    def rounded(carry, x):
+        low = (narrowed(carry, "bfloat16"), narrowed(x, "bfloat16"))
+        scores = jnp.einsum("td,sd->ts", *low, preferred_element_type=jnp.float32)
+        return carry + jnp.dot(narrowed(scores, "bfloat16"), low[1], preferred_element_type=jnp.float32), carry.sum()
+
+    expected = jax.lax.scan(rounded, TOKENS[0], TOKENS)
+    found = mixed.call(mixed.params, TOKENS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
+def test_names_do_not_depend_on_the_framework():
+    module = nnx.MultiHeadAttention(2, 16, decode=False, rngs=nnx.Rngs(0))
+    model = models.from_nnx(module, TOKENS)
+    assert model.names == ("query", "key", "value", "out")
+    assert [each.name for each in model.activation_products] == ["scores", "values"]
+
+
+def test_they_are_scored_searched_evaluated_and_costed_like_layers():
+    model, formats = models.with_activation_products(block()), ("bfloat16", "int8_w")
+    attention = [f"attention/{each}" for each in ("query", "key", "value", "scores", "values", "out")]
+    assert model.names == (*attention, "head")
+    batches = [(TOKENS,), (2 * TOKENS,)]
+    truth = sensitivity.measured()(model, batches, formats, KEY)
+    found = sensitivity.local_rounding(num_probes=None)(model, batches, formats, KEY)
+    np.testing.assert_allclose(found.value, truth.value, rtol=0.1, atol=1e-12)
+    rows = [model.names.index(name) for name in FREE]
+    assert (truth.value[rows, 0] > 0).all() and (truth.value[rows, 1] == 0).all()  # they have no weights to store
+    weights = sensitivity.fisher()(model, batches, formats, KEY)
+    assert (weights.status[rows] == "zero_by_construction").all() and weights.value.shape == truth.value.shape
+    gram = sensitivity.interactions(model, batches, ("bfloat16",), KEY)
+    np.testing.assert_allclose(np.diag(gram.gram) / 2, found.value[:, 0], rtol=1e-4)
+    problem = search.Problem(layers=model.names, formats=("bfloat16",), penalty=found.value[:, :1])
+    error = evaluation.Evaluation(model, batches, ("bfloat16",), lambda low, exact: np.abs(low - exact).max(1))
+    result = search.solve(problem, search.ilp(), evaluate=error, tolerance=0.1)
+    assert set(result.assignment.lowered) == set(model.names)
+    costs = cost.measure(model, ("bfloat16",), *batches[0], rounds=1)
+    assert np.isfinite(costs.seconds).all() and (costs.weight_bytes[rows] == 0).all()
+    assert ("attention/scores", "attention/values") in graph.edges(model, TOKENS)
+    program = compiled.compile(apply.apply(model, result.assignment), batches)
+    assert {row["executed"] for row in program.report().rows} == {"bfloat16"}
+
+
+def test_float8_takes_a_range_of_either_operand():
+    model = models.with_activation_products(block())
+    ranges = emulate.calibrate(model, [(TOKENS,)])
+    assert {f"{name}/rhs" for name in FREE} <= set(ranges)
+    low = dict.fromkeys(FREE, "float8_e4m3fn")
+    mixed = apply.apply(model, low, calibration=ranges)
+    override = emulate.in_format({name: parse(each) for name, each in low.items()}, calibration=ranges)
+    expected = model.call(model.params, TOKENS, override=override)
+    exact = model.call(model.params, TOKENS)
+    error = float(jnp.abs(expected - exact).max())
+    assert error > 0
+    np.testing.assert_allclose(mixed.call(mixed.params, TOKENS), expected, atol=0.3 * error)
+    with pytest.raises(ValueError, match="of both operands .calibrate models.with_activation_products"):
+        apply.apply(model, low, calibration=emulate.calibrate(block(), [(TOKENS,)]))
+
+
 def test_a_program_with_narrow_attention_is_verified_and_says_so():
-    module = Block()
-    variables = module.init(KEY, TOKENS)
-    model = models.from_linen(module, variables, TOKENS)
-    program = compiled.compile(apply.apply(model, {}, attention="bfloat16"), [(TOKENS,), (2 * TOKENS,)])
+    model = block()
+    program = compiled.compile(apply.apply(model, dict.fromkeys(FREE, "bfloat16")), [(TOKENS,), (2 * TOKENS,)])
     assert program.verification.agrees and program.verification.distance > 0
-    assert program.attention == "bfloat16" and program.report().program["attention"] == "bfloat16"
+    rows = {row["layer"]: row["executed"] for row in program.report().rows}
+    assert [rows[name] for name in FREE] == ["bfloat16"] * 2 and rows["head"] == "float32"

@@ -190,7 +190,7 @@ def test_overflow_is_a_number_that_is_missing_and_not_an_error(tmp_path, monkeyp
     monkeypatch.setattr(classifier, "FORMATS", ("float16_acc16",))
     forms = make_forms(tmp_path)
     for form in forms.values():
-        form.model.params["classifier"]["kernel"] *= 1e6
+        form.model.params["classifier/kernel"] *= 1e6
     tables = report.jsonable(classifier.run(forms, (0.5,), lambda steps=1: None))
     report.validate(summarised(tables, forms["kept"].pieces), row_fields=ROW_FIELDS)
     whole = [row for row in tables["rows"] if (row["name"], row["format"]) == ("all", "float16_acc16")]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from mpjax import cost, graph, models, timing
-from mpjax.depthwise import depthwise_conv
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -24,7 +23,7 @@ class Small(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="stem")(x))
-        x = nn.Conv(8, (3, 3), feature_group_count=8, conv_general_dilated=depthwise_conv, name="depthwise")(x)
+        x = nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(x)
         x = x.mean((1, 2))
         x = nn.Dense(8, name="second")(nn.relu(nn.Dense(8, name="first")(x)))
         return nn.Dense(5, use_bias=False, name="head")(x)
@@ -368,14 +367,12 @@ def test_auto_times_every_way_and_leaves_the_rule_only_for_a_clearly_faster_one(
 
 def test_each_word_of_lowering_is_timed_as_it_says(small, made_up):
     _, seen = made_up
-    own = cost.measure(small, ("bfloat16",), X, rounds=1)  # "own" by default
-    assert (own.ways == "own").all() and not any(" as " in name for name in seen)
-    assert own.lowering({"stem": "bfloat16"}) == dict.fromkeys(NAMES, "own")
-    assert (cost.measure(small, ("bfloat16",), X, lowering="xla", rounds=1).ways == "xla").all()
-    assert any(name.endswith("as xla") for name in seen)
+    plain = cost.measure(small, ("bfloat16",), X, rounds=1)  # "xla" by default
+    assert (plain.ways == "xla").all() and not any(" as " in name for name in seen)
+    assert plain.lowering({"stem": "bfloat16"}) == dict.fromkeys(NAMES, "xla")
     by_rule = cost.measure(small, ("bfloat16",), X, lowering="rule", rounds=1)
     assert by_rule.ways[0, 0] == "terms" and by_rule.ways[1, 0] == "shift"
-    with pytest.raises(ValueError, match="lowering must be one of own, xla, rule, auto; found 'fast'"):
+    with pytest.raises(ValueError, match="lowering must be one of xla, rule, auto; found 'fast'"):
         cost.measure(small, ("bfloat16",), X, lowering="fast")
     with pytest.raises(ValueError, match=r"static ones: call cost\.measure"):
         cost.static(small, ("bfloat16",), X).lowering({})

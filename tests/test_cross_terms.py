@@ -142,8 +142,7 @@ def test_a_deep_model_is_predicted_better_with_cross_terms_than_without() -> Non
 
 def test_an_overflow_is_left_out_of_the_matrix_and_named() -> None:
     model, batches = build(Deep())
-    params = {**model.params, "two": {**model.params["two"]}}
-    params["two"]["kernel"] = params["two"]["kernel"].at[0, 0].set(1e6)
+    params = model.params | {"two/kernel": model.params["two/kernel"].at[0, 0].set(1e6)}
     loud = models.Model(params=params, layers=model.layers, call=model.call)
     found = sensitivity.interactions(loud, batches, ("float16", "bfloat16"), KEY)
     assert list(found.status) == ["ok", "ok", "overflow", "ok", "ok", "ok"]

@@ -47,7 +47,7 @@ def test_forty_nine_convolutions_and_one_dense_layer(kept) -> None:
     module = EfficientNetLite0(batch_norm="kept")
     model = models.from_linen(module, kept, jnp.zeros(EXAMPLE.shape, jnp.float32))
     kinds = [layer.kind for layer in model.layers]
-    assert (kinds.count("Conv"), kinds.count("Dense")) == (49, 1)
+    assert (kinds.count("conv"), kinds.count("dot")) == (49, 1)
     assert model.names[:4] == ("stem", "block_00/depthwise", "block_00/project", "block_01/expand")
     assert model.names[-3:] == ("block_15/project", "head", "classifier")
     assert sum(layer.groups > 1 for layer in model.layers) == 16

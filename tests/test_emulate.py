@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import emulate, formats, models
+from mpjax import arithmetic, emulate, formats, models
 from mpjax.models import Product
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 NHWC = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
-def conv(*, strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1), groups=1, bias=None) -> Product:
+def conv(*, strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1), groups=1) -> Product:
     return Product(
         kind="conv",
         function=jax.lax.conv_general_dilated,
@@ -24,20 +24,18 @@ def conv(*, strides=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1), groups=1,
         lhs_dilation=(1, 1),
         rhs_dilation=dilation,
         feature_group_count=groups,
-        bias=bias,
     )
 
 
-def dot(ndim: int, bias=None) -> Product:
+def dot(ndim: int) -> Product:
     return Product(
         kind="dot",
         function=jax.lax.dot_general,
         dimension_numbers=(((ndim - 1,), (0,)), ((), ())),
-        bias=bias,
     )
 
 
-def loop_conv_acc16(x, w, b, *, strides, padding, dilation, groups):
+def loop_conv_acc16(x, w, *, strides, padding, dilation, groups):
     """float16_acc16 from its definition, in plain Python and NumPy scalars."""
     h = np.float16
     x, w = x.astype(h), w.astype(h)
@@ -52,7 +50,7 @@ def loop_conv_acc16(x, w, b, *, strides, padding, dilation, groups):
         for p, q, c in np.ndindex(kh, kw, cin):
             value = x[n, i * strides[0] + p * dilation[0], j * strides[1] + q * dilation[1], group * cin + c]
             total = h(np.float32(total) + np.float32(value) * np.float32(w[p, q, c, o]))
-        out[n, i, j, o] = h(np.float32(total) + np.float32(h(b[o])))
+        out[n, i, j, o] = total
     return out
 
 
@@ -74,11 +72,10 @@ def test_acc16_convolution_equals_a_numpy_loop_bit_for_bit(name, seed):
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((2, 7, 6, shape[2] * options["groups"])) * 3).astype(np.float32)
     w = rng.standard_normal(shape).astype(np.float32)
-    b = rng.standard_normal(shape[-1]).astype(np.float32)
-    product = conv(**options, bias=jnp.asarray(b))
-    found = jax.jit(lambda x, w: emulate.product_in(formats.parse("float16_acc16"), product, x, w))(x, w)
+    product = conv(**options)
+    found = jax.jit(lambda x, w: arithmetic.emulated(formats.parse("float16_acc16"), product, x, w))(x, w)
     assert found.dtype == jnp.float16
-    expected = loop_conv_acc16(x, w, b, **options)
+    expected = loop_conv_acc16(x, w, **options)
     np.testing.assert_array_equal(np.asarray(found).view(np.uint16), expected.view(np.uint16))
 
 
@@ -86,19 +83,18 @@ def test_acc16_convolution_equals_a_numpy_loop_bit_for_bit(name, seed):
 def test_acc16_dot_equals_a_numpy_loop_bit_for_bit(seed):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((3, 2, 40)).astype(np.float32) * 10
-    w, b = rng.standard_normal((40, 5)).astype(np.float32), rng.standard_normal(5).astype(np.float32)
-    found = emulate.product_in(formats.parse("float16_acc16"), dot(3, jnp.asarray(b)), jnp.asarray(x), jnp.asarray(w))
+    w = rng.standard_normal((40, 5)).astype(np.float32)
+    found = arithmetic.emulated(formats.parse("float16_acc16"), dot(3), jnp.asarray(x), jnp.asarray(w))
     x16, w16, expected = x.astype(np.float16), w.astype(np.float16), np.zeros((3, 2, 5), np.float16)
     for k in range(40):
         step = x16[..., k, None].astype(np.float32) * w16[k].astype(np.float32)
         expected = (expected.astype(np.float32) + step).astype(np.float16)
-    expected = (expected.astype(np.float32) + b.astype(np.float16).astype(np.float32)).astype(np.float16)
     np.testing.assert_array_equal(np.asarray(found).view(np.uint16), expected.view(np.uint16))
 
 
 def test_acc16_overflows_to_infinity():
     x, w = jnp.full((1, 4), 200.0, jnp.float32), jnp.full((4, 1), 200.0, jnp.float32)
-    out = emulate.product_in(formats.parse("float16_acc16"), dot(2), x, w)
+    out = arithmetic.emulated(formats.parse("float16_acc16"), dot(2), x, w)
     assert np.isinf(np.asarray(out)).all()
 
 
@@ -108,16 +104,15 @@ def test_other_formats_round_both_operands_and_nothing_else(name, seed):
     rng = np.random.default_rng(seed)
     fmt = formats.parse(name)
     x, w = rng.standard_normal((6, 50)).astype(np.float32), rng.standard_normal((50, 7)).astype(np.float32)
-    b = rng.standard_normal(7).astype(np.float32)
     amax = 4.0  # a static range: larger than some activations, smaller than none here
     x = np.clip(x, -3.9, 3.9)
-    found = emulate.product_in(fmt, dot(2, jnp.asarray(b)), jnp.asarray(x), jnp.asarray(w), amax=amax)
+    found = arithmetic.emulated(fmt, dot(2), jnp.asarray(x), jnp.asarray(w), ranges=(amax, None))
 
     def rounded(values, largest):
         scale = np.float32(largest) / np.float32(fmt.max) if fmt.scaled else np.float32(1)
         return (values / scale).astype(jnp.dtype(fmt.operand)).astype(np.float64) * np.float64(scale)
 
-    expected = rounded(x, amax) @ rounded(w, np.abs(w).max()) + b
+    expected = rounded(x, amax) @ rounded(w, np.abs(w).max())
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -162,9 +157,9 @@ def test_calibration_works_under_scan():
     x = jax.random.normal(jax.random.key(0), (2, 4), jnp.float32)
     model = models.from_linen(Scanned(), Scanned().init(jax.random.key(1), x), x)
     found = emulate.calibrate(model, [(x,)])
-    inputs, kernels = [np.asarray(x)], model.params["body"]["dense"]
+    inputs, kernel, bias = [np.asarray(x)], model.params["body/dense/kernel"], model.params["body/dense/bias"]
     for i in range(2):
-        inputs.append(1 + inputs[-1] @ np.asarray(kernels["kernel"][i]) + np.asarray(kernels["bias"][i]))
+        inputs.append(1 + inputs[-1] @ np.asarray(kernel[i]) + np.asarray(bias[i]))
     assert found["body/dense"] == pytest.approx(max(np.abs(each).max() for each in inputs), rel=1e-5)
 
 
@@ -198,7 +193,7 @@ def test_clear_errors(small):
     with pytest.raises(ValueError, match="calibration=emulate.calibrate"):
         emulate.emulated(model, ("float8_e4m3fn",))
     with pytest.raises(ValueError, match="calibrate"):
-        emulate.product_in(formats.parse("float8_e5m2"), dot(2), jnp.ones((1, 2)), jnp.ones((2, 1)))
+        arithmetic.emulated(formats.parse("float8_e5m2"), dot(2), jnp.ones((1, 2)), jnp.ones((2, 1)))
     with pytest.raises(ValueError, match="unknown layers: nose"):
         emulate.choice({"nose": "bfloat16"}, model.names, formats.parse_all(("bfloat16",)))
     with pytest.raises(ValueError, match="float16; this program was built for"):

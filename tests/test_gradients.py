@@ -231,7 +231,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, _):
         h = nn.relu(nn.Conv(8, (1, 1), name="expand")(x))
-        h = nn.Conv(8, (3, 3), feature_group_count=8, conv_general_dilated=depthwise_conv, name="depthwise")(h)
+        h = nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(h)
         return x + nn.tanh(nn.Conv(4, (1, 1), use_bias=False, name="project")(h)), None
 
 

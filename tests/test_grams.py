@@ -8,7 +8,6 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from mpjax import curvature, grams, models, partition
-from mpjax.depthwise import depthwise_conv
 from mpjax.gradients import matrix_gradients
 from mpjax.partition import Block
 
@@ -133,7 +132,7 @@ class Cnn(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.tanh(nn.Conv(4, (3, 3), strides=2, name="stem")(x))
-        x = nn.tanh(nn.Conv(4, (3, 3), feature_group_count=4, conv_general_dilated=depthwise_conv, name="depthwise")(x))
+        x = nn.tanh(nn.Conv(4, (3, 3), feature_group_count=4, name="depthwise")(x))
         x = nn.tanh(nn.Conv(6, (1, 1), name="pointwise")(x))
         return nn.Dense(3, name="head")(x.mean((1, 2)))
 

@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from mpjax import apply, graph, models
-from mpjax.depthwise import depthwise_conv
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -97,7 +96,7 @@ class Images(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = nn.Conv(4, (3, 3), name="stem")(x)
-        y = nn.Conv(4, (3, 3), 2, feature_group_count=4, conv_general_dilated=depthwise_conv, name="depthwise")(x)
+        y = nn.Conv(4, (3, 3), 2, feature_group_count=4, name="depthwise")(x)
         x = nn.max_pool(x, (2, 2), (2, 2)) + nn.Conv(4, (1, 1), name="pointwise")(y)
         return nn.Dense(2, name="head")(nn.relu(x).mean((1, 2)))
 
@@ -325,13 +324,13 @@ def test_calls_say_what_runs_how_often():
     model = linen(Mapped(), x)
     found = graph.calls(model, x)
     assert [(call.layer, call.lhs.shape, call.runs) for call in found] == [
-        ("mapped", (2, 4), 5),
+        ("mapped", (2, 5, 4), 1),
         ("shared", (2, 5, 4), 1),
         ("shared", (2, 4), 1),
     ]
     first, second, _ = found
-    assert first.rhs.shape == (4, 4) and first.out.shape == (2, 4) and first.bias.shape == (4,)
-    assert second.bias is None and second.product.bias is None and second.product.kind == "dot"
+    assert first.rhs.shape == (5, 4, 4) and first.out.shape == (5, 2, 4)  # mapped: one product with a batch axis
+    assert second.rhs.shape == (4, 4) and second.product.kind == "dot"
     assert Counter(call.layer for call in graph.calls(linen(Everything()), X))["shared"] == 3
 
 

@@ -11,15 +11,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "mpjax"
 
 LAYERS = {
-    **dict.fromkeys(("ledger", "metrics", "files", "pages", "windows", "resize", "traced"), 0),
-    **dict.fromkeys(
-        ("formats", "partition", "problem", "hlo", "report", "losses", "depthwise", "executable", "reach"), 1
-    ),
-    **dict.fromkeys(("product", "quantized", "attention", "curvature", "branch", "plan", "profiling"), 2),
-    **dict.fromkeys(("hooks", "predicted", "estimate", "stored"), 3),
-    "models": 4,
-    **dict.fromkeys(("lowering", "emulate", "grams", "graph", "strategies", "scores"), 5),
-    **dict.fromkeys(("gradients", "apply", "search", "pareto"), 6),
+    **dict.fromkeys(("ledger", "metrics", "files", "pages", "windows", "resize"), 0),
+    **dict.fromkeys(("formats", "partition", "problem", "hlo", "report", "losses", "depthwise", "executable"), 1),
+    **dict.fromkeys(("product", "curvature", "branch", "plan", "profiling"), 2),
+    **dict.fromkeys(("program", "quantized", "lowering", "stored", "predicted", "estimate"), 3),
+    **dict.fromkeys(("tracing", "running", "arithmetic", "gradients", "grams", "strategies"), 4),
+    "models": 5,
+    **dict.fromkeys(("emulate", "graph", "scores", "apply", "search", "pareto"), 6),
     **dict.fromkeys(("hessian_scores", "rounding_scores", "verification", "evaluation"), 7),
     **dict.fromkeys(("from_loss", "output_scores", "cross_terms", "timing"), 8),
     **dict.fromkeys(("sensitivity", "cost"), 9),
@@ -27,7 +25,7 @@ LAYERS = {
     "compiled": 11,
     "__init__": 12,
 }
-FLAX = {"models", "hooks"}  # the only modules that import flax
+FLAX = {"models"}  # the only module that imports flax
 PLAIN = {
     "ledger",
     "metrics",

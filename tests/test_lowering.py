@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from mpjax import lowering, models
+from mpjax import apply, lowering, models
 from mpjax.depthwise import depthwise_conv
 
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -126,13 +126,6 @@ DOT = dict(kind="dot", function=lax.dot_general, dimension_numbers=(((1,), (0,))
         ({}, (1, 16, 16, 64), (3, 3, 64, 64), ("xla", "im2col"), "im2col"),
         ({"feature_group_count": 24}, (1, 16, 16, 24), (3, 3, 1, 24), ("xla", "shift"), "shift"),
         ({"feature_group_count": 3}, (1, 16, 16, 24), (3, 3, 8, 24), ("xla",), "xla"),
-        (
-            {"function": lambda *a, **k: None},
-            (1, 16, 16, 24),
-            (1, 1, 24, 48),
-            ("own",),
-            "own",
-        ),  # the author's hook stays
         (DOT, (8, 24), (24, 48), ("xla",), "xla"),
         (DOT, (1, 24), (24, 48), ("xla", "rows"), "xla"),  # float32 has no use for more rows
         (DOT | {"dimension_numbers": (((1, 2), (0, 1)), ((), ()))}, (9, 4, 6), (4, 6, 48), ("xla", "flat"), "xla"),
@@ -176,19 +169,26 @@ def test_any_contraction_equals_numpy(data, seed, shape, extra, dtype, way):
     np.testing.assert_array_equal(np.float64(found), exact)
 
 
-def test_an_author_s_hook_is_kept_and_a_wrong_word_refused():
-    own = product(function=lambda *a, **k: None)
-    assert lowering.lowered(own, "dot") is own
+def test_suited_takes_depthwise_convolutions_alone():
+    lhs, rhs = jnp.zeros((1, 8, 8, 6), jnp.float32), jnp.zeros((3, 3, 1, 6), jnp.float32)
+    assert lowering.suited(product(feature_group_count=6), lhs, rhs).function is depthwise_conv
+    grouped = product(feature_group_count=3)
+    assert lowering.suited(grouped, lhs, jnp.zeros((3, 3, 2, 6), jnp.float32)) is grouped
+    first = product(feature_group_count=6, dimension_numbers=("NCHW", "OIHW", "NCHW"))
+    assert lowering.suited(first, jnp.zeros((1, 6, 8, 8)), jnp.zeros((6, 1, 3, 3))) is first
+
+
+def test_a_wrong_word_is_refused():
+    assert lowering.lowered(product(), "xla").function is lax.conv_general_dilated
     assert isinstance(lowering.lowered(product(), "dot").function, functools.partial)
-    assert lowering.lowered(product(function=depthwise_conv), "shift").function.args == ("shift",)
     with pytest.raises(ValueError, match="Unknown way 'dots'"):
         lowering.lowered(product(), "dots")
     x = jnp.zeros((1, 4, 4, 2), jnp.float32)
     module = nn.Conv(3, (1, 1), name="only")
     model = models.from_linen(module, module.init(jax.random.key(0), x), x)
-    with pytest.raises(ValueError, match='"own", "xla", "rule", "auto" or layer -> way'):
-        lowering.choose(model, "fast")
+    with pytest.raises(ValueError, match='"xla", "rule", "auto" or layer -> way'):
+        apply.choose(model, "fast")
     with pytest.raises(KeyError, match="Unknown layer"):
-        lowering.choose(model, {"nly": "dot"})
+        apply.choose(model, {"nly": "dot"})
     with pytest.raises(ValueError, match="unknown way 'dots'"):
-        lowering.choose(model, {model.names[0]: "dots"})
+        apply.choose(model, {model.names[0]: "dots"})

@@ -247,7 +247,7 @@ def test_operands_are_every_input_and_weight():
     assert list(inputs) == list(weights) == ["head", "twice"]
     assert [each.shape for each in inputs["twice"]] == [(1, 6), (1, 6)]
     np.testing.assert_array_equal(inputs["twice"][0], x)
-    np.testing.assert_array_equal(weights["head"][0], model.params["head"]["kernel"])
+    np.testing.assert_array_equal(weights["head"][0], model.params["head/kernel"])
 
 
 def test_a_run_keeps_the_contract_and_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):

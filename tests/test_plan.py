@@ -19,7 +19,7 @@ FULL = Plan(
     seeds={"probes": 3},
     versions={"jax": "0.10.2"},
     data=plan.digest(np.arange(3)),
-    lowering={"b": "dot", "a/kernel": "own"},
+    lowering={"b": "dot", "a/kernel": "xla"},
     options={"xla_allow_excess_precision": False, "xla_cpu_prefer_vector_width": 512, "xla_other": ""},
 )
 

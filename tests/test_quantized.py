@@ -108,9 +108,8 @@ def test_they_go_through_scores_apply_compile_report_and_files(net, name, tmp_pa
     np.testing.assert_allclose(scores.value[2, 0], 0.5 * (np.float64(change) ** 2).sum(-1).mean(), rtol=1e-4)
     static = cost.static(model, (name,), *batches[0])
     mixed = apply.apply(model, dict.fromkeys(model.names, name))
-    stored = apply.kernels(mixed, mixed.params)
-    for layer, kernel, counted in zip(model.layers, stored.values(), static.weight_bytes[:, -1], strict=True):
-        scale = mixed.params["weight_scales"].get(layer.name)
+    for layer, counted in zip(model.layers, static.weight_bytes[:, -1], strict=True):
+        kernel, scale = mixed.params[layer.kernel]
         found = kernel.nbytes + (0 if scale is None else scale.nbytes)
         assert found == counted == quantized.stored_bytes(fmt, layer.kernel_shape, layer.summed)
         assert kernel.nbytes == -(-layer.weights * fmt.bits // 8)

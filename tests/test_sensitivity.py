@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import nnx, traverse_util
 
 from mpjax import curvature, emulate, estimate, formats, losses, models, partition, quantized, sensitivity
 from mpjax.scores import rounding_of
@@ -130,10 +130,10 @@ def test_quadratic_is_half_delta_ggn_delta(seed):
             scope = layer.name
 
             def outputs(kernel, x, scope=scope):
-                params = {**model.params, scope: {**model.params[scope], "kernel": kernel}}
+                params = model.params | {f"{scope}/kernel": kernel}
                 return model.call(params, x).ravel()
 
-            kernel = model.params[scope]["kernel"]
+            kernel = model.params[f"{scope}/kernel"]
             delta = np.float64(quantized.round_weights(kernel, formats.parse(name)) - kernel).ravel()
             expected = 0.0
             for (x,) in batches:
@@ -147,7 +147,7 @@ def test_quadratic_with_a_loss_of_ones_own_is_the_true_hessian():
     target = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)
     half = losses.Loss(name="half", value=lambda o, reference, y: jnp.sum((o - y) ** 2, -1) / 2, num_targets=1)
     labelled = [(x, target) for (x,) in batches]
-    kernel = model.params["only"]["kernel"]
+    kernel = model.params["only/kernel"]
     delta = np.float64(quantized.round_weights(kernel, formats.parse("bfloat16")) - kernel)
     # linear regression: H = XᵀX / n for each output, whatever the targets are
     expected = np.mean([0.5 * np.sum((np.float64(x) @ delta) ** 2) / 6 for (x,) in batches])
@@ -175,10 +175,10 @@ def test_logdet_is_that_of_the_dense_blocks(small):
     for layer in model.layers:
 
         def outputs(kernel, scope=layer.name):
-            params = {**model.params, scope: {**model.params[scope], "kernel": kernel}}
+            params = model.params | {f"{scope}/kernel": kernel}
             return model.call(params, x).ravel()
 
-        kernel = model.params[layer.name]["kernel"]
+        kernel = model.params[layer.kernel]
         jacobian = np.float64(jax.jacobian(outputs)(kernel)).reshape(18, -1)
         spectra.append(np.linalg.eigvalsh(jacobian.T @ jacobian).clip(0))
     ranks = sum(min(layer.weights, 18) for layer in model.layers)
@@ -191,8 +191,7 @@ def test_logdet_is_that_of_the_dense_blocks(small):
 
 def test_an_overflow_is_reported_for_its_layer_and_spoils_no_other(small):
     model, batches = small
-    params = {**model.params, "head": {**model.params["head"]}}
-    params["head"]["kernel"] = params["head"]["kernel"].at[0, 0].set(1e6)
+    params = model.params | {"head/kernel": model.params["head/kernel"].at[0, 0].set(1e6)}
     loud = models.Model(params=params, layers=model.layers, call=model.call)
     for scorer in (sensitivity.measured(), sensitivity.local_rounding(), sensitivity.quadratic()):
         found = scorer(loud, batches, ("float16", "bfloat16"), KEY)
@@ -222,7 +221,7 @@ def test_linen_and_nnx_agree():
 
     batches = [(jax.random.normal(KEY, (4, 8, 8, 2), jnp.float32),)]
     one = models.from_nnx(Net(), *batches[0])
-    two = models.from_linen(Twin(), {"params": one.params}, *batches[0])
+    two = models.from_linen(Twin(), {"params": traverse_util.unflatten_dict(one.params, sep="/")}, *batches[0])
     assert one.names == two.names
     for scorer in (sensitivity.local_rounding(), sensitivity.quadratic(), sensitivity.measured()):
         a, b = scorer(one, batches, ("bfloat16",), KEY), scorer(two, batches, ("bfloat16",), KEY)
@@ -466,7 +465,7 @@ def test_an_overflow_that_a_clamp_hides_is_reported():
             return nn.Dense(3, name="last")(jnp.clip(nn.Dense(4, name="first")(x), -1, 1))
 
     model, batches = build(Clamped(), (5, 7))
-    params = {**model.params, "first": {**model.params["first"], "kernel": model.params["first"]["kernel"] * 1e5}}
+    params = model.params | {"first/kernel": model.params["first/kernel"] * 1e5}
     loud = models.Model(params=params, layers=model.layers, call=model.call)
     found = of(sensitivity.measured(), loud, batches, ("float16", "bfloat16"))
     assert found.status[0, 0] == sensitivity.OVERFLOW and np.isinf(found.value[0, 0])

@@ -26,20 +26,24 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mpjax import models
-from mpjax.hooks import merged
-from mpjax.models import Batches, Model
+from mpjax.models import Batches, Model, merged
 
 TOKENS, WORDS, WIDTH = 12, 50, 32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A model with two batches of inputs; `plain(params, x)` is Flax's own call of it."""
+    """A model as its user has it, with two batches of inputs.
+
+    `source`: what it is written in. `plain(params, *inputs)`: the user's own call. `make`: makes mpjax's model of it.
+    """
 
     name: str
-    model: Model
+    source: str
+    params: Any
     batches: Batches
-    plain: Callable[[Any, jax.Array], Any]
+    plain: Callable[..., Any]
+    make: Callable[[], Model]
 
 
 class Mlp(nn.Module):
@@ -255,18 +259,22 @@ def architecture(name: str) -> Architecture:
         parts = nnx.split(llama, nnx.Param, ...)
         return Architecture(
             name=name,
-            model=models.from_nnx(llama, *batches[0]),
+            source="Flax NNX",
+            params=nnx.to_pure_dict(parts[1]),
             batches=batches,
             plain=lambda params, x: merged(*parts, params)(x),
+            make=lambda: models.from_nnx(llama, *batches[0]),
         )
     module = LINEN[name][0]()
     variables: Any = module.init(keys[0], *batches[0])
     others = {kind: values for kind, values in variables.items() if kind != "params"}
     return Architecture(
         name=name,
-        model=models.from_linen(module, variables, *batches[0]),
+        source="Flax linen",
+        params=variables["params"],
         batches=batches,
         plain=lambda params, x: module.apply({**others, "params": params}, x),
+        make=lambda: models.from_linen(module, variables, *batches[0]),
     )
 
 

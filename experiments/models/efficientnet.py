@@ -3,8 +3,8 @@
 Tan and Le, "EfficientNet", arXiv 1905.11946; Lite: no squeeze-and-excitation, ReLU6 for swish, stem and head as wide as in
 every scale (tensorflow/tpu, models/official/efficientnet/lite).  Layers, in execution order: ``stem``; ``block_00/depthwise``,
 ``block_00/project``; ``block_01/expand``, ``block_01/depthwise``, ``block_01/project`` … ``block_15/project``; ``head``;
-``classifier``.  Each convolution ``X`` has a batch norm ``X_norm`` beside it where norms are kept.  Depthwise convolutions go
-through ``mpjax.depthwise``; SAME padding is TensorFlow's, uneven at stride 2.
+``classifier``.  Each convolution ``X`` has a batch norm ``X_norm`` beside it where norms are kept.  SAME padding is
+TensorFlow's, uneven at stride 2.
 
 The weights: `load_efficientnet` of the checkpoint in ``experiments.assets``.
 """
@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.models.torch_checkpoint import CheckpointError, load_checkpoint
-from mpjax.depthwise import depthwise_conv
 
 __all__ = ["CLASSES", "EPSILON", "SIZE", "BatchNorm", "EfficientNetLite0", "fold", "load_efficientnet", "normalised"]
 
@@ -78,15 +77,13 @@ def _convolution(
 
     (N, H, W, C) -> (N, ⌈H / stride⌉, ⌈W / stride⌉, features). The compact method that calls this adopts the layers.
     """
-    depthwise = name == "depthwise"
     x = nn.Conv(
         features,
         (kernel, kernel),
         strides=(stride, stride),
         padding="SAME",
-        feature_group_count=x.shape[-1] if depthwise else 1,
+        feature_group_count=x.shape[-1] if name == "depthwise" else 1,
         use_bias=batch_norm == "folded",
-        conv_general_dilated=depthwise_conv if depthwise else None,
         name=name,
     )(x)
     if batch_norm == "kept":

@@ -2,7 +2,7 @@
 
 Post-norm blocks of self-attention and an MLP; six ``nn.Dense`` each, named ``block_00/query``, ``block_00/key``,
 ``block_00/value``, ``block_00/out``, ``block_00/up`` and ``block_00/down``.  Queries times keys and attention times
-values are plain products: they have no weights, so no layer's format speaks of them (`apply(..., attention=)` does).
+values are products of two activations: no layers, but an assignment may name them (``block_00/scores``, ``block_00/values``).
 """
 
 from collections.abc import Mapping
