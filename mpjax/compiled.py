@@ -28,7 +28,7 @@ from mpjax.executable import Executable
 from mpjax.files import write_bytes
 from mpjax.formats import parse
 from mpjax.models import Array, Batches, Layer, Model, spec
-from mpjax.quantized import stored_bytes
+from mpjax.quantized import weight_bytes
 from mpjax.verification import MiscompiledError, Verification, check_inputs, reference
 
 __all__ = [
@@ -167,7 +167,7 @@ class Compiled:
                     "opcode": "" if dropped else executed.opcode,
                     "way": self.lowering.get(name, "xla"),
                     "weights": layer.weights,
-                    "weight_bytes": 0 if dropped else _stored(layer, self.assignment[name]),
+                    "weight_bytes": 0 if dropped else weight_bytes(layer, parse(self.assignment[name])),
                     "full_copy": None
                     if dropped or not (layer.kernel and parse(self.assignment[name]).weight_only)
                     else name in copies,
@@ -527,10 +527,6 @@ def _plain(function: Any) -> Any:
 def _only_plain(structure: Any) -> bool:
     data = structure.node_data()
     return (data is None or data[0] in (dict, list, tuple, type(None))) and all(map(_only_plain, structure.children()))
-
-
-def _stored(layer: Layer, fmt: str) -> int:
-    return stored_bytes(parse(fmt), layer.kernel_shape, layer.summed, layer.stacked) if layer.kernel else 0
 
 
 def _finite(value: float) -> float | None:

@@ -28,7 +28,7 @@ from mpjax import lowering as lowerings
 from mpjax.formats import FLOAT32, FORMATS, Format, parse_all
 from mpjax.models import Array, Model, check_batches
 from mpjax.product import Layer, flops
-from mpjax.quantized import store, stored_bytes
+from mpjax.quantized import store, weight_bytes
 
 _CLEARLY = 0.9  # of the rule's time: what another way must take, alone, to be preferred
 
@@ -329,15 +329,11 @@ def _static(model: Model, low: tuple[Format, ...], inputs: Sequence[Array], call
         layers=model.names,
         formats=tuple(fmt.name for fmt in low),
         examples=examples,
-        weight_bytes=np.array([[_stored(layer, fmt) for fmt in low] for layer in model.layers], np.int64),
+        weight_bytes=np.array([[weight_bytes(layer, fmt) for fmt in low] for layer in model.layers], np.int64),
         activation_bytes=(read + 4 * written[:, None]) // examples,
         flops=count(lambda call: flops(call.product, call.lhs, call.rhs, call.out)) // examples,
         runs=count(lambda call: 1),
     )
-
-
-def _stored(layer: Layer, fmt: Format) -> int:
-    return stored_bytes(fmt, layer.kernel_shape, layer.summed, layer.stacked) if layer.kernel else 0
 
 
 def _size(spec: jax.ShapeDtypeStruct) -> int:

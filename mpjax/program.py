@@ -227,7 +227,6 @@ class Program:
         used: parameters that some output depends on.
         tree: structure of the outputs.
         constants: shapes of constant matrices that are multiplied with activations.
-        left: weight -> why its products stay as they are.
     """
 
     block: Block
@@ -237,7 +236,6 @@ class Program:
     used: frozenset[str]
     tree: Any
     constants: tuple[tuple[int, ...], ...]
-    left: Mapping[str, str]
 
 
 def named_leaves(params: Any) -> list[tuple[str, Any]]:

@@ -173,6 +173,11 @@ def stored_bytes(fmt: Format, shape: Sequence[int], summed: Summed, stacked: Seq
     return size + count // max(math.prod(groups.shape[axis] for axis in axes), 1) * jnp.dtype(scale_dtype(fmt)).itemsize
 
 
+def weight_bytes(layer: Layer, fmt: Format) -> int:
+    """`stored_bytes` of a layer's weight; 0 for a product of two activations."""
+    return stored_bytes(fmt, layer.kernel_shape, layer.summed, layer.stacked) if layer.kernel else 0
+
+
 def scale_dtype(fmt: Format) -> Any:
     """Of the stored scales: bfloat16 for groups, of which there are many."""
     return jnp.bfloat16 if fmt.group else jnp.float32

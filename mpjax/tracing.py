@@ -115,7 +115,6 @@ def trace(
         used=frozenset(path for path, use in zip(leaves, used, strict=False) if use),
         tree=jax.tree.structure(shapes),
         constants=tuple(tracer.constants),
-        left={weight.name: weight.reason for weight in weights if weight.reason},
     )
 
 
