@@ -27,9 +27,8 @@ from scipy.special import log_softmax
 from experiments import assets, data, eyes, pose_landmark
 from experiments.digits import SIZE, TRAIN, DigitsCNN, Settings, split, trained
 from experiments.models.tflite_import import load_tflite
-from mpjax import models
 from mpjax.files import Checkpoint
-from mpjax.models import Batches, Model
+from mpjax.program import Batches, Model, from_linen, with_output
 
 Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -120,7 +119,7 @@ def pose(*, count: int = 8, batch: int | None = None) -> Benchmark:
     arrays = (crops.calibration.images[take], _torsos(crops, base)[take])
     return Benchmark(
         name="pose_landmark_full",
-        model=models.with_output(base, pose_landmark.in_torso_units),
+        model=with_output(base, pose_landmark.in_torso_units),
         batches=in_batches(arrays, batch or _divisor(count, 4)),
         error=landmark_error(33),
         error_name="NME",
@@ -149,7 +148,7 @@ def iris(*, count: int = 8, batch: int | None = None) -> Benchmark:
     base = imported("iris_landmark", _IRIS_OUTPUTS, eyes.EYE_SIZE)
     return Benchmark(
         name="iris_landmark",
-        model=models.with_output(base, iris_in_eye_widths),
+        model=with_output(base, iris_in_eye_widths),
         batches=in_batches((crops.images, crops.unit), batch or _divisor(count, 4)),
         error=landmark_error(76),
         error_name="NME",
@@ -176,7 +175,7 @@ def face(*, count: int = 4, batch: int | None = None) -> Benchmark:
     base = imported("face_landmark", _FACE_OUTPUTS, eyes.FACE_SIZE)
     return Benchmark(
         name="face_landmark",
-        model=models.with_output(base, face_in_eye_distances),
+        model=with_output(base, face_in_eye_distances),
         batches=in_batches((crops.images, crops.unit), batch or _divisor(count, 4)),
         error=landmark_error(468),
         error_name="NME",
@@ -208,7 +207,7 @@ def digits(*, count: int = TRAIN, batch: int | None = None) -> Benchmark:
     images, labels, size = train.images[:count], train.labels[:count], batch or _divisor(count, 160)
     return Benchmark(
         name="digits_cnn",
-        model=models.from_linen(DigitsCNN(), {"params": params}, example),
+        model=from_linen(DigitsCNN(), {"params": params}, example),
         batches=in_batches((images,), size),
         labelled=in_batches((images, labels), size),
         error=kl_error,
@@ -269,7 +268,7 @@ def _checked(low: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.nda
 def imported(name: str, outputs: tuple[str, ...], size: int) -> Model:
     """A fetched .tflite model with some of its outputs, for crops of `size` pixels."""
     found = load_tflite(assets.fetch(name), outputs=outputs)
-    return models.from_linen(found.module, found.variables, jnp.zeros((1, size, size, 3), jnp.float32))
+    return from_linen(found.module, found.variables, jnp.zeros((1, size, size, 3), jnp.float32))
 
 
 def _xy(landmarks: jax.Array) -> jax.Array:

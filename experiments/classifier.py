@@ -38,10 +38,10 @@ from experiments import assets, classifier_data, classifier_report, common
 from experiments.benchmarks import in_batches, kl_error
 from experiments.classifier_data import BATCH, Part
 from experiments.models.efficientnet import CLASSES, SIZE, BatchNorm, load_efficientnet, normalised
-from mpjax import emulate, losses, metrics, models, plan, report, search, sensitivity
+from mpjax import emulation, losses, metrics, plan, report, search, sensitivity
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
-from mpjax.models import Model
+from mpjax.program import Model, from_linen
 from mpjax.search import Assignment, Measurement, Problem
 from mpjax.sensitivity import Scores
 
@@ -167,7 +167,7 @@ def load(batch_norm: BatchNorm) -> Model:
         experiments.assets.AssetError: it could not be fetched.
     """
     module, variables = load_efficientnet(assets.fetch(MODEL), batch_norm=batch_norm)
-    return models.from_linen(module, variables, jnp.zeros((1, SIZE, SIZE, 3), jnp.float32))
+    return from_linen(module, variables, jnp.zeros((1, SIZE, SIZE, 3), jnp.float32))
 
 
 def facts(data: Data, size: Size) -> dict[str, Any]:
@@ -250,7 +250,7 @@ class Form:
         """Ranges of the activations on the calibration images."""
 
         def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
-            found = emulate.calibrate(self.model, self.data.calibration.batches)
+            found = emulation.calibrate(self.model, self.data.calibration.batches)
             return {}, {"ranges": found}, Ledger(forward=self.size.images, compilations=1)
 
         return dict(self.piece("ranges", compute).meta["ranges"])

@@ -27,7 +27,7 @@ from experiments import assets, benchmarks
 from experiments.data import VIDEOS, DataError
 from experiments.models.efficientnet import SIZE, normalised
 from mpjax.files import Checkpoint
-from mpjax.models import Batches
+from mpjax.program import Batches
 
 PLACES = 2  # that the nine videos show
 BATCH = 4

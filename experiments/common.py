@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 import mpjax
-from mpjax import timing
 from mpjax.files import Checkpoint, Piece
 from mpjax.ledger import Ledger
-from mpjax.timing import device_name as device_name  # what every experiment writes down
+from mpjax.xla import timing
+from mpjax.xla.environment import device_name as device_name
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -25,9 +25,9 @@ from mpjax import losses, metrics, plan, report, sensitivity
 from mpjax.files import Piece
 from mpjax.ledger import Ledger
 from mpjax.losses import Loss
-from mpjax.rounding_scores import output_size
-from mpjax.scores import Timed
 from mpjax.sensitivity import OK, ZERO, Scores, pack, unpack
+from mpjax.sensitivity.rounding_scores import output_size
+from mpjax.sensitivity.scores import Timed
 
 TIMED = ("seconds", "compile_seconds", "peak_mb", "compilations")
 LOW_FIELDS = tuple(f"layers_low_{round(100 * share)}" for share in TOLERANCES)

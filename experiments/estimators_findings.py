@@ -24,7 +24,7 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         *advice(rows, models),
         *blind(rows),
         *curvature_alone(summary, models),
-        *lowering(rows, models),
+        *implementation(rows, models),
         *crossing(summary),
     ]
 
@@ -148,7 +148,7 @@ def curvature_alone(summary: Mapping[str, Any], models: Sequence[str]) -> list[s
     return found
 
 
-def lowering(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
+def implementation(rows: Sequence[Row], models: Sequence[str]) -> list[str]:
     """What the rankings are worth in a search."""
     found = []
     for model in models:

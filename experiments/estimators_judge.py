@@ -13,12 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from experiments.benchmarks import Benchmark
-from mpjax import emulate, metrics, search
+from mpjax import emulation, metrics, search
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
-from mpjax.models import Batches
-from mpjax.scores import examples_in
+from mpjax.program import Batches
 from mpjax.sensitivity import INDEFINITE, NOT_FINITE, OK, OVERFLOW, UNCONVERGED, ZERO
+from mpjax.sensitivity.scores import examples_in
 
 FORMATS = ("float16_acc16", "bfloat16", "float8_e4m3fn")
 TOLERANCES = (0.10, 0.25, 0.50)  # of the error with all layers low
@@ -115,7 +115,7 @@ class Evaluator:
 
     def __init__(self, benchmark: Benchmark) -> None:
         self.benchmark = benchmark
-        self.calibration = emulate.calibrate(benchmark.model, benchmark.batches)
+        self.calibration = emulation.calibrate(benchmark.model, benchmark.batches)
         self.evaluations = 0  # of this process
         self._programs: dict[str, Evaluation] = {}
         self._references: dict[str, Floats] = {}

@@ -37,10 +37,11 @@ from experiments.benchmarks import in_batches
 from experiments.models.pretrained import in_dtype, jitted
 from experiments.models.smollm2 import Generated, generate, load_smollm2, new_cache
 from experiments.storage import CONFIDENCE, HEADLINE
-from mpjax import apply, losses, models, report, search, sensitivity
+from mpjax import losses, report, search, sensitivity
+from mpjax.apply import apply
 from mpjax.files import jsonable
 from mpjax.ledger import Ledger
-from mpjax.models import Array, Model
+from mpjax.program import Array, Model, from_nnx
 from mpjax.search import Assignment, Measurement
 
 MODEL, WINDOW = "smollm2", 128
@@ -163,7 +164,7 @@ class Subject:
         # A mix that the scores of some windows led to is accepted on others.
         self.scored, self.calibration = (in_batches((windows[start::2],), 2) for start in (0, 1))
         self.heldout = in_batches((self.windows(heldout.joined, size.heldout),), 2)
-        self.model: Model = models.from_nnx(self.language.module, *self.calibration[0])
+        self.model: Model = from_nnx(self.language.module, *self.calibration[0])
         self.store = storage.Store(self.model, storage.FORMATS, *self.calibration[0])
         float32 = Assignment.uniform(self.model.names)
         self.reference = {
@@ -326,8 +327,8 @@ def timed(subject: Subject, headline: Mapping[str, str], *, quick: bool) -> tupl
         inputs[PHASES[1]][name] = [(t[:, -1:], k["keys"], k["values"], after) for t, k in zip(texts, kept, strict=True)]
     rows = []
     for phase in PHASES[1:] if quick else PHASES:
-        model = models.from_nnx(language.module, *inputs[phase][""][0])
-        programs = {name: apply.apply(model, assignment) for name, assignment in wanted.items()}
+        model = from_nnx(language.module, *inputs[phase][""][0])
+        programs = {name: apply(model, assignment) for name, assignment in wanted.items()}
         rows += storage_report.timed(phase, plain, programs, inputs[phase], subject.store.bytes_of({}), ROUNDS)
     return rows, generate(language, PROMPT, 8)
 

@@ -33,7 +33,7 @@ import tyro
 from experiments import benchmarks, common, data, number_formats_figures
 from experiments.benchmarks import Benchmark
 from experiments.number_formats_core import GRIDS, VALUE, Grid, Tally, operands, share_rows, tally, total
-from mpjax import emulate, report
+from mpjax import emulation, report
 from mpjax.ledger import Ledger
 from mpjax.pages import Column, Picture, Section
 
@@ -158,7 +158,7 @@ def layout_row(grid: Grid) -> dict[str, Any]:
 def model_tallies(benchmark: Benchmark) -> tuple[Tally, Tally, Ledger]:
     """What formats do to the model's weights, and to its layers' inputs on the benchmark's examples."""
     model, batches = benchmark.model, benchmark.batches
-    calibration = emulate.calibrate(model, batches)
+    calibration = emulation.calibrate(model, batches)
     amax = {name: jnp.float32(each) for name, each in calibration.items()}
     run, count = jax.jit(operands(model)), jax.jit(tally)
     found = []

@@ -46,7 +46,7 @@ from experiments.peers_networks import MATRIX, PLAIN, Network, cnn_network, mlp_
 from experiments.peers_stats import CURVLINOPS, EXACT, JOINT, PER_LAYER, PYHESSIAN, ROW_FIELDS, Row
 from mpjax import report
 from mpjax.ledger import Ledger
-from mpjax.models import Params
+from mpjax.program import Params
 
 Notes = dict[str, Any]
 

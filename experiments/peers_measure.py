@@ -36,11 +36,13 @@ from experiments.peers_stats import (
     second_call,
     z_scores,
 )
-from mpjax import curvature, emulate, estimate, from_loss, gradients, models, partition
+from mpjax import curvature, emulation, partition
+from mpjax.curvature import estimates
 from mpjax.ledger import Ledger
-from mpjax.models import Params
 from mpjax.partition import Block
-from mpjax.scores import Scores
+from mpjax.program import Override, Params, from_linen
+from mpjax.sensitivity import from_loss, gradients
+from mpjax.sensitivity.scores import Scores
 
 POSE = "pose_landmark_full"
 TARGET = 0.1  # median relative standard error at which times are compared
@@ -88,18 +90,18 @@ def pose_passes(*, rounds: int) -> Found:
     """The pose model's gradient and HVP of its output loss on one crop; mpjax alone."""
     imported = load_tflite(assets.fetch(POSE), outputs=("Identity",))
     crop = jnp.asarray(data.pose_crops().calibration.images[:1])
-    model = models.from_linen(imported.module, imported.variables, crop)
+    model = from_linen(imported.module, imported.variables, crop)
 
-    def landmarks(params: Params, override: models.Override | None) -> jax.Array:
+    def landmarks(params: Params, override: Override | None) -> jax.Array:
         return data.landmarks_xy(model.call(params, crop, override=override)["Identity"])
 
     target = jax.jit(lambda p: landmarks(p, None))(model.params)
 
-    def loss_with(override: models.Override | None) -> Loss:
+    def loss_with(override: Override | None) -> Loss:
         return lambda p: 0.5 * jnp.sum((landmarks(p, override) - target) ** 2)
 
     # In both, depthwise convolutions are computed in a way that is quick on a CPU.
-    losses = {PLAIN: loss_with(emulate.in_format({})), MATRIX: loss_with(gradients.scored)}
+    losses = {PLAIN: loss_with(emulation.in_format({})), MATRIX: loss_with(gradients.scored)}
     rows, ledger = _timed(POSE, own_passes(losses, model.params, signs(model.params, 0)), rounds)
     return rows, ledger + Ledger(forward=1, compilations=1)
 
@@ -150,9 +152,9 @@ def whole_traces(network: Network, twin: Any, *, products: int, rounds: int, see
     compile_seconds: dict[tuple[str, str], float] = {}
     methods: tuple[Literal["hutchinson", "xtrace"], ...] = ("hutchinson", "xtrace")
     for method in methods:
-        estimator = estimate.trace(num_probes=products, method=method)
+        estimator = estimates.trace(num_probes=products, method=method)
 
-        def whole(params: Params, key: jax.Array, estimator: estimate.Estimator = estimator) -> estimate.Estimate:
+        def whole(params: Params, key: jax.Array, estimator: estimates.Estimator = estimator) -> estimates.Estimate:
             return estimator(curvature.block_hessian(network.loss, params, network.everything), key)
 
         program, compile_seconds[own, method] = compiled(whole, network.params, jax.random.key(seed))
@@ -223,9 +225,9 @@ def _compared(each: Sampled, reference: Sampled | None, i: int) -> dict[str, flo
 def top_eigenvalues(network: Network, twin: Any, *, depth: int, seed: int) -> Found:
     """The eigenvalue of largest magnitude: mpjax's Lanczos, PyHessian's power iteration, curvlinops with SciPy's eigsh."""
 
-    def own(params: Params, key: jax.Array) -> estimate.Estimate:
+    def own(params: Params, key: jax.Array) -> estimates.Estimate:
         operator = curvature.block_hessian(network.loss, params, network.everything)
-        return estimate.top_eigenvalue(depth=depth)(operator, key)
+        return estimates.top_eigenvalue(depth=depth)(operator, key)
 
     key = jax.random.key(seed)
     program, compile_seconds = compiled(own, network.params, key)

@@ -26,11 +26,12 @@ import tyro
 
 from experiments import assets, common, data, pose_figures
 from experiments.models.tflite_import import load_tflite
-from mpjax import apply, compiled, emulate, metrics, models, report, search, sensitivity
+from mpjax import compiled, emulation, metrics, report, search, sensitivity
+from mpjax.apply import apply
 from mpjax.formats import parse_all
 from mpjax.ledger import Ledger
-from mpjax.models import Batches, Model
 from mpjax.pages import Column, Picture, Section
+from mpjax.program import Batches, Model, from_linen, with_output
 
 MODEL = "pose_landmark_full"
 EMULATED, EXECUTED = "float16_acc16", "bfloat16"
@@ -112,8 +113,8 @@ def main(config: Config) -> None:
     crops = data.pose_crops()
     path = assets.fetch(MODEL)
     imported = load_tflite(path, outputs=("Identity",))
-    base = models.from_linen(imported.module, imported.variables, jnp.zeros((1, data.SIZE, data.SIZE, 3), jnp.float32))
-    model = models.with_output(base, in_torso_units)
+    base = from_linen(imported.module, imported.variables, jnp.zeros((1, data.SIZE, data.SIZE, 3), jnp.float32))
+    model = with_output(base, in_torso_units)
     run = in_float32(base)
     calibration, evaluation = (split_of(each, base, run) for each in (crops.calibration, crops.evaluation))
     truth_ledger = Ledger(forward=len(calibration.torso) + len(evaluation.torso), compilations=1)
@@ -208,7 +209,7 @@ def in_torso_units(outputs: Mapping[str, jax.Array], torso: jax.Array) -> jax.Ar
 
 def in_float32(base: Model) -> Any:
     """`run(params, images) -> "Identity"`, jitted: in float32 as emulation has it, quicker on a CPU than XLA's convolutions."""
-    override = emulate.in_format({})
+    override = emulation.in_format({})
     return jax.jit(lambda params, images: base.call(params, images, override=override)["Identity"])
 
 
@@ -294,12 +295,12 @@ class Evaluator:
     def __init__(self, base: Model, fmt: str) -> None:
         self.base, self.fmt = base, fmt
         self._low = parse_all((fmt,))
-        emulated = emulate.emulated(base, self._low)
+        emulated = emulation.emulated(base, self._low)
         self._run = jax.jit(lambda params, index, x: emulated(params, index, x)["Identity"])
 
     def landmarks(self, assignment: Mapping[str, str], images: np.ndarray) -> np.ndarray:
         """(N, 33, 2) in pixels of the crop."""
-        index = emulate.choice(assignment, self.base.names, self._low)
+        index = emulation.choice(assignment, self.base.names, self._low)
         parts = [
             self._run(self.base.params, index, jnp.asarray(images[i : i + BATCH])) for i in range(0, len(images), BATCH)
         ]
@@ -502,11 +503,11 @@ def executed_rows(
     """
     examples = [(jnp.asarray(evaluation.crops.images[i : i + 1]),) for i in (0, len(evaluation.torso) // 2)]
     everything = dict.fromkeys(base.names, EXECUTED)
-    variants = {"fp32": base, "all": apply.apply(base, everything), "mixed": apply.apply(base, found.assignment)}
+    variants = {"fp32": base, "all": apply(base, everything), "mixed": apply(base, found.assignment)}
     programs = {}
     with report.progress("compiling and verifying", len(variants)) as advance:
         for name, each in variants.items():
-            programs[name] = compiled.compile(each, examples, lowering="rule")
+            programs[name] = compiled.compile(each, examples, implementation="rule")
             advance()
     image = examples[0][0]
     timings = common.interleaved(

@@ -34,11 +34,13 @@ from experiments import common, searches_report, searches_tasks
 from experiments.estimators_core import digest
 from experiments.estimators_judge import first
 from experiments.searches_tasks import FORMATS, MODELS, SETS, Predicted, Task
-from mpjax import apply, compiled, cost, graph, pareto, plan, report, search
-from mpjax import predicted as optimum
+from mpjax import compiled, cost, plan, report, search
+from mpjax.apply import apply
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
-from mpjax.search import Assignment, Measurement, Problem, Result, Strategy
+from mpjax.program import graph
+from mpjax.search import Assignment, Measurement, Problem, Result, Strategy, pareto
+from mpjax.search import predicted as optimum
 
 TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
 BUDGET = 150  # evaluations of one search
@@ -478,7 +480,7 @@ class Runner:
         def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
             programs, refused = {}, {}
             for name, assignment in plans.items():
-                each = apply.apply(model, assignment) if assignment.lowered else model
+                each = apply(model, assignment) if assignment.lowered else model
                 try:
                     programs[name] = compiled.compile(each, inputs)
                 except compiled.MiscompiledError as error:

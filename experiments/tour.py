@@ -32,12 +32,15 @@ import tyro
 from experiments import common
 from experiments.models.architectures import NAMES, Architecture, architecture
 from experiments.models.zoo import ZOO
-from mpjax import apply, compiled, evaluation, models, report, search, sensitivity, timing, verification
+from mpjax import compiled, evaluation, report, search, sensitivity
+from mpjax.apply import apply
+from mpjax.compiled import verification
 from mpjax.files import jsonable
 from mpjax.ledger import Ledger
-from mpjax.models import Model
 from mpjax.pages import Column, Section
-from mpjax.program import named_leaves
+from mpjax.program import Model, from_function
+from mpjax.program.steps import named_leaves
+from mpjax.xla import timing
 
 FORMAT, PROBES, ROUNDS = "bfloat16", 4, 25
 EVERY = (*NAMES, *(f"zoo/{name}" for name in ZOO))
@@ -155,7 +158,7 @@ def of_zoo(name: str) -> Architecture:
         params=params,
         batches=[inputs, tuple(jnp.roll(each, 1, axis=min(1, each.ndim - 1)) for each in inputs)],
         plain=function,
-        make=lambda: models.from_function(function, params, *inputs),
+        make=lambda: from_function(function, params, *inputs),
     )
 
 
@@ -173,7 +176,7 @@ def toured(subject: Architecture) -> tuple[dict[str, Any], str, Ledger]:
         lambda: sensitivity.local_rounding(num_probes=PROBES)(model, batches, (FORMAT,), jax.random.key(0))
     )
     low = dict.fromkeys((each.name for each in model.lowerable), FORMAT)
-    program, compile_seconds = timed(lambda: compiled.compile(apply.apply(model, low), batches))
+    program, compile_seconds = timed(lambda: compiled.compile(apply(model, low), batches))
     reached, left = weights_of(subject, model)
     row = {
         "architecture": subject.name,
@@ -198,7 +201,7 @@ def toured(subject: Architecture) -> tuple[dict[str, Any], str, Ledger]:
         "compile_seconds": compile_seconds,
     }
     found, ledger = searched(subject, model, scores) if subject.name in NAMES else (dict.fromkeys(SEARCHED), Ledger())
-    return {**row, **found}, models.summary(model), ledger + scores.ledger + Ledger(compilations=1)
+    return {**row, **found}, model.summary(), ledger + scores.ledger + Ledger(compilations=1)
 
 
 SEARCHED = ("layers_low", "error", "error_limit")
@@ -210,7 +213,7 @@ def searched(subject: Architecture, model: Model, scores: sensitivity.Scores) ->
     limit = 0.5 * evaluate(search.Assignment.uniform(model.names, FORMAT)).value
     problem = search.Problem(layers=model.names, formats=(FORMAT,), penalty=scores.value)
     result = search.solve(problem, search.binary(), evaluate=evaluate, tolerance=limit)
-    compiled.compile(apply.apply(model, result.assignment), subject.batches, lowering="rule")
+    compiled.compile(apply(model, result.assignment), subject.batches, implementation="rule")
     found = (len(result.assignment.lowered), result.measurement.value, limit)
     return dict(zip(SEARCHED, found, strict=True)), result.ledger + Ledger(compilations=1)
 

@@ -10,20 +10,57 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 
-from mpjax import arithmetic
-from mpjax import lowering as ways
+from mpjax import arithmetic, kernels
 from mpjax.arithmetic import Calibration, ranges_of
 from mpjax.formats import FLOAT32, Format, narrowed, parse
-from mpjax.models import Array, Layer, Model, Override, Params, Product
-from mpjax.quantized import store
+from mpjax.formats.storage import store
+from mpjax.program.model import Array, Layer, Model, Override, Params, Product
 
-NARROW = ("float32", "bfloat16", "float16")  # what activations can be handed on in
+ACTIVATION_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedModel(Model):
+    """A model whose layers are stored and computed in assigned formats; made by `apply`.
+
+    Attributes:
+        original: the float32 model.
+        assignment: layer -> format name, complete.
+        calibration: layer -> largest activation magnitude, for scaled formats.
+        implementation: how products are computed, as in `apply`.
+        activations: dtype to which the outputs of lowered layers are rounded.
+    """
+
+    original: Model
+    assignment: Mapping[str, str]
+    calibration: Calibration | None = None
+    implementation: str | Mapping[str, str] = "xla"
+    activations: str = "float32"
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """Layer -> format."""
+        return {name: parse(fmt) for name, fmt in self.assignment.items()}
+
+    @property
+    def assigned(self) -> tuple[Layer, ...]:
+        """The layers, and the products of two activations that the assignment names."""
+        return tuple(layer for layer in self.lowerable if layer.name in self.assignment)
+
+    def with_call(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Self:
+        """The model, and its original, with `wrap(call)` in place of their `call`."""
+        return replace(self, call=wrap(self.call), original=self.original.with_call(wrap))
+
+
+def as_mixed(model: Model) -> MixedModel:
+    """The model itself, or a float32 model as a mixed one without a lowered layer."""
+    return model if isinstance(model, MixedModel) else apply(model, {})
 
 
 def apply(
@@ -31,9 +68,9 @@ def apply(
     assignment: Mapping[str, str],
     *,
     calibration: Calibration | None = None,
-    lowering: str | Mapping[str, str] = "xla",
+    implementation: str | Mapping[str, str] = "xla",
     activations: str = "float32",
-) -> Model:
+) -> MixedModel:
     """The model with each layer stored and computed in its assigned format; `model` is untouched.
 
     Args:
@@ -41,19 +78,20 @@ def apply(
         assignment: layer name -> format name; layers that it does not name stay float32. It may name products of two
             activations (`model.activation_products`), which weight-only formats leave as they are.
         calibration: layer name -> largest activation magnitude, for scaled formats (`emulate.calibrate`).
-        lowering: how products are computed: "xla", as the program does; "rule", a good way without timing; "auto", the rule until
-            `compiled.compile` times the ways; or layer -> way (`lowering.WAYS`; "xla" where that way does not cover the product).
+        implementation: how products are computed: "xla", as the program does; "rule", a good choice without timing; "auto", the
+            rule until `compile` times the implementations; or layer -> implementation (`kernels.IMPLEMENTATIONS`; "xla" where that
+            one does not cover the product).
         activations: dtype to which the outputs of lowered layers are rounded. "float32" is the definition of every format; a
             narrower one rounds once more, and saves memory traffic on a GPU.
 
     Returns:
-        A Model whose params are the model's, with lowered weights as `quantized.store` stores them.
+        A MixedModel whose params are the model's, with lowered weights as `formats.storage.store` stores them.
 
     Raises:
         KeyError: an unknown layer (with the nearest known names).
-        ValueError: an unknown format or way, a model that is already mixed, or a missing activation range.
+        ValueError: an unknown format or implementation, a model that is already mixed, or a missing activation range.
     """
-    if model.original is not None:
+    if isinstance(model, MixedModel):
         raise ValueError("Expected a float32 model, found one made by apply: pass its .original.")
     formats = {name: parse(assignment[name]) for name in assignment}
     layers = {layer.name: layer for layer in model.lowerable}
@@ -76,23 +114,30 @@ def apply(
         if fmt != FLOAT32 and layers[name].kernel:
             params[layers[name].kernel] = store(params[layers[name].kernel], fmt, layers[name])
     complete = {name: formats.get(name, FLOAT32).name for name in dict.fromkeys([*model.names, *formats])}
-    return _mixed(model, params, complete, calibration, lowering, activations)
+    return _mixed(model, params, complete, calibration, implementation, activations)
 
 
-def lowered(model: Model, lowering: str | Mapping[str, str], *, activations: str | None = None) -> Model:
-    """The model with its products computed in other ways: the same weights, the same formats.
+def with_implementation(
+    model: Model, implementation: str | Mapping[str, str], *, activations: str | None = None
+) -> MixedModel:
+    """The model with its products computed by other implementations: the same weights, the same formats.
 
     Args:
         model: float32 or made by `apply`.
-        lowering, activations: as in `apply`; None keeps the model's.
+        implementation, activations: as in `apply`; None keeps the model's.
 
     Raises:
         KeyError, ValueError: as in `apply`.
     """
-    activations = activations or model.activations
-    if model.original is None:
-        return apply(model, {}, lowering=lowering, activations=activations)
-    return _mixed(model.original, model.params, model.assignment or {}, model.calibration, lowering, activations)
+    mixed = as_mixed(model)
+    return _mixed(
+        mixed.original,
+        mixed.params,
+        mixed.assignment,
+        mixed.calibration,
+        implementation,
+        activations or mixed.activations,
+    )
 
 
 def _mixed(
@@ -100,15 +145,15 @@ def _mixed(
     params: Params,
     assignment: Mapping[str, str],
     calibration: Calibration | None,
-    lowering: str | Mapping[str, str],
+    implementation: str | Mapping[str, str],
     activations: str,
-) -> Model:
-    if activations not in NARROW:
+) -> MixedModel:
+    if activations not in ACTIVATION_DTYPES:
         raise ValueError(f'activations must be "float32", "bfloat16" or "float16"; found {activations!r}.')
-    formats = {name: parse(each) for name, each in assignment.items()}
-    named = [layer for layer in model.lowerable if layer.name in formats or layer in model.layers]
-    narrow_kernels = _narrow_kernels(named, formats)
-    way = choose(model, lowering, narrow=narrow_kernels)
+    formats = {name: parse(fmt) for name, fmt in assignment.items()}
+    assigned = tuple(layer for layer in model.lowerable if layer.name in assignment)
+    narrow_kernels = _narrow_kernels(assigned, formats)
+    choose = chooser(model, implementation, narrow=narrow_kernels)
 
     def execute(layer: Layer, product: Product, lhs: Array, rhs: Any) -> Array:
         fmt = formats.get(layer.name, FLOAT32)
@@ -120,7 +165,7 @@ def _mixed(
             rhs,
             shape=shape,
             ranges=ranges_of(calibration, layer),
-            way=_way_of(way, layer, product, fmt, lhs, shape or rhs.shape),
+            implementation=_chosen(choose, layer, product, fmt, lhs, shape or rhs.shape),
             as_stored=narrow_kernels,
         )
         return out if fmt == FLOAT32 or activations == "float32" else narrowed(out.astype(jnp.float32), activations)
@@ -128,65 +173,69 @@ def _mixed(
     def call(params: Params, *inputs: Array, override: Override | None = None) -> Any:
         if override is not None:
             raise ValueError("A mixed model takes no override: its products are already overridden. Use its .original.")
-        return model.call(params, *inputs, override=execute, layers=named)
+        return model.call(params, *inputs, override=execute, layers=assigned)
 
-    return replace(
-        model,
+    return MixedModel(
         params=params,
+        layers=model.layers,
         call=call,
+        others=model.others,
+        activation_products=model.activation_products,
+        traced=model.traced,
         original=model,
         assignment=assignment,
         calibration=calibration,
-        lowering=lowering,
+        implementation=implementation,
         activations=activations,
     )
 
 
-def _way_of(way: Any, layer: Layer, product: Product, fmt: Format, lhs: Array, shape: Sequence[int]) -> str:
-    """The way of a product whose operands are of the format's dtype."""
+Chooser = Callable[[Layer, Product, Any, Any], str]
+
+
+def _chosen(choose: Chooser, layer: Layer, product: Product, fmt: Format, lhs: Array, shape: Sequence[int]) -> str:
+    """The implementation of a product whose operands are of the format's dtype."""
     if product.kind not in ("dot", "conv"):
         return "xla"
     dtype = jnp.dtype(fmt.operand)
     viewed = jax.eval_shape(product.viewed, jax.ShapeDtypeStruct(tuple(shape), dtype))
-    return way(layer, product, jax.ShapeDtypeStruct(lhs.shape, dtype), viewed)
+    return choose(layer, product, jax.ShapeDtypeStruct(lhs.shape, dtype), viewed)
 
 
-def choose(
-    model: Model, lowering: str | Mapping[str, str], *, narrow: bool = True
-) -> Callable[[Layer, Product, Any, Any], str]:
-    """The way in which `apply` computes a layer's product.
+def chooser(model: Model, implementation: str | Mapping[str, str], *, narrow: bool = True) -> Chooser:
+    """The function that gives the implementation of a layer's product.
 
     Args:
-        lowering: `"xla"` or `"rule"` for all layers; `"auto"`, which is the rule until `compiled.compile` has timed the ways; or
-            a way for each layer by name (XLA's for the others).
-        narrow: as in `lowering.rule`.
+        implementation: as in `apply`.
+        narrow: as in `kernels.rule`.
 
     Raises:
-        ValueError: another word, an unknown way.
+        ValueError: another word, an unknown implementation.
         KeyError: an unknown layer.
     """
-    if isinstance(lowering, str):
-        if lowering not in ways.WORDS:
-            raise ValueError(f'lowering must be "xla", "rule", "auto" or layer -> way; found {lowering!r}.')
-        if lowering == "xla":
+    if isinstance(implementation, str):
+        if implementation not in kernels.CHOICES:
+            raise ValueError(
+                f'implementation must be "xla", "rule", "auto" or layer -> implementation; found {implementation!r}.'
+            )
+        if implementation == "xla":
             return lambda layer, product, lhs, rhs: "xla"
-        return lambda layer, product, lhs, rhs: ways.rule(product, lhs, rhs, narrow=narrow)
-    for name, way in lowering.items():
+        return lambda layer, product, lhs, rhs: kernels.rule(product, lhs, rhs, narrow=narrow)
+    for name, chosen in implementation.items():
         model.layer(name)
-        if way not in ways.WAYS:
-            raise ValueError(f"Layer {name!r}: unknown way {way!r}. Known: {', '.join(ways.WAYS)}.")
-    return lambda layer, product, lhs, rhs: lowering.get(layer.name, "xla")
+        if chosen not in kernels.IMPLEMENTATIONS:
+            raise ValueError(
+                f"Layer {name!r}: unknown implementation {chosen!r}. Known: {', '.join(kernels.IMPLEMENTATIONS)}."
+            )
+    return lambda layer, product, lhs, rhs: implementation.get(layer.name, "xla")
 
 
-def runs_narrow(model: Model) -> bool:
+def runs_narrow(model: MixedModel) -> bool:
     """Whether the kernels for narrow operands suit the model (a program has one set): by enough of its FLOPs, or all.
 
     Without convolutions they suit it in float32, too.
     """
-    formats = {name: parse(each) for name, each in (model.assignment or {}).items()}
-    return _narrow_kernels(
-        [layer for layer in model.lowerable if layer.name in formats or layer in model.layers], formats
-    )
+    return _narrow_kernels(model.assigned, model.formats)
 
 
 _ENOUGH = 0.25  # of the FLOPs; of three models on a CPU, .35 and .35 were faster so, .20 was not (docs/speed.md)

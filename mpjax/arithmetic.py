@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpjax import lowering, stored
+from mpjax import kernels
 from mpjax.formats import FLOAT32, Format, amax_scale, narrowed, round_to
-from mpjax.product import Array, Layer, Product, operand_summed
-from mpjax.quantized import Stored, dequantize_rows, round_weights, stands_for
+from mpjax.formats.storage import Stored, dequantize_rows, round_weights, stands_for
+from mpjax.kernels import stored
+from mpjax.program.product import Array, Layer, Product, operand_summed
 
 Calibration = Mapping[str, float]  # layer name -> largest |activation| at its input; of a second activation: name/rhs
 Ranges = tuple[
@@ -59,7 +60,7 @@ def emulated(fmt: Format, product: Product, lhs: Array, rhs: Array, *, ranges: R
     Returns:
         An array of the format's output dtype.
     """
-    suited = lowering.suited(product, lhs, rhs)
+    suited = kernels.suited(product, lhs, rhs)
     if fmt == FLOAT32 or (fmt.weight_only and not product.weighted):
         return suited(lhs, rhs)
     if product.kind == "lookup":
@@ -86,7 +87,7 @@ def executed(
     *,
     shape: Sequence[int] = (),
     ranges: Ranges = (None, None),
-    way: str = "xla",
+    implementation: str = "xla",
     as_stored: bool = True,
 ) -> Array:
     """The same product as a mixed model executes it.
@@ -95,11 +96,11 @@ def executed(
         lhs: activations, float32.
         rhs: the weight as `quantized.store` gave it; or activations.
         shape: of the weight, as a product sees it.
-        way: how it is computed (`lowering`).
+        implementation: how it is computed (`kernels`).
         as_stored: whether weights may be read as they are stored (`stored`): with kernels that are fast for it.
     """
     if fmt == FLOAT32 or (fmt.weight_only and not product.weighted):
-        return lowering.lowered(product, way)(lhs, rhs)
+        return kernels.implemented(product, implementation)(lhs, rhs)
     if product.kind == "lookup":
         return _stored_rows(fmt, product, lhs, rhs, shape)
     if fmt.weight_only:
@@ -107,7 +108,7 @@ def executed(
             return stored.multiply(fmt, product, lhs, *rhs)
         with jax.named_scope(MULTIPLIED_OUT):
             weights = stands_for(rhs, fmt, shape, product.summed, product.stacked)
-        return lowering.lowered(product, way)(lhs, weights)
+        return kernels.implemented(product, implementation)(lhs, weights)
     if fmt.accumulate == "float16":
         return emulated(fmt, product, lhs, rhs.astype(jnp.float32), ranges=ranges)
     lhs, scale = operand(fmt, lhs, ranges[0])
@@ -121,7 +122,7 @@ def executed(
             scale, rhs = scale * _of_output(product, rhs, lhs), rhs.numbers
     if product.kind == "ragged":  # XLA's own takes operands of one width
         lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
-    out = lowering.lowered(product, way).multiply(lhs, rhs, accumulate=fmt.accumulate)
+    out = kernels.implemented(product, implementation).multiply(lhs, rhs, accumulate=fmt.accumulate)
     return out if isinstance(scale, float) and scale == 1.0 else out * scale
 
 

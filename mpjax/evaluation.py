@@ -3,7 +3,7 @@
     evaluate = Evaluation(model, batches, ("bfloat16",), error)
     result = search.solve(problem, search.ilp(), evaluate=evaluate, tolerance=0.01)
 
-The program takes each layer's format as a traced number (`emulate.choose`), so that a search compiles once.
+The program takes each layer's format as a traced number (`emulation.choose`), so that a search compiles once.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpjax import emulate, metrics
-from mpjax.emulate import Calibration
+from mpjax import emulation, metrics
+from mpjax.emulation import Calibration
 from mpjax.formats import Format, parse_all
 from mpjax.ledger import Ledger
 from mpjax.losses import flat
-from mpjax.models import Batches, Model, check_batches
-from mpjax.problem import Measurement
-from mpjax.scores import examples_in
+from mpjax.program.model import Batches, Model, check_batches
+from mpjax.search.problem import Measurement
+from mpjax.sensitivity.scores import examples_in
 
 Error = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -53,7 +53,7 @@ class Evaluation:
             formats: the low formats that assignments may use.
             error: (low (N, K), reference (N, K)) -> (N,): how far the flattened outputs of each example are from those in
                 float32, in the user's unit; lower is better.
-            calibration: for scaled formats (`emulate.calibrate`).
+            calibration: for scaled formats (`emulation.calibrate`).
             blocks: (N,) which examples depend on each other (`metrics.mean_interval`); None gives no interval.
             confidence: of the interval.
 
@@ -67,7 +67,7 @@ class Evaluation:
             raise ValueError(f"confidence must lie in (0, 1), e.g. 0.95; got {confidence}")
         self.confidence = confidence
         self._set(batches, blocks)
-        run = emulate.emulated(model, self.formats, calibration=calibration)
+        run = emulation.emulated(model, self.formats, calibration=calibration)
         self._run = jax.jit(lambda params, index, *inputs: flat(run(params, index, *inputs)))
 
     def over(self, batches: Batches, blocks: Sequence[Any] | np.ndarray | None = None) -> Evaluation:
@@ -78,7 +78,7 @@ class Evaluation:
 
     def outputs(self, assignment: Mapping[str, str]) -> np.ndarray:
         """(N, K) float64 outputs, flattened."""
-        index = emulate.choice(assignment, self.model.names, self.formats)
+        index = emulation.choice(assignment, self.model.names, self.formats)
         parts = [self._run(self.model.params, index, *batch) for batch in self.batches]
         return np.concatenate([np.float64(part) for part in parts])
 

@@ -2,10 +2,10 @@
 
 JSON, one object:
 
-    {"schema": 1, "assignment": {layer: format}, "calibration": {layer: largest activation}, "scores": {layer: {format: score}},
+    {"schema": 2, "assignment": {layer: format}, "calibration": {layer: largest activation}, "scores": {layer: {format: score}},
      "estimator", "strategy", "metric": {"value", "low", "high", "tolerance"}, "seeds": {name: int}, "versions": {name: str},
      "data": sha256 of the data that the search measured on,
-     "lowering": {layer: way}, "options": {compiler option: value}}
+     "implementation": {layer: implementation}, "options": {compiler option: value}}
 """
 
 import difflib
@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mpjax.files import jsonable, write_json
-from mpjax.problem import Assignment
+from mpjax.search.problem import Assignment
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class PlanError(ValueError):
@@ -42,8 +42,8 @@ class Plan:
         seeds: of what was random.
         versions: of Python, jax and the other packages.
         data: `digest` of the data that the search measured on, for the reader to compare.
-        lowering, activations, options: layer -> way, dtype that lowered layers hand on, and compiler options, as `autotune`
-            found them on the machine in `versions`; no ways where nothing was timed.
+        implementation, activations, options: layer -> implementation, dtype that lowered layers hand on, and compiler options, as
+            `compiled.tune` found them on the machine in `versions`; empty where nothing was timed.
     """
 
     assignment: Assignment
@@ -55,7 +55,7 @@ class Plan:
     seeds: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     data: str = ""
-    lowering: Mapping[str, str] = field(default_factory=dict)
+    implementation: Mapping[str, str] = field(default_factory=dict)
     activations: str = "float32"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -140,7 +140,7 @@ def digest(*arrays: ArrayLike) -> str:
 
 
 _KINDS: dict[str, Any] = {
-    **dict.fromkeys(("calibration", "scores", "metric", "seeds", "versions", "lowering", "options"), dict),
+    **dict.fromkeys(("calibration", "scores", "metric", "seeds", "versions", "implementation", "options"), dict),
     **dict.fromkeys(("estimator", "strategy", "data", "activations"), str),
 }
 

@@ -24,11 +24,11 @@ sys.path.insert(0, str(ROOT))
 from experiments import benchmarks, data, searches_tasks  # noqa: E402
 from experiments.searches import TOLERANCES  # noqa: E402
 from experiments.searches_tasks import FORMATS, SETS, Predicted, Task  # noqa: E402
-from mpjax import cost, metrics, search  # noqa: E402
-from mpjax.evaluation import Evaluation  # noqa: E402
-from mpjax.files import write_bytes  # noqa: E402
-from mpjax.pages import Column, csv_table  # noqa: E402
-from mpjax.problem import Assignment, Measurement  # noqa: E402
+from mpjax import cost, metrics, search
+from mpjax.evaluation import Evaluation
+from mpjax.files import write_bytes
+from mpjax.pages import Column, csv_table
+from mpjax.search.problem import Assignment, Measurement
 
 COLUMNS = tuple(
     Column(key=key, title=key)

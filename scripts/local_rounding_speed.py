@@ -31,12 +31,12 @@ sys.path.insert(0, str(ROOT))
 
 from experiments import benchmarks, common  # noqa: E402
 from experiments.benchmarks import Benchmark  # noqa: E402
-from mpjax import emulate, metrics, report, sensitivity  # noqa: E402
-from mpjax.files import write_bytes  # noqa: E402
-from mpjax.gradients import scored  # noqa: E402
-from mpjax.losses import flat  # noqa: E402
-from mpjax.pages import Column, csv_table  # noqa: E402
-from mpjax.scores import Scores, Timed  # noqa: E402
+from mpjax import emulation, metrics, report, sensitivity
+from mpjax.files import write_bytes
+from mpjax.losses import flat
+from mpjax.pages import Column, csv_table
+from mpjax.sensitivity.gradients import scored
+from mpjax.sensitivity.scores import Scores, Timed
 
 FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float16_acc16", "float32")
 LOW = FORMATS[:-1]
@@ -91,7 +91,7 @@ def main(config: Config) -> None:
         for name in config.models:
             benchmark = benchmarks.load(name, config.examples)
             single, key = benchmark.rebatched(1), jax.random.key(0)
-            calibration = emulate.calibrate(benchmark.model, benchmark.batches)
+            calibration = emulation.calibrate(benchmark.model, benchmark.batches)
             truth = sensitivity.measured(calibration=calibration)(benchmark.model, benchmark.batches, LOW, key)
             plain = vjp_seconds(single, config.probes)
             rows.append(row(benchmark, truth, truth, plain))

@@ -21,8 +21,8 @@ from flax import nnx  # noqa: E402
 from experiments import assets, common, text_data  # noqa: E402
 from experiments.models.minilm import encode, load_minilm, load_tokenizer  # noqa: E402
 from experiments.sentence_encoder import LENGTH, spread  # noqa: E402
-from mpjax import report  # noqa: E402
-from mpjax.files import write_json  # noqa: E402
+from mpjax import report
+from mpjax.files import write_json
 
 TEXTS = 64
 LEAST = 0.99999  # cosine

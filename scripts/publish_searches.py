@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from publish_estimators import check, insert  # noqa: E402
 
 from experiments.searches_report import compact, compact_columns, findings  # noqa: E402
-from mpjax.pages import Column  # noqa: E402
+from mpjax.pages import Column
 
 RUN = ROOT / "results/searches"
 DOCS = ROOT / "docs/search"

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from publish_estimators import check, insert, markdown  # noqa: E402
 
 from experiments.speed import Config  # noqa: E402
-from mpjax.files import jsonable  # noqa: E402
+from mpjax.files import jsonable
 
 RUN = ROOT / "results/speed"
 DOCS = ROOT / "docs/speed"
@@ -194,13 +194,13 @@ def examples(summary: dict[str, Any]) -> str:
     if any(where[name] != here[name] for name in ("device", "jax", "jaxlib")):
         raise SystemExit("Not published: scripts/speed_examples.py ran on another machine or jax: run it again.")
     lines = [
-        [each["example"], each["way"], each["options"], f"{each['us']:.0f}", f"{each['vs_first']:.2f}"]
+        [each["example"], each["implementation"], each["options"], f"{each['us']:.0f}", f"{each['vs_first']:.2f}"]
         for each in found["rows"]
     ]
     said = (
         f"{where['device']}, {where['cores']} core, jax {where['jax']}, {where['date'][:10]}, commit {found['commit']}."
     )
-    return "\n".join([*markdown(["example", "way", "options", "µs", "/ first"], lines), "", said, ""])
+    return "\n".join([*markdown(["example", "implementation", "options", "µs", "/ first"], lines), "", said, ""])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from publish_estimators import check, insert, markdown  # noqa: E402
 
 from experiments import language_model, sentence_encoder, storage_report  # noqa: E402
-from mpjax.pages import Column, cells  # noqa: E402
+from mpjax.pages import Column, cells
 
 DOCS = ROOT / "docs/transformers"
 EXPERIMENTS = {"sentence_encoder": sentence_encoder.TEXTS, "language_model": language_model.TEXTS}

@@ -23,9 +23,11 @@ import numpy as np  # noqa: E402
 from jax import lax  # noqa: E402
 
 from experiments import common  # noqa: E402
-from mpjax import depthwise, executable, formats, lowering, report, resize, timing  # noqa: E402
-from mpjax.files import jsonable, write_json  # noqa: E402
-from mpjax.pages import Column  # noqa: E402
+from mpjax import formats, kernels, report
+from mpjax.files import jsonable, write_json
+from mpjax.kernels import resize, shift
+from mpjax.pages import Column
+from mpjax.xla import executable, timing
 
 DOCS = ROOT / "docs/speed"
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -34,7 +36,7 @@ NARROW_VECTORS = executable.EXACT | executable.NO_YNN
 ROUNDS = 15
 COLUMNS = (
     Column(key="example", title="example"),
-    Column(key="way", title="way"),
+    Column(key="implementation", title="implementation"),
     Column(key="options", title="options"),
     Column(key="us", title="µs", format=".1f"),
     Column(key="vs_first", title="/ first", format=".2f"),
@@ -70,7 +72,7 @@ def convolution(way: str, strides: tuple[int, int] = (1, 1), groups: int = 1) ->
     """A convolution in a way."""
 
     def function(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lowering.convolution(
+        return kernels.convolution(
             way,
             x,
             w,
@@ -86,13 +88,13 @@ def convolution(way: str, strides: tuple[int, int] = (1, 1), groups: int = 1) ->
 
 def in_one_block(x: jax.Array, w: jax.Array) -> jax.Array:
     """A depthwise convolution without blocks of channels."""
-    size, depthwise._FIRST_LEVEL_CACHE = depthwise._FIRST_LEVEL_CACHE, 10**12
-    depthwise._shifted_sum.clear_cache()
+    size, shift._FIRST_LEVEL_CACHE = shift._FIRST_LEVEL_CACHE, 10**12
+    shift._shifted_sum.clear_cache()
     try:
         return convolution("shift", groups=x.shape[3])(x, w)
     finally:
-        depthwise._FIRST_LEVEL_CACHE = size
-        depthwise._shifted_sum.clear_cache()
+        shift._FIRST_LEVEL_CACHE = size
+        shift._shifted_sum.clear_cache()
 
 
 def products(rows: int, inner: int, columns: int) -> list[Way]:
@@ -109,7 +111,7 @@ def products(rows: int, inner: int, columns: int) -> list[Way]:
     if rows < 4:
 
         def padded(x: jax.Array, w: jax.Array) -> jax.Array:
-            return lowering.contraction("rows", x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            return kernels.contraction("rows", x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
         found.append(Way(name="bfloat16, rows up to four", function=padded, arguments=low, options=ON))
     return found
@@ -172,7 +174,7 @@ def examples() -> dict[str, list[Way]]:
         ],
         "resize 128 x 128 x 8 to 256 x 256": [
             Way(name=way, function=lambda x, way=way: resize.doubled(x, way=way), arguments=(image,), options=OFF)
-            for way in resize.WAYS
+            for way in resize.IMPLEMENTATIONS
         ],
     }
 
@@ -190,7 +192,7 @@ def main() -> None:
         rows += [
             {
                 "example": name,
-                "way": way.name,
+                "implementation": way.name,
                 "options": executable.name(way.options),
                 "us": median,
                 "vs_first": median / medians[0],

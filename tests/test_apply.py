@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import apply, emulate, formats, models
+from mpjax import emulation, formats
+from mpjax.apply import apply
+from mpjax.program import from_linen, with_output
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -22,15 +24,15 @@ class Small(nn.Module):
 @pytest.fixture(scope="module")
 def small():
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3), jnp.float32)
-    return models.from_linen(Small(), Small().init(jax.random.key(1), x), x), x
+    return from_linen(Small(), Small().init(jax.random.key(1), x), x), x
 
 
 @pytest.mark.parametrize("name", [name for name in formats.FORMATS if name != "float32"])
 def test_it_computes_what_the_emulation_says(small, name):
     model, x = small
-    ranges = emulate.calibrate(model, [(x,)])
-    mixed = apply.apply(model, dict.fromkeys(model.names, name), calibration=ranges)
-    override = emulate.in_format(dict.fromkeys(model.names, formats.parse(name)), calibration=ranges)
+    ranges = emulation.calibrate(model, [(x,)])
+    mixed = apply(model, dict.fromkeys(model.names, name), calibration=ranges)
+    override = emulation.in_format(dict.fromkeys(model.names, formats.parse(name)), calibration=ranges)
     expected = model.call(model.params, x, override=override)
     exact = model.call(model.params, x)
     distance = float(jnp.abs(expected - exact).max())
@@ -43,9 +45,9 @@ def test_it_computes_what_the_emulation_says(small, name):
 
 def test_params_are_stored_in_the_assigned_dtype(small):
     model, x = small
-    ranges = emulate.calibrate(model, [(x,)])
+    ranges = emulation.calibrate(model, [(x,)])
     before = jax.tree.map(np.array, model.params)
-    mixed = apply.apply(model, {"stem": "bfloat16", "head": "float8_e4m3fn"}, calibration=ranges)
+    mixed = apply(model, {"stem": "bfloat16", "head": "float8_e4m3fn"}, calibration=ranges)
     weights = mixed.params
     assert weights["stem/kernel"].dtype == jnp.bfloat16
     assert weights["depthwise/kernel"].dtype == jnp.float32
@@ -58,20 +60,20 @@ def test_params_are_stored_in_the_assigned_dtype(small):
 
 def test_nothing_lowered_is_the_model_itself(small):
     model, x = small
-    mixed = apply.apply(model, {})
+    mixed = apply(model, {})
     np.testing.assert_array_equal(mixed.call(mixed.params, x), model.call(model.params, x))
 
 
 def test_float8_saturates_outside_the_calibrated_range(small):
     model, x = small
-    ranges = emulate.calibrate(model, [(x,)])
-    mixed = apply.apply(model, {"stem": "float8_e4m3fn"}, calibration=ranges)
+    ranges = emulation.calibrate(model, [(x,)])
+    mixed = apply(model, {"stem": "float8_e4m3fn"}, calibration=ranges)
     assert np.isfinite(np.asarray(mixed.call(mixed.params, 1e4 * x))).all()
 
 
 def test_with_output_follows_the_mixed_model(small):
     model, x = small
-    mixed = models.with_output(apply.apply(model, {"head": "bfloat16"}), lambda out: 2 * out)
+    mixed = with_output(apply(model, {"head": "bfloat16"}), lambda out: 2 * out)
     assert mixed.original is not None
     np.testing.assert_array_equal(mixed.original.call(model.params, x), 2 * model.call(model.params, x))
 
@@ -79,31 +81,31 @@ def test_with_output_follows_the_mixed_model(small):
 def test_clear_errors(small):
     model, x = small
     with pytest.raises(KeyError, match="depthwise"):
-        apply.apply(model, {"deptwise": "bfloat16"})
+        apply(model, {"deptwise": "bfloat16"})
     with pytest.raises(ValueError, match="Did you mean 'bfloat16'"):
-        apply.apply(model, {"head": "bfloat"})
-    with pytest.raises(ValueError, match="calibration=emulate.calibrate"):
-        apply.apply(model, {"head": "float8_e5m2"})
-    mixed = apply.apply(model, {"head": "bfloat16"})
+        apply(model, {"head": "bfloat"})
+    with pytest.raises(ValueError, match="calibration=emulation.calibrate"):
+        apply(model, {"head": "float8_e5m2"})
+    mixed = apply(model, {"head": "bfloat16"})
     with pytest.raises(ValueError, match="pass its .original"):
-        apply.apply(mixed, {"head": "bfloat16"})
+        apply(mixed, {"head": "bfloat16"})
     with pytest.raises(ValueError, match="takes no override"):
         mixed.call(mixed.params, x, override=lambda layer, product, lhs, rhs: product(lhs, rhs))
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float8_e4m3fn", "float16_acc16"])
-@pytest.mark.parametrize("lowering", ["rule", {"stem": "im2col", "depthwise": "shift"}, {"stem": "terms"}])
-def test_another_way_gives_the_same_numbers(small, name, lowering):
+@pytest.mark.parametrize("implementation", ["rule", {"stem": "im2col", "depthwise": "shift"}, {"stem": "terms"}])
+def test_another_way_gives_the_same_numbers(small, name, implementation):
     model, x = small
-    ranges = emulate.calibrate(model, [(x,)])
+    ranges = emulation.calibrate(model, [(x,)])
     everything = dict.fromkeys(model.names, name)
-    plain = apply.apply(model, everything, calibration=ranges)
-    other = apply.apply(model, everything, calibration=ranges, lowering=lowering)
+    plain = apply(model, everything, calibration=ranges)
+    other = apply(model, everything, calibration=ranges, implementation=implementation)
     expected, found = plain.call(plain.params, x), other.call(other.params, x)
     distance = float(jnp.abs(expected - model.call(model.params, x)).max())
     # sums in another order: float32 rounding, which may flip a narrow rounding further on
     assert float(jnp.abs(found - expected).max()) <= 1e-6 + 0.25 * distance
-    if name != "float16_acc16" and lowering != {
+    if name != "float16_acc16" and implementation != {
         "stem": "terms"
     }:  # the accumulation is emulated; one layer is left to XLA
         assert "conv_general_dilated" not in str(jax.make_jaxpr(other.call)(other.params, x))
@@ -112,4 +114,4 @@ def test_another_way_gives_the_same_numbers(small, name, lowering):
 def test_a_way_for_a_layer_that_is_not_there_is_refused(small):
     model, _ = small
     with pytest.raises(KeyError, match="Unknown layer 'stam'"):
-        apply.apply(model, {}, lowering={"stam": "dot"})
+        apply(model, {}, implementation={"stam": "dot"})

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from helpers import linen
 
-from mpjax import apply, autotune, compiled, executable, plan, search, timing
+from mpjax import compiled, plan, search
+from mpjax.apply import apply, with_implementation
+from mpjax.compiled import tuning
+from mpjax.xla import executable, timing
 
 pytestmark = [
     pytest.mark.usefixtures("relaxed_promotion"),
@@ -51,22 +54,22 @@ def instant(monkeypatch):
 @pytest.mark.parametrize("assignment", [None, LOW])
 def test_it_really_tunes(small, assignment):
     model, batches = small
-    model = model if assignment is None else apply.apply(model, assignment)
-    found = autotune.tune(model, batches, rounds=3)
-    assert tuple(found.lowering) == NAMES and not found.reused and found.seconds > 0
+    model = model if assignment is None else apply(model, assignment)
+    found = tuning.tune(model, batches, rounds=3)
+    assert tuple(found.implementation) == NAMES and not found.reused and found.seconds > 0
     assert found.activations == "float32"
-    rule = autotune.ways_of(apply.lowered(model, "rule"), *batches[0])
+    rule = tuning.implementations_of(with_implementation(model, "rule"), *batches[0])
     verified = [each for each in found.candidates if each.verified]
     chosen = min(verified, key=lambda each: each.seconds)
-    assert found.lowering == rule | chosen.changes and found.options == chosen.options
+    assert found.implementation == rule | chosen.changes and found.options == chosen.options
     sets = executable.option_sets(narrow=assignment is not None)
     flips = [{}, {"pointwise": "dot"}] if assignment is None else [{}]  # a 1x1 convolution in float32
     expected = [(options, flip) for options in sets for flip in flips]
     assert [(each.options, each.changes) for each in found.candidates[: len(expected)]] == expected
     assert all(each.seconds > 0 and each.spread >= 0 for each in found.candidates)
     assert all(str(each).startswith("rule") for each in found.candidates)
-    program = compiled.compile(model, batches, lowering=found)
-    assert program.lowering == found.lowering and program.options == found.options
+    program = compiled.compile(model, batches, implementation=found)
+    assert program.implementation == found.implementation and program.options == found.options
     for batch in batches:
         expected = model.call(model.params, *batch)
         atol = 1e-5 if assignment is None else program.verification.distance
@@ -76,45 +79,45 @@ def test_it_really_tunes(small, assignment):
 @pytest.mark.slow
 def test_a_finished_choice_is_kept(small, instant, tmp_path):
     model, batches = small
-    first = autotune.tune(model, batches, rounds=2, cache=tmp_path / "tuned")
+    first = tuning.tune(model, batches, rounds=2, cache=tmp_path / "tuned")
     timed = instant["timed"]
-    again = autotune.tune(model, batches, rounds=2, cache=tmp_path / "tuned")
+    again = tuning.tune(model, batches, rounds=2, cache=tmp_path / "tuned")
     assert again.reused and not first.reused and replace(again, reused=False) == first
     assert instant["timed"] == timed
     other = [(2 * x,) for (x,) in batches]  # of equal shapes
-    assert autotune.tune(model, other, rounds=2, cache=tmp_path / "tuned").reused
+    assert tuning.tune(model, other, rounds=2, cache=tmp_path / "tuned").reused
     for changed in (
-        dict(model=apply.apply(model, LOW)),
+        dict(model=apply(model, LOW)),
         dict(rounds=3),
         dict(activations=("float32", "bfloat16")),
         dict(batches=[(x[:1],) for (x,) in batches]),
     ):
         settings = dict(model=model, batches=batches, rounds=2) | changed
-        found = autotune.tune(settings.pop("model"), settings.pop("batches"), cache=tmp_path / "tuned", **settings)
+        found = tuning.tune(settings.pop("model"), settings.pop("batches"), cache=tmp_path / "tuned", **settings)
         assert not found.reused, changed
-    assert autotune.tune(model, batches, rounds=2, cache=tmp_path / "tuned").reused
+    assert tuning.tune(model, batches, rounds=2, cache=tmp_path / "tuned").reused
 
 
 @pytest.mark.slow
 def test_a_damaged_choice_is_set_aside(small, instant, tmp_path):
     model, batches = small
-    first = autotune.tune(model, batches, rounds=1, cache=tmp_path)
+    first = tuning.tune(model, batches, rounds=1, cache=tmp_path)
     (path,) = tmp_path.glob("tuning-*.npz")
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     with pytest.warns(UserWarning, match="is damaged .* set aside"):
-        again = autotune.tune(model, batches, rounds=1, cache=tmp_path)
-    assert not again.reused and again.lowering == first.lowering
+        again = tuning.tune(model, batches, rounds=1, cache=tmp_path)
+    assert not again.reused and again.implementation == first.implementation
     assert path.with_name(path.name + ".damaged").exists()
-    assert autotune.tune(model, batches, rounds=1, cache=tmp_path).reused
+    assert tuning.tune(model, batches, rounds=1, cache=tmp_path).reused
 
 
 @pytest.mark.slow
 def test_progress_and_notes(small, instant):
     model, batches = small
-    model = apply.apply(model, {"stem": "float16_acc16"})  # is not timed alone
+    model = apply(model, {"stem": "float16_acc16"})  # is not timed alone
     seen = []
-    found = autotune.tune(model, batches, rounds=1, progress=lambda *each: seen.append(each))
+    found = tuning.tune(model, batches, rounds=1, progress=lambda *each: seen.append(each))
     layers = [each for each in seen if each[2].startswith("layer ")]
     assert [what for *_, what in layers] == [f"layer {name}" for name in NAMES]
     assert [done for done, *_ in layers] == [1, 2, 3, 4] and {of for _, of, _ in layers} == {4}
@@ -123,7 +126,7 @@ def test_progress_and_notes(small, instant):
     count = 2 * len(sets)
     assert programs[:count] == [(n + 1, count, "whole programs") for n in range(count)]
     assert any(note.startswith("float16_acc16 was not timed") for note in found.notes)
-    assert tuple(found.lowering) == NAMES
+    assert tuple(found.implementation) == NAMES
 
 
 class Shared(nn.Module):
@@ -140,10 +143,10 @@ class Shared(nn.Module):
 @pytest.mark.parametrize("few_first", [True, False])
 def test_a_shared_layer_has_its_first_runs_way(few_first):
     model, batches = linen(Shared(few_first=few_first), 2, 4)
-    mixed = apply.apply(model, {"shared": "bfloat16"}, lowering="rule")
-    assert autotune.ways_of(mixed, *batches[0]) == {"shared": "rows" if few_first else "xla"}
-    assert autotune.ways_of(model, *batches[0]) == {"shared": "xla"}
-    assert autotune.ways_of(apply.lowered(model, {"shared": "rows"}), *batches[0]) == {"shared": "rows"}
+    mixed = apply(model, {"shared": "bfloat16"}, implementation="rule")
+    assert tuning.implementations_of(mixed, *batches[0]) == {"shared": "rows" if few_first else "xla"}
+    assert tuning.implementations_of(model, *batches[0]) == {"shared": "xla"}
+    assert tuning.implementations_of(with_implementation(model, {"shared": "rows"}), *batches[0]) == {"shared": "rows"}
 
 
 @pytest.fixture
@@ -167,20 +170,20 @@ def sabotage(monkeypatch):
 def test_a_wrong_program_is_not_chosen(small, instant, sabotage):
     model, batches = small
     sabotage.update((0, 1))  # the fastest, and with its 1x1 convolution as a matrix product
-    found = autotune.tune(model, batches, rounds=1)
+    found = tuning.tune(model, batches, rounds=1)
     sets = executable.option_sets(narrow=False)
     assert found.candidates[0].verified is found.candidates[1].verified is False and found.options == sets[1]
     note, _ = (note for note in found.notes if ": differs by" in note)
     assert note.startswith(f"rule, {executable.name(sets[0])}: differs by 0.01 (2-norm")
     (chosen,) = (each for each in found.candidates if each.verified)
-    assert chosen.options == sets[1] and found.lowering.items() >= chosen.changes.items()
+    assert chosen.options == sets[1] and found.implementation.items() >= chosen.changes.items()
 
 
 def test_no_right_program_is_an_error(small, instant, sabotage, tmp_path):
     model, batches = small
     sabotage.update(range(100))
-    with pytest.raises(autotune.MiscompiledError, match="No program agrees .* differs by 0.01"):
-        autotune.tune(model, batches, rounds=1, cache=tmp_path)
+    with pytest.raises(tuning.MiscompiledError, match="No program agrees .* differs by 0.01"):
+        tuning.tune(model, batches, rounds=1, cache=tmp_path)
     assert not list(tmp_path.glob("tuning-*"))
 
 
@@ -194,7 +197,7 @@ def test_what_does_not_compile_is_left_out_with_a_note(small, instant, monkeypat
         return real(function, arguments, options)
 
     monkeypatch.setattr(executable, "build", build)
-    found = autotune.tune(model, batches, rounds=1)
+    found = tuning.tune(model, batches, rounds=1)
     assert f"rule, {executable.name(sets[1])}: does not compile or run (INTERNAL: no such kernel)" in found.notes
     assert sets[1] not in [each.options for each in found.candidates] and found.options == sets[0]
 
@@ -218,7 +221,7 @@ def made_up(monkeypatch):
             found[key] = timing.Entry(seconds=(1e-3 if fast else 2e-3,), product_seconds=())
         return found
 
-    real = autotune._Trials.of
+    real = tuning._Trials.of
 
     def trials(self, wanted):
         current[:] = wanted
@@ -233,8 +236,8 @@ def made_up(monkeypatch):
         ]
 
     monkeypatch.setattr(timing.Timings, "of", of)
-    monkeypatch.setattr(autotune, "_pointwise", lambda *_: {})
-    monkeypatch.setattr(autotune._Trials, "of", trials)
+    monkeypatch.setattr(tuning, "_pointwise", lambda *_: {})
+    monkeypatch.setattr(tuning._Trials, "of", trials)
     monkeypatch.setattr(timing, "in_turns", in_turns)
     return seconds, timed
 
@@ -257,10 +260,10 @@ def test_ways_are_taken_for_what_they_do_in_the_program(small, made_up, seconds,
     model, batches = small
     made, timed = made_up
     made |= seconds
-    found = autotune.tune(model, batches, rounds=1)
-    rule = autotune.ways_of(apply.lowered(model, "rule"), *batches[0])
+    found = tuning.tune(model, batches, rounds=1)
+    rule = tuning.implementations_of(with_implementation(model, "rule"), *batches[0])
     assert rule == {"stem": "terms", "depthwise": "shift", "pointwise": "xla", "head": rule["head"]}
-    assert found.lowering == rule | {name: ALONE[name] for name in changed}
+    assert found.implementation == rule | {name: ALONE[name] for name in changed}
     assert found.options == executable.EXACT  # the fastest set here
     assert all(options == executable.EXACT for changes, _, options in timed if changes)
     assert {frozenset(changes) for changes, *_ in timed} == {each for each, s in seconds.items() if s is not None}
@@ -268,61 +271,61 @@ def test_ways_are_taken_for_what_they_do_in_the_program(small, made_up, seconds,
     assert dict(chosen.changes) == {name: ALONE[name] for name in changed}
     assert chosen.seconds == min(each.seconds for each in found.candidates)
     assert all(f"{name} {ALONE[name]}" in str(chosen) for name in changed)
-    program = compiled.compile(model, batches, lowering=found)
-    assert program.lowering == found.lowering and program.options == executable.EXACT
+    program = compiled.compile(model, batches, implementation=found)
+    assert program.implementation == found.implementation and program.options == executable.EXACT
     expected = model.call(model.params, *batches[1])
     np.testing.assert_allclose(program(*batches[1]), expected, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 def test_one_by_one_convolutions_are_tried_both_ways_together(small, monkeypatch):
     model, batches = small
-    real, current = autotune._Trials.of, []
+    real, current = tuning._Trials.of, []
 
     def trials(self, wanted):
         current[:] = wanted
         return real(self, wanted)
 
-    monkeypatch.setattr(autotune._Trials, "of", trials)
+    monkeypatch.setattr(tuning._Trials, "of", trials)
     monkeypatch.setattr(
         timing, "in_turns", lambda runs, rounds, **_: [[1.0 if "pointwise" in each[0] else 2.0] for each in current[: len(runs)]]
         if len(runs) == len(current) else [[1.0]] * len(runs)
     )  # fmt: skip
-    found = autotune.tune(model, batches, rounds=1)
-    assert found.lowering["pointwise"] == "dot"
-    assert autotune._pointwise(model, autotune.ways_of(apply.lowered(model, "rule"), *batches[0]), batches[0]) == {
-        "pointwise": "dot"
-    }
+    found = tuning.tune(model, batches, rounds=1)
+    assert found.implementation["pointwise"] == "dot"
+    assert tuning._pointwise(
+        model, tuning.implementations_of(with_implementation(model, "rule"), *batches[0]), batches[0]
+    ) == {"pointwise": "dot"}
 
 
 @pytest.mark.slow
 def test_narrow_activations_are_tried_and_said(small, instant):
     model, batches = small
-    mixed = apply.apply(model, LOW)
-    found = autotune.tune(mixed, batches, rounds=1, activations=("bfloat16", "float32"))
+    mixed = apply(model, LOW)
+    found = tuning.tune(mixed, batches, rounds=1, activations=("bfloat16", "float32"))
     assert {each.activations for each in found.candidates} == {"bfloat16", "float32"}
     assert found.activations == "bfloat16"  # first, so the fastest here
-    assert compiled.compile(mixed, batches, lowering=found).activations == "bfloat16"
+    assert compiled.compile(mixed, batches, implementation=found).activations == "bfloat16"
 
 
 def test_misuse_is_refused(small):
     model, batches = small
     with pytest.raises(ValueError, match="activations="):
-        autotune.tune(model, batches, activations=())
+        tuning.tune(model, batches, activations=())
     with pytest.raises(ValueError, match="activations must be"):
-        autotune.tune(model, batches, activations=("float64",))
+        tuning.tune(model, batches, activations=("float64",))
 
 
 def test_fewer_than_two_inputs_are_refused(small, instant):
     model, batches = small
     with pytest.raises(ValueError, match="at least two"):
-        autotune.tune(model, batches[:1], rounds=1)
+        tuning.tune(model, batches[:1], rounds=1)
 
 
 def test_a_choice_is_plain_json(small, instant):
     model, batches = small
-    found = autotune.tune(model, batches, rounds=1)
+    found = tuning.tune(model, batches, rounds=1)
     fields = vars(found) | {"candidates": [vars(each) for each in found.candidates]}
-    assert replace(autotune._from_json(json.loads(json.dumps(fields))), reused=False) == found
+    assert replace(tuning._from_json(json.loads(json.dumps(fields))), reused=False) == found
 
 
 class Vectors(nn.Module):
@@ -342,17 +345,17 @@ def test_weights_and_vectors_reach_their_places(biases):
     keys = iter(jax.random.split(jax.random.key(5), 100))
     params = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape, leaf.dtype), model.params)
     model = replace(model, params=params)
-    function, arguments = autotune.as_function(model, batches[0])
+    function, arguments = tuning.as_function(model, batches[0])
     np.testing.assert_array_equal(function(*arguments), model.call(params, *batches[0]))
 
 
 def test_a_choice_goes_into_a_plan_and_back(tmp_path):
     plain = plan.Plan(assignment=search.Assignment({"a": "bfloat16"}))
     with pytest.raises(ValueError, match="nothing was tuned"):
-        autotune.from_plan(plain)
-    choice = autotune.Tuning(lowering={"a": "rows"}, activations="bfloat16", options=executable.EXACT)
-    plan.save(autotune.into_plan(plain, choice), tmp_path / "plan.json")
-    assert autotune.from_plan(plan.load(tmp_path / "plan.json")) == choice
+        tuning.from_plan(plain)
+    choice = tuning.Tuning(implementation={"a": "rows"}, activations="bfloat16", options=executable.EXACT)
+    plan.save(tuning.into_plan(plain, choice), tmp_path / "plan.json")
+    assert tuning.from_plan(plan.load(tmp_path / "plan.json")) == choice
 
 
 @pytest.mark.slow
@@ -360,7 +363,7 @@ def test_a_choice_that_cannot_be_kept_is_given_all_the_same(small, instant, tmp_
     model, batches = small
     (tmp_path / "file").write_text("not a folder")
     with pytest.warns(UserWarning, match="could not be kept"):
-        assert autotune.tune(model, batches, rounds=1, cache=tmp_path / "file").lowering
+        assert tuning.tune(model, batches, rounds=1, cache=tmp_path / "file").implementation
 
 
 def test_no_program_that_compiles_says_why(small, instant, monkeypatch):
@@ -370,5 +373,5 @@ def test_no_program_that_compiles_says_why(small, instant, monkeypatch):
         raise jax.errors.JaxRuntimeError("INTERNAL: not today")
 
     monkeypatch.setattr(executable, "build", refuse)
-    with pytest.raises(autotune.MiscompiledError, match="No program compiles here.*not today"):
-        autotune.tune(model, batches, rounds=1)
+    with pytest.raises(tuning.MiscompiledError, match="No program compiles here.*not today"):
+        tuning.tune(model, batches, rounds=1)

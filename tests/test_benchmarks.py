@@ -13,7 +13,7 @@ from jax import lax
 from experiments import assets, benchmarks, digits, eyes, optimum
 from experiments.benchmarks import Benchmark
 from experiments.models.tflite_import import load_tflite
-from mpjax.models import check_batches
+from mpjax.program import check_batches
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 

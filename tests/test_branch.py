@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mpjax import branch
+from mpjax.search import branch
 
 
 def problem(seed: int, size: int, rank: int, group: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,7 +13,8 @@ from experiments import assets, classifier, classifier_data, classifier_report, 
 from experiments.classifier import FORMATS, FORMS, ROW_FIELDS, TOLERANCES, Config, Data, Form, Size, agreement, top1
 from experiments.classifier_data import Part
 from experiments.data import DataError
-from mpjax import models, report
+from mpjax import report
+from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -53,7 +54,7 @@ def make_forms(folder) -> dict:
     forms = {}
     for form in FORMS:
         module = Net(norm=form == "kept")
-        model = models.from_linen(module, module.init(jax.random.key(1), x), x)
+        model = from_linen(module, module.init(jax.random.key(1), x), x)
         forms[form] = Form(form, model, make_data(), SIZE, pieces, 0)
     return forms
 

@@ -11,7 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import apply, autotune, compiled, executable, hlo, lowering, models, profiling, timing, verification
+from mpjax import compiled, kernels
+from mpjax.apply import apply
+from mpjax.compiled import tuning, verification
+from mpjax.program import from_linen, with_output
+from mpjax.xla import executable, hlo, profiling, timing
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -28,14 +32,14 @@ class Small(nn.Module):
 def small():
     keys = jax.random.split(jax.random.key(0), 3)
     batches = [(jax.random.normal(key, (2, 16, 16, 3), jnp.float32),) for key in keys[1:]]
-    model = models.from_linen(Small(), Small().init(keys[0], *batches[0]), *batches[0])
+    model = from_linen(Small(), Small().init(keys[0], *batches[0]), *batches[0])
     return model, batches
 
 
 @pytest.fixture(scope="module")
 def mixed_program(small):
     model, batches = small
-    return compiled.compile(apply.apply(model, {"pointwise": "bfloat16", "head": "float16"}), batches)
+    return compiled.compile(apply(model, {"pointwise": "bfloat16", "head": "float16"}), batches)
 
 
 def test_a_float32_program_equals_the_model(small):
@@ -78,7 +82,7 @@ def test_export_and_load_round_trip(small, mixed_program, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert [each.name for each in tmp_path.iterdir()] == ["mixed.mpjax"]
     assert isinstance(function, compiled.Loaded)
-    assert function.assignment == mixed_program.assignment and function.lowering == mixed_program.lowering
+    assert function.assignment == mixed_program.assignment and function.implementation == mixed_program.implementation
     assert function.program.options == mixed_program.options == function.header["options"]
     assert [each.dtype for each in function.weights] == [each.dtype for each in mixed_program.weights]
     jax.tree.map(np.testing.assert_array_equal, function.weights, mixed_program.weights)
@@ -86,26 +90,26 @@ def test_export_and_load_round_trip(small, mixed_program, tmp_path):
         function(batches[0][0][:1])
 
 
-@pytest.mark.parametrize("lowering", ["xla", "rule", {"pointwise": "dot"}])
-def test_lowering_by_word_or_by_layer(small, lowering):
+@pytest.mark.parametrize("implementation", ["xla", "rule", {"pointwise": "dot"}])
+def test_lowering_by_word_or_by_layer(small, implementation):
     model, batches = small
-    program = compiled.compile(model, batches, lowering=lowering)
-    if isinstance(lowering, dict):
-        assert program.lowering == {"stem": "xla", "pointwise": "dot", "head": "xla"}
-    elif lowering == "rule":
-        assert program.lowering["pointwise"] == "xla" and program.lowering["stem"] != "xla"
+    program = compiled.compile(model, batches, implementation=implementation)
+    if isinstance(implementation, dict):
+        assert program.implementation == {"stem": "xla", "pointwise": "dot", "head": "xla"}
+    elif implementation == "rule":
+        assert program.implementation["pointwise"] == "xla" and program.implementation["stem"] != "xla"
     else:
-        assert program.lowering == dict.fromkeys(model.names, lowering)
+        assert program.implementation == dict.fromkeys(model.names, implementation)
     for batch in batches:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
             program(*batch),
             model.call(model.params, *batch),
         )
-    with pytest.raises(ValueError, match="lowering must be"):
-        compiled.compile(model, batches, lowering="fast")
+    with pytest.raises(ValueError, match="implementation must be"):
+        compiled.compile(model, batches, implementation="fast")
     with pytest.raises(KeyError, match="Unknown layer 'stam'"):
-        compiled.compile(model, batches, lowering={"stam": "dot"})
+        compiled.compile(model, batches, implementation={"stam": "dot"})
 
 
 def test_auto_of_the_model_or_of_the_call_tunes(small, monkeypatch):
@@ -115,17 +119,17 @@ def test_auto_of_the_model_or_of_the_call_tunes(small, monkeypatch):
     def tune(model, batches, **options):
         calls.append(options)
         ways = {"stem": "im2col", "pointwise": "dot", "head": "xla"}
-        return autotune.Tuning(
-            lowering=ways, activations="float32", options=executable.EXACT, candidates=(), seconds=0.0
+        return tuning.Tuning(
+            implementation=ways, activations="float32", options=executable.EXACT, candidates=(), seconds=0.0
         )
 
-    monkeypatch.setattr(autotune, "tune", tune)
-    by_model = compiled.compile(apply.apply(model, {"head": "bfloat16"}, lowering="auto"), batches, cache="kept")
-    by_call = compiled.compile(model, batches, lowering="auto")
+    monkeypatch.setattr(tuning, "tune", tune)
+    by_model = compiled.compile(apply(model, {"head": "bfloat16"}, implementation="auto"), batches, cache="kept")
+    by_call = compiled.compile(model, batches, implementation="auto")
     assert [each["cache"] for each in calls] == ["kept", None]
     assert all(each["activations"] == ("float32",) for each in calls)
     for program in (by_model, by_call):
-        assert program.lowering == {"stem": "im2col", "pointwise": "dot", "head": "xla"}
+        assert program.implementation == {"stem": "im2col", "pointwise": "dot", "head": "xla"}
         assert program.options == executable.EXACT and program.verification.agrees
     assert by_model.assignment["head"] == "bfloat16"
     compiled.compile(model, batches)  # the model says "xla"
@@ -135,7 +139,7 @@ def test_auto_of_the_model_or_of_the_call_tunes(small, monkeypatch):
 @pytest.mark.parametrize("mixed", [False, True])
 def test_layers_that_the_kept_outputs_do_not_need_are_dropped(small, tmp_path, mixed):
     model, batches = small
-    model = apply.apply(model, {"pointwise": "bfloat16", "head": "float16"}) if mixed else model
+    model = apply(model, {"pointwise": "bfloat16", "head": "float16"}) if mixed else model
     whole = compiled.compile(model, batches)
     program = compiled.compile(model, batches, outputs=("mean",))
     assert program.dropped == ("head",) and whole.dropped == ()
@@ -164,7 +168,7 @@ def test_outputs_that_cannot_be_kept_are_refused(small):
     with pytest.raises(ValueError, match="at least one output"):
         compiled.compile(model, batches, outputs=())
     with pytest.raises(ValueError, match="needs a model that returns a mapping"):
-        compiled.compile(models.with_output(model, lambda out: out["out"]), batches, outputs=("out",))
+        compiled.compile(with_output(model, lambda out: out["out"]), batches, outputs=("out",))
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -181,14 +185,24 @@ def test_the_report_says_what_was_asked_for_and_what_runs(small, mixed_program, 
     for row in report.rows:
         executed = mixed_program.executed[row["layer"]]
         assert (row["executed"], row["result"]) == (executed.operands, executed.result)
-        assert row["way"] == "xla" and row["opcode"] == executed.opcode and row["dropped"] is False
+        assert row["implementation"] == "xla" and row["opcode"] == executed.opcode and row["dropped"] is False
     assert [row["share"] for row in report.rows] == (pytest.approx([0.6, 0.2, 0.0]) if shares else [None] * 3)
     assert report.program["outside"] == (pytest.approx(0.2) if shares else None)
     assert report.program["flops"] == sum(row["flops"] for row in report.rows)
     assert report.program["weight_bytes"] == mixed_program.weight_bytes
     assert report.program["error"] == mixed_program.verification.error
     header, *lines = str(report).splitlines()
-    assert header.split() == ["layer", "requested", "executed", "by", "way", "KiB", "MFLOP", "share", "weights"]
+    assert header.split() == [
+        "layer",
+        "requested",
+        "executed",
+        "by",
+        "implementation",
+        "KiB",
+        "MFLOP",
+        "share",
+        "weights",
+    ]
     assert [line.split()[0] for line in lines[:3]] == list(model.names)
     assert ("60.0%" in lines[0]) == shares and "%" not in lines[3]
     assert "limit" in lines[3] and executable.name(mixed_program.options) in lines[3] and len(lines) == 4
@@ -291,11 +305,11 @@ def test_options_under_which_it_does_not_compile_are_passed_over(small, monkeypa
 @pytest.mark.parametrize("low", [False, True])
 def test_a_way_that_computes_something_else_is_refused(small, monkeypatch, low):
     model, batches = small
-    real = lowering._CONVOLUTIONS["im2col"]
-    monkeypatch.setitem(lowering._CONVOLUTIONS, "im2col", lambda *arguments: 2 * real(*arguments))
-    model = apply.apply(model, dict.fromkeys(model.names, "bfloat16")) if low else model
+    real = kernels._CONVOLUTIONS["im2col"]
+    monkeypatch.setitem(kernels._CONVOLUTIONS, "im2col", lambda *arguments: 2 * real(*arguments))
+    model = apply(model, dict.fromkeys(model.names, "bfloat16")) if low else model
     with pytest.raises(compiled.MiscompiledError, match="differs by"):
-        compiled.compile(model, batches, lowering={"stem": "im2col"})
+        compiled.compile(model, batches, implementation={"stem": "im2col"})
     assert compiled.compile(model, batches).verification.agrees
 
 
@@ -337,7 +351,7 @@ def test_outputs_that_are_not_finite_must_agree_too(small, monkeypatch):
     loud = replace(
         model, params=model.params | {"head/kernel": model.params["head/kernel"].at[:, 0].set(jnp.float32(3e38))}
     )
-    program = compiled.compile(apply.apply(loud, {"pointwise": "bfloat16"}), batches)
+    program = compiled.compile(apply(loud, {"pointwise": "bfloat16"}), batches)
     assert not np.isfinite(program(*batches[0])["out"]).all() and np.isfinite(program.verification.error)
     assert verification.errors([np.array([1.0, np.nan])], [np.array([1.0, np.inf])]) == (np.inf, np.inf)
     assert verification.errors([np.array([np.nan, 1.0])], [np.array([1.0, 1.0])]) == (np.inf, np.inf)
@@ -355,7 +369,7 @@ def test_an_unknown_compiler_option_is_skipped_and_recorded(small, monkeypatch):
 def test_the_roundings_that_were_asked_for_are_there(small):
     """XLA's default removes float32 -> bfloat16 -> float32; a compiled program must not."""
     model, batches = small
-    mixed = apply.apply(model, {"stem": "bfloat16"})
+    mixed = apply(model, {"stem": "bfloat16"})
     with jax.disable_jit():
         stepwise = mixed.call(mixed.params, *batches[0])["out"]
     program = compiled.compile(mixed, batches)
@@ -404,8 +418,8 @@ def test_hlo_is_read_in_fusions_and_by_the_longest_name():
 def test_the_fastest_is_float32_unless_another_is_clearly_faster(small, monkeypatch, mixed_seconds, chosen):
     model, batches = small
     monkeypatch.setattr(timing, "in_turns", lambda runs, rounds, shortest: [[1.0] * rounds, [mixed_seconds] * rounds])
-    models = {"float32": model, "mixed": apply.apply(model, {"head": "bfloat16"})}
-    programs = {name: compiled.compile(each, batches, lowering="rule") for name, each in models.items()}
+    models = {"float32": model, "mixed": apply(model, {"head": "bfloat16"})}
+    programs = {name: compiled.compile(each, batches, implementation="rule") for name, each in models.items()}
     found = compiled.fastest(programs, *batches[0], rounds=3)
     assert found.name == chosen and found.program is programs[chosen]
     assert found.seconds == {"float32": 1.0, "mixed": mixed_seconds} and set(found.spread.values()) == {0.0}

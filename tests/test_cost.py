@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import cost, graph, models, timing
+from mpjax import cost
+from mpjax.program import from_linen, graph
+from mpjax.xla import timing
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -30,7 +32,7 @@ class Small(nn.Module):
 
 
 def linen(module, x):
-    return models.from_linen(module, module.init(KEY, x), x)
+    return from_linen(module, module.init(KEY, x), x)
 
 
 @pytest.fixture(scope="module")
@@ -352,30 +354,30 @@ def test_auto_times_every_way_and_leaves_the_rule_only_for_a_clearly_faster_one(
     """Rule: terms for the stem, shift for the depthwise convolution."""
     seconds, seen = made_up
     seconds |= {(f"float32: {STEM}", " as im2col"): 0.00185, (f"bfloat16: {STEM}", " as im2col"): 0.001}
-    costs = cost.measure(small, ("bfloat16",), X, lowering="auto", rounds=1)
-    np.testing.assert_array_equal(costs.ways[:2], [["terms", "im2col"], ["shift", "shift"]])
+    costs = cost.measure(small, ("bfloat16",), X, implementation="auto", rounds=1)
+    np.testing.assert_array_equal(costs.implementations[:2], [["terms", "im2col"], ["shift", "shift"]])
     np.testing.assert_allclose(costs.seconds[:2], [[0.002, 0.001], [0.002, 0.002]])
     assert costs.gain["stem", "float32"] == pytest.approx(0.00015)  # faster, but not clearly
     assert costs.gain["stem", "bfloat16"] == pytest.approx(0.001)
     assert costs.gain["depthwise", "float32"] == 0
     assert set(costs.gain) == {(name, fmt) for name in NAMES for fmt in ("float32", "bfloat16")}
-    chosen = costs.lowering({"stem": "bfloat16"})
+    chosen = costs.implementation({"stem": "bfloat16"})
     assert (chosen["stem"], chosen["depthwise"]) == ("im2col", "shift")
-    assert set(costs.ways[2:].ravel()) <= {"xla", "rows"}  # all alike: as the rule says
+    assert set(costs.implementations[2:].ravel()) <= {"xla", "rows"}  # all alike: as the rule says
     assert any(name.endswith("as im2col") for name in seen) and not any(name.endswith("as dot") for name in seen)
 
 
 def test_each_word_of_lowering_is_timed_as_it_says(small, made_up):
     _, seen = made_up
     plain = cost.measure(small, ("bfloat16",), X, rounds=1)  # "xla" by default
-    assert (plain.ways == "xla").all() and not any(" as " in name for name in seen)
-    assert plain.lowering({"stem": "bfloat16"}) == dict.fromkeys(NAMES, "xla")
-    by_rule = cost.measure(small, ("bfloat16",), X, lowering="rule", rounds=1)
-    assert by_rule.ways[0, 0] == "terms" and by_rule.ways[1, 0] == "shift"
-    with pytest.raises(ValueError, match="lowering must be one of xla, rule, auto; found 'fast'"):
-        cost.measure(small, ("bfloat16",), X, lowering="fast")
+    assert (plain.implementations == "xla").all() and not any(" as " in name for name in seen)
+    assert plain.implementation({"stem": "bfloat16"}) == dict.fromkeys(NAMES, "xla")
+    by_rule = cost.measure(small, ("bfloat16",), X, implementation="rule", rounds=1)
+    assert by_rule.implementations[0, 0] == "terms" and by_rule.implementations[1, 0] == "shift"
+    with pytest.raises(ValueError, match="implementation must be one of xla, rule, auto; found 'fast'"):
+        cost.measure(small, ("bfloat16",), X, implementation="fast")
     with pytest.raises(ValueError, match=r"static ones: call cost\.measure"):
-        cost.static(small, ("bfloat16",), X).lowering({})
+        cost.static(small, ("bfloat16",), X).implementation({})
 
 
 def test_a_way_is_what_is_timed(small):

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mpjax import cross_terms, emulate, formats, losses, metrics, models, rounding_scores, sensitivity
-from mpjax.scores import Timed
+from mpjax import emulation, formats, losses, metrics, sensitivity
+from mpjax.program import Model, from_linen
+from mpjax.sensitivity import cross_terms, rounding_scores
+from mpjax.sensitivity.scores import Timed
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -35,11 +37,11 @@ class Deep(nn.Module):
 def build(module, seed=0, count=2, examples=4):
     keys = jax.random.split(jax.random.key(seed), count + 1)
     batches = [(jax.random.normal(key, (examples, 6), jnp.float32),) for key in keys[1:]]
-    return models.from_linen(module, module.init(keys[0], *batches[0]), *batches[0]), batches
+    return from_linen(module, module.init(keys[0], *batches[0]), *batches[0]), batches
 
 
 def subset_loss(model, batches, assignment, ranges) -> float:
-    override = emulate.in_format({k: formats.parse(v) for k, v in assignment.items()}, calibration=ranges)
+    override = emulation.in_format({k: formats.parse(v) for k, v in assignment.items()}, calibration=ranges)
     change = [
         np.float64(model.call(model.params, x, override=override)) - np.float64(model.call(model.params, x))
         for (x,) in batches
@@ -51,7 +53,7 @@ def subset_loss(model, batches, assignment, ranges) -> float:
 def test_every_subset_of_parallel_layers_is_predicted_exactly(seed: int) -> None:
     model, batches = build(Parallel(), seed)
     found = sensitivity.interactions(model, batches, LOW, KEY)
-    ranges = emulate.calibrate(model, batches)
+    ranges = emulation.calibrate(model, batches)
     rng = np.random.default_rng(seed)
     worse = 0
     for _ in range(8):
@@ -97,7 +99,7 @@ def test_kl_is_the_gauss_newton_matrix_of_the_softmax() -> None:
     (x,) = batches[0]
     changes = []
     for name in model.names:
-        override = emulate.in_format({name: formats.FORMATS["bfloat16"]})
+        override = emulation.in_format({name: formats.FORMATS["bfloat16"]})
         low = model.call(model.params, x, override=override)
         changes.append(np.float64(low) - np.float64(model.call(model.params, x)))
     p = np.float64(jax.nn.softmax(model.call(model.params, x)))
@@ -130,7 +132,7 @@ def test_standard_errors_are_calibrated() -> None:
 def test_a_deep_model_is_predicted_better_with_cross_terms_than_without() -> None:
     model, batches = build(Deep())
     found = sensitivity.interactions(model, batches, LOW, KEY)
-    ranges = emulate.calibrate(model, batches)
+    ranges = emulation.calibrate(model, batches)
     rng = np.random.default_rng(0)
     drawn = [{name: str(rng.choice(["float32", *LOW])) for name in model.names} for _ in range(12)]
     truth = np.array([subset_loss(model, batches, each, ranges) for each in drawn])
@@ -143,7 +145,7 @@ def test_a_deep_model_is_predicted_better_with_cross_terms_than_without() -> Non
 def test_an_overflow_is_left_out_of_the_matrix_and_named() -> None:
     model, batches = build(Deep())
     params = model.params | {"two/kernel": model.params["two/kernel"].at[0, 0].set(1e6)}
-    loud = models.Model(params=params, layers=model.layers, call=model.call)
+    loud = Model(params=params, layers=model.layers, call=model.call)
     found = sensitivity.interactions(loud, batches, ("float16", "bfloat16"), KEY)
     assert list(found.status) == ["ok", "ok", "overflow", "ok", "ok", "ok"]
     assert np.isfinite(found.gram).all() and not found.gram[2].any()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from mpjax import depthwise
-from mpjax.depthwise import depthwise_conv
+from mpjax.kernels import shift
+from mpjax.kernels.shift import depthwise_conv
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 TOLERANCE = {
@@ -110,7 +110,7 @@ def test_wide_kernels_are_computed_in_blocks_of_channels(channels, multiplier, b
     options = dict(dimension_numbers=NHWC, feature_group_count=channels)
     value = depthwise_conv(lhs, rhs, (2, 1), "SAME", **options)
     _close(value, lax.conv_general_dilated(lhs, rhs, (2, 1), "SAME", **options), "float32")
-    width = depthwise._block(rhs)
+    width = shift._block(rhs)
     assert -(-rhs.shape[3] // width) == blocks and (blocks == 1 or width % 16 == 0)
 
 

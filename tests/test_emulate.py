@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import arithmetic, emulate, formats, models
-from mpjax.models import Product
+from mpjax import arithmetic, emulation, formats
+from mpjax.program import Product, from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -132,12 +132,12 @@ class Small(nn.Module):
 def small():
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 3), jnp.float32)
     variables = Small().init(jax.random.key(1), x)
-    return models.from_linen(Small(), variables, x), x
+    return from_linen(Small(), variables, x), x
 
 
 def test_calibration_is_the_largest_input(small):
     model, x = small
-    found = emulate.calibrate(model, [(x,), (2 * x,)])
+    found = emulation.calibrate(model, [(x,), (2 * x,)])
     assert found["stem"] == pytest.approx(float(jnp.abs(2 * x).max()), rel=1e-6)
     assert set(found) == set(model.names) and min(found.values()) > 0
 
@@ -155,8 +155,8 @@ def test_calibration_works_under_scan():
             return 1.0 + nn.Dense(4, name="dense")(x), None
 
     x = jax.random.normal(jax.random.key(0), (2, 4), jnp.float32)
-    model = models.from_linen(Scanned(), Scanned().init(jax.random.key(1), x), x)
-    found = emulate.calibrate(model, [(x,)])
+    model = from_linen(Scanned(), Scanned().init(jax.random.key(1), x), x)
+    found = emulation.calibrate(model, [(x,)])
     inputs, kernel, bias = [np.asarray(x)], model.params["body/dense/kernel"], model.params["body/dense/bias"]
     for i in range(2):
         inputs.append(1 + inputs[-1] @ np.asarray(kernel[i]) + np.asarray(bias[i]))
@@ -166,13 +166,13 @@ def test_calibration_works_under_scan():
 def test_one_compilation_serves_every_assignment(small):
     model, x = small
     names = ("bfloat16", "float16_acc16", "float8_e4m3fn")
-    ranges = emulate.calibrate(model, [(x,)])
+    ranges = emulation.calibrate(model, [(x,)])
     low = formats.parse_all(names)
     traces = []
 
     def counted(params, index, x):
         traces.append(1)
-        return emulate.emulated(model, names, calibration=ranges)(params, index, x)
+        return emulation.emulated(model, names, calibration=ranges)(params, index, x)
 
     run = jax.jit(counted)
     for assignment in (
@@ -181,8 +181,8 @@ def test_one_compilation_serves_every_assignment(small):
         {"head": "float16_acc16", "shared": "float8_e4m3fn"},
         dict.fromkeys(model.names, "float16_acc16"),
     ):
-        index = emulate.choice(assignment, model.names, low)
-        fixed = emulate.in_format({k: formats.parse(v) for k, v in assignment.items()}, calibration=ranges)
+        index = emulation.choice(assignment, model.names, low)
+        fixed = emulation.in_format({k: formats.parse(v) for k, v in assignment.items()}, calibration=ranges)
         expected = model.call(model.params, x, override=fixed)
         np.testing.assert_allclose(run(model.params, index, x), expected, rtol=1e-5, atol=1e-6)
     assert len(traces) == 1
@@ -190,11 +190,11 @@ def test_one_compilation_serves_every_assignment(small):
 
 def test_clear_errors(small):
     model, x = small
-    with pytest.raises(ValueError, match="calibration=emulate.calibrate"):
-        emulate.emulated(model, ("float8_e4m3fn",))
+    with pytest.raises(ValueError, match="calibration=emulation.calibrate"):
+        emulation.emulated(model, ("float8_e4m3fn",))
     with pytest.raises(ValueError, match="calibrate"):
         arithmetic.emulated(formats.parse("float8_e5m2"), dot(2), jnp.ones((1, 2)), jnp.ones((2, 1)))
     with pytest.raises(ValueError, match="unknown layers: nose"):
-        emulate.choice({"nose": "bfloat16"}, model.names, formats.parse_all(("bfloat16",)))
+        emulation.choice({"nose": "bfloat16"}, model.names, formats.parse_all(("bfloat16",)))
     with pytest.raises(ValueError, match="float16; this program was built for"):
-        emulate.choice({"stem": "float16"}, model.names, formats.parse_all(("bfloat16",)))
+        emulation.choice({"stem": "float16"}, model.names, formats.parse_all(("bfloat16",)))

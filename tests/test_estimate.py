@@ -10,7 +10,7 @@ import scipy.stats
 from jax.tree_util import Partial
 
 from mpjax.curvature import Operator
-from mpjax.estimate import (
+from mpjax.curvature.estimates import (
     Density,
     Estimate,
     abs_logdet,

@@ -25,8 +25,9 @@ from experiments.estimators_judge import (
     topk_overlap,
 )
 from experiments.estimators_plan import QUICK, Sizes, cases
-from mpjax import losses, models, report, sensitivity
+from mpjax import losses, report, sensitivity
 from mpjax.ledger import Ledger
+from mpjax.program import from_linen
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 import publish_estimators  # noqa: E402
@@ -185,7 +186,7 @@ SIZES = Sizes(
 @pytest.fixture(scope="module")
 def tiny():
     x = jax.random.normal(jax.random.key(0), (6, 4), jnp.float32)
-    model = models.from_linen(Tiny(), Tiny().init(jax.random.key(1), x), x)
+    model = from_linen(Tiny(), Tiny().init(jax.random.key(1), x), x)
     labels = jnp.argmax(model.call(model.params, x), axis=-1).astype(jnp.int32)
     return Benchmark(
         name="digits_cnn",

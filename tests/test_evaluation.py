@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import emulate, metrics, models
+from mpjax import emulation, metrics
 from mpjax.evaluation import Evaluation
 from mpjax.formats import parse
 from mpjax.ledger import Ledger
+from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 FORMATS = ("bfloat16", "float8_e4m3fn")
@@ -26,9 +27,9 @@ class Net(nn.Module):
 def net():
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         x = jax.random.normal(jax.random.key(0), (8, 6), jnp.float32)
-        model = models.from_linen(Net(), Net().init(jax.random.key(1), x), x)
+        model = from_linen(Net(), Net().init(jax.random.key(1), x), x)
         batches = [(x[:4],), (x[4:],)]
-        return model, batches, emulate.calibrate(model, batches)
+        return model, batches, emulation.calibrate(model, batches)
 
 
 def error(low, reference):
@@ -46,7 +47,7 @@ def test_it_measures_the_emulated_model_and_compiles_once(net) -> None:
             jnp.concatenate([jnp.concatenate([out["a"], out["b"]], axis=1) for out in outputs])
             for outputs in (
                 [
-                    model.call(model.params, *b, override=emulate.in_format(named, calibration=calibration))
+                    model.call(model.params, *b, override=emulation.in_format(named, calibration=calibration))
                     for b in batches
                 ],
                 [model.call(model.params, *b) for b in batches],

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import executable
+from mpjax.xla import executable
 
 cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the sets of a CPU")
 X = np.arange(6, dtype=np.float32).reshape(2, 3)

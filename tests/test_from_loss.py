@@ -7,7 +7,8 @@ import pytest
 import reference
 from jax.flatten_util import ravel_pytree
 
-from mpjax import formats, partition, quantized, sensitivity
+from mpjax import formats, partition, sensitivity
+from mpjax.formats import storage
 from mpjax.partition import Block
 from mpjax.sensitivity import from_loss
 
@@ -37,7 +38,7 @@ def problem(seed: int, *, definite: bool = False):
 
 def rounding(params, name: str, fmt: str) -> np.ndarray:
     w = params[name]["kernel"]
-    return np.float64(quantized.round_weights(w, formats.parse(fmt))) - np.float64(w)
+    return np.float64(storage.round_weights(w, formats.parse(fmt))) - np.float64(w)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -176,7 +177,7 @@ def test_a_network_agrees_with_its_dense_hessian() -> None:
         hessian = np.asarray(jax.hessian(lambda v, name=name, un=unravel: loss({**params, name: un(v)}))(flat))
         delta = np.concatenate(
             [
-                np.ravel(np.float64(quantized.round_weights(w, formats.FORMATS["bfloat16"])) - np.float64(w))
+                np.ravel(np.float64(storage.round_weights(w, formats.FORMATS["bfloat16"])) - np.float64(w))
                 for w in jax.tree.leaves(params[name])
             ]
         )

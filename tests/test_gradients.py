@@ -8,10 +8,9 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from mpjax import models
-from mpjax.depthwise import depthwise_conv
-from mpjax.gradients import matrix_gradients
-from mpjax.models import Product
+from mpjax.kernels.shift import depthwise_conv
+from mpjax.program import Product, from_linen, from_nnx
+from mpjax.sensitivity.gradients import matrix_gradients
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -262,12 +261,12 @@ class Nnx(nnx.Module):
 
 def linen_model():
     (x,) = arrays(0, (2, 5, 5, 3), dtype=jnp.float32)
-    return models.from_linen(Cnn(), jax.jit(Cnn().init)(jax.random.key(0), x), x), x
+    return from_linen(Cnn(), jax.jit(Cnn().init)(jax.random.key(0), x), x), x
 
 
 def nnx_model():
     (x,) = arrays(0, (2, 9, 3), dtype=jnp.float32)
-    return models.from_nnx(Nnx(nnx.Rngs(0)), x), x
+    return from_nnx(Nnx(nnx.Rngs(0)), x), x
 
 
 @pytest.mark.parametrize("make", [linen_model, nnx_model])

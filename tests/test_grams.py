@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from mpjax import curvature, grams, models, partition
-from mpjax.gradients import matrix_gradients
+from mpjax import curvature, partition
+from mpjax.curvature import grams
 from mpjax.partition import Block
+from mpjax.program import from_linen
+from mpjax.sensitivity.gradients import matrix_gradients
 
 SEEDS = (0, 1, 2)
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
@@ -141,7 +143,7 @@ class Cnn(nn.Module):
 @pytest.mark.slow
 def test_a_convolutional_network() -> None:
     x = jax.random.normal(jax.random.key(1), (3, 6, 6, 2), jnp.float32)
-    model = models.from_linen(Cnn(), jax.jit(Cnn().init)(jax.random.key(0), x), x)
+    model = from_linen(Cnn(), jax.jit(Cnn().init)(jax.random.key(0), x), x)
     params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (model.params, x))
     expected = dense_grams(lambda p: model.call(p, x), params, model.partition)
 

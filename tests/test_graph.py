@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mpjax import apply, graph, models
+from mpjax.apply import apply
+from mpjax.program import from_linen, from_nnx, graph, with_output
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -19,7 +20,7 @@ X = jax.random.normal(KEY, (2, 4), jnp.float32)
 
 def linen(module, *inputs):
     inputs = inputs or (X,)
-    return models.from_linen(module, module.init(KEY, *inputs), *inputs)
+    return from_linen(module, module.init(KEY, *inputs), *inputs)
 
 
 def dependence(model, *inputs):
@@ -75,8 +76,8 @@ def test_residual_concatenation_shared_layer_and_branches():
     assert graph.edges(model, X) == expected
     assert graph.edges(model, jax.ShapeDtypeStruct(X.shape, X.dtype)) == expected
     assert set(expected) == dependence(model, X)
-    assert graph.edges(apply.apply(model, {"left": "bfloat16"}), X) == expected
-    assert graph.edges(models.with_output(model, lambda both: both[0]), X) == expected
+    assert graph.edges(apply(model, {"left": "bfloat16"}), X) == expected
+    assert graph.edges(with_output(model, lambda both: both[0]), X) == expected
 
 
 def test_a_shared_layer_that_never_reads_itself_has_no_edge_to_itself():
@@ -229,7 +230,7 @@ class Nnx(nnx.Module):
 
 
 def test_nnx():
-    model = models.from_nnx(Nnx(nnx.Rngs(0)), X)
+    model = from_nnx(Nnx(nnx.Rngs(0)), X)
     found = graph.edges(model, X)
     assert found == (
         ("stem", "blocks/0"),

@@ -14,7 +14,7 @@ LAYERS = {
     **dict.fromkeys(("ledger", "metrics", "files", "pages", "windows", "resize"), 0),
     **dict.fromkeys(("formats", "partition", "problem", "hlo", "report", "losses", "depthwise", "executable"), 1),
     **dict.fromkeys(("product", "curvature", "branch", "plan", "profiling"), 2),
-    **dict.fromkeys(("program", "quantized", "lowering", "stored", "predicted", "estimate"), 3),
+    **dict.fromkeys(("program", "quantized", "implementation", "stored", "predicted", "estimate"), 3),
     **dict.fromkeys(("tracing", "running", "arithmetic", "gradients", "grams", "strategies"), 4),
     "models": 5,
     **dict.fromkeys(("emulate", "graph", "scores", "apply", "search", "pareto"), 6),

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from mpjax import apply, lowering, models
-from mpjax.depthwise import depthwise_conv
+from mpjax import kernels
+from mpjax.apply import chooser
+from mpjax.kernels.shift import depthwise_conv
+from mpjax.program import Product, from_linen
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 CONVOLUTIONS = ("xla", "dot", "im2col", "taps", "terms", "shift")
@@ -64,27 +66,27 @@ def test_any_convolution_equals_lax(
     lhs, rhs = operands(seed, batch, size, kernel, channels, outputs, dtype)
     options = dict(rhs_dilation=dilation, dimension_numbers=NHWC)
     options["preferred_element_type"] = jnp.float32 if preferred or dtype.startswith("float8") else None
-    found = jax.jit(lambda a, b: lowering.convolution(way, a, b, strides, padding, **options))(lhs, rhs)
+    found = jax.jit(lambda a, b: kernels.convolution(way, a, b, strides, padding, **options))(lhs, rhs)
     exact = jnp.asarray(by_hand(np.float64(lhs), np.float64(rhs), strides, padding, dilation), jnp.float32)
     assert found.shape == exact.shape and found.dtype == (options["preferred_element_type"] or jnp.dtype(dtype))
     # sums of multiples of 1/64 below 46: float32 holds them exactly, whatever their order
     np.testing.assert_array_equal(np.float32(found), np.float32(exact.astype(found.dtype)))
 
 
-@pytest.mark.parametrize("way", [way for way in CONVOLUTIONS if way != "shift"])
+@pytest.mark.parametrize("implementation", [way for way in CONVOLUTIONS if way != "shift"])
 @pytest.mark.parametrize("seed", range(3))
 def test_on_real_numbers_within_float32_rounding(way, seed):
     rng = np.random.default_rng(seed)
     lhs, rhs = rng.normal(size=(2, 9, 8, 7)), rng.normal(size=((1, 1) if way == "dot" else (3, 3)) + (7, 5))
     with jax.enable_x64(True):
         exact = lax.conv_general_dilated(lhs, rhs, (2, 1), "SAME", dimension_numbers=NHWC)
-    found = lowering.convolution(
+    found = kernels.convolution(
         way, jnp.float32(lhs), jnp.float32(rhs), (2, 1), "SAME", dimension_numbers=NHWC, precision="highest"
     )
     np.testing.assert_allclose(found, exact, atol=2e-6 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("way", CONVOLUTIONS)
+@pytest.mark.parametrize("implementation", CONVOLUTIONS)
 @pytest.mark.parametrize(
     ("shapes", "options"),
     [
@@ -98,7 +100,7 @@ def test_on_real_numbers_within_float32_rounding(way, seed):
 def test_what_a_way_does_not_cover_is_still_right(way, shapes, options):
     lhs, rhs = (jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape) % 5 for shape in shapes)
     expected = lax.conv_general_dilated(lhs, rhs, (1, 1), ((0, 0), (0, 0)), **options)
-    found = lowering.convolution(way, lhs, rhs, (1, 1), ((0, 0), (0, 0)), **options)
+    found = kernels.convolution(way, lhs, rhs, (1, 1), ((0, 0), (0, 0)), **options)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -107,7 +109,7 @@ def product(kind="conv", **changes):
         kind=kind, function=lax.conv_general_dilated, dimension_numbers=NHWC, window_strides=(1, 1), padding="SAME",
         lhs_dilation=(1, 1), rhs_dilation=(1, 1),
     )  # fmt: skip
-    return models.Product(**(fields | changes))
+    return Product(**(fields | changes))
 
 
 def spec(*shape, dtype=jnp.float32):
@@ -134,15 +136,15 @@ DOT = dict(kind="dot", function=lax.dot_general, dimension_numbers=(((1,), (0,))
 )
 def test_ways_and_rule(changes, lhs, rhs, expected, rule):
     each = product(**changes)
-    assert lowering.ways(each, spec(*lhs), spec(*rhs)) == expected
-    assert lowering.rule(each, spec(*lhs), spec(*rhs)) == rule
+    assert kernels.implementations(each, spec(*lhs), spec(*rhs)) == expected
+    assert kernels.rule(each, spec(*lhs), spec(*rhs)) == rule
 
 
 def test_the_rule_adds_rows_where_narrow_operands_have_few():
     each = product(**DOT)
     narrow = [spec(*shape, dtype=jnp.bfloat16) for shape in ((1, 24), (24, 48))]
-    assert lowering.rule(each, *narrow) == "rows"
-    assert lowering.rule(each, spec(4, 24, dtype=jnp.bfloat16), narrow[1]) == "xla"
+    assert kernels.rule(each, *narrow) == "rows"
+    assert kernels.rule(each, spec(4, 24, dtype=jnp.bfloat16), narrow[1]) == "xla"
 
 
 @settings(max_examples=40, deadline=None)
@@ -163,7 +165,7 @@ def test_any_contraction_equals_numpy(data, seed, shape, extra, dtype, way):
     lhs, rhs = (rng.integers(-8, 9, size) / 8 for size in (shape, rhs_shape))
     numbers = ((tuple(contract), tuple(over)), ((), ()))
     narrow = [jnp.asarray(each, jnp.float32).astype(dtype) for each in (lhs, rhs)]
-    found = lowering.contraction(way, *narrow, numbers, preferred_element_type=jnp.float32)
+    found = kernels.contraction(way, *narrow, numbers, preferred_element_type=jnp.float32)
     exact = np.tensordot(lhs, rhs, axes=(contract, over))
     assert found.shape == exact.shape and found.dtype == jnp.float32
     np.testing.assert_array_equal(np.float64(found), exact)
@@ -171,24 +173,24 @@ def test_any_contraction_equals_numpy(data, seed, shape, extra, dtype, way):
 
 def test_suited_takes_depthwise_convolutions_alone():
     lhs, rhs = jnp.zeros((1, 8, 8, 6), jnp.float32), jnp.zeros((3, 3, 1, 6), jnp.float32)
-    assert lowering.suited(product(feature_group_count=6), lhs, rhs).function is depthwise_conv
+    assert kernels.suited(product(feature_group_count=6), lhs, rhs).function is depthwise_conv
     grouped = product(feature_group_count=3)
-    assert lowering.suited(grouped, lhs, jnp.zeros((3, 3, 2, 6), jnp.float32)) is grouped
+    assert kernels.suited(grouped, lhs, jnp.zeros((3, 3, 2, 6), jnp.float32)) is grouped
     first = product(feature_group_count=6, dimension_numbers=("NCHW", "OIHW", "NCHW"))
-    assert lowering.suited(first, jnp.zeros((1, 6, 8, 8)), jnp.zeros((6, 1, 3, 3))) is first
+    assert kernels.suited(first, jnp.zeros((1, 6, 8, 8)), jnp.zeros((6, 1, 3, 3))) is first
 
 
 def test_a_wrong_word_is_refused():
-    assert lowering.lowered(product(), "xla").function is lax.conv_general_dilated
-    assert isinstance(lowering.lowered(product(), "dot").function, functools.partial)
+    assert kernels.implemented(product(), "xla").function is lax.conv_general_dilated
+    assert isinstance(kernels.implemented(product(), "dot").function, functools.partial)
     with pytest.raises(ValueError, match="Unknown way 'dots'"):
-        lowering.lowered(product(), "dots")
+        kernels.implemented(product(), "dots")
     x = jnp.zeros((1, 4, 4, 2), jnp.float32)
     module = nn.Conv(3, (1, 1), name="only")
-    model = models.from_linen(module, module.init(jax.random.key(0), x), x)
+    model = from_linen(module, module.init(jax.random.key(0), x), x)
     with pytest.raises(ValueError, match='"xla", "rule", "auto" or layer -> way'):
-        apply.choose(model, "fast")
+        chooser(model, "fast")
     with pytest.raises(KeyError, match="Unknown layer"):
-        apply.choose(model, {"nly": "dot"})
+        chooser(model, {"nly": "dot"})
     with pytest.raises(ValueError, match="unknown way 'dots'"):
-        apply.choose(model, {model.names[0]: "dots"})
+        chooser(model, {model.names[0]: "dots"})

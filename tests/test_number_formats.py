@@ -15,7 +15,8 @@ from experiments import benchmarks, number_formats
 from experiments import number_formats_core as core
 from experiments.benchmarks import Benchmark
 from experiments.number_formats_core import GRIDS, LOW, VALUE, VARIANTS
-from mpjax import formats, models, report
+from mpjax import formats, report
+from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -229,7 +230,7 @@ class Net(nn.Module):
 
 def tiny(count: int, batch: int = 1) -> Benchmark:
     x = jax.random.normal(jax.random.key(0), (count, 6), jnp.float32)
-    model = models.from_linen(Net(), Net().init(jax.random.key(1), x), x[:batch])
+    model = from_linen(Net(), Net().init(jax.random.key(1), x), x[:batch])
     return Benchmark(
         name="pose_landmark_full",
         model=model,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mpjax import pareto, predicted
-from mpjax.problem import Assignment, Measurement, Problem
+from mpjax.search import pareto, predicted
+from mpjax.search.problem import Assignment, Measurement, Problem
 
 
 def problem(seed: int = 0, layers: int = 12) -> Problem:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpjax import predicted
-from mpjax.problem import Problem
+from mpjax.search import predicted
+from mpjax.search.problem import Problem
 
 
 def made(seed: int, layers: int, formats: int, objective: str, *, cost: bool, edges: bool, gram: bool) -> Problem:

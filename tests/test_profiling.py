@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from mpjax import compiled, hlo, models, profiling
+from mpjax import compiled
+from mpjax.program import from_linen
+from mpjax.xla import hlo, profiling
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -21,7 +23,7 @@ class Small(nn.Module):
 def program():
     keys = jax.random.split(jax.random.key(0), 3)
     batches = [(jax.random.normal(key, (2, 32, 32, 3), jnp.float32),) for key in keys[1:]]
-    model = models.from_linen(Small(), Small().init(keys[0], *batches[0]), *batches[0])
+    model = from_linen(Small(), Small().init(keys[0], *batches[0]), *batches[0])
     return compiled.compile(model, batches), batches[0]
 
 

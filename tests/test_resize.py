@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpjax import resize
+from mpjax.kernels import resize
 
 
 def by_hand(x):
@@ -23,20 +23,22 @@ def by_hand(x):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    shape=st.tuples(*(st.integers(1, 5) for _ in range(4))), seed=st.integers(0, 99), way=st.sampled_from(resize.WAYS)
+    shape=st.tuples(*(st.integers(1, 5) for _ in range(4))),
+    seed=st.integers(0, 99),
+    way=st.sampled_from(resize.IMPLEMENTATIONS),
 )
 def test_any_size_equals_a_plain_loop(shape, seed, way):
     x = np.random.default_rng(seed).normal(size=shape)
-    found = jax.jit(resize.doubled, static_argnames="way")(jnp.float32(x), way=way)
+    found = jax.jit(resize.doubled, static_argnames="implementation")(jnp.float32(x), implementation=way)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, by_hand(x), atol=2e-6 * max(1.0, np.abs(x).max()))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("way", resize.WAYS)
+@pytest.mark.parametrize("implementation", resize.IMPLEMENTATIONS)
 def test_other_dtypes_stay(dtype, way):
     x = jnp.arange(24, dtype=jnp.float32).reshape(1, 3, 4, 2).astype(dtype)
-    found = resize.doubled(x, way=way)
+    found = resize.doubled(x, implementation=way)
     assert found.dtype == jnp.dtype(dtype) and found.shape == (1, 6, 8, 2)
     np.testing.assert_allclose(np.float64(found), by_hand(np.float64(x)), rtol=2e-2)
 
@@ -45,4 +47,4 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="found shape"):
         resize.doubled(jnp.zeros((3, 4)))
     with pytest.raises(ValueError, match="Unknown way 'cubic'. Known: xla, blend"):
-        resize.doubled(jnp.zeros((1, 2, 2, 1)), way="cubic")
+        resize.doubled(jnp.zeros((1, 2, 2, 1)), implementation="cubic")

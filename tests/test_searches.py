@@ -10,7 +10,9 @@ from experiments import common, searches, searches_report, searches_tasks
 from experiments.benchmarks import Benchmark
 from experiments.searches import ROW_FIELDS, Config, Runner, ways
 from experiments.searches_tasks import SETS, Task
-from mpjax import apply, models, plan, report
+from mpjax import plan, report
+from mpjax.apply import apply
+from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -25,7 +27,7 @@ class Net(nn.Module):
 
 def make_task() -> Task:
     x = jax.random.normal(jax.random.key(0), (16, 6), jnp.float32)
-    model = models.from_linen(Net(), Net().init(jax.random.key(1), x), x)
+    model = from_linen(Net(), Net().init(jax.random.key(1), x), x)
     benchmark = Benchmark(
         name="digits_cnn",
         model=model,
@@ -116,7 +118,7 @@ def test_plans_can_be_applied_again(ran) -> None:
     assert found
     for path in (each for each in found if "acc16" not in each.name and "0.5" in each.name):
         loaded = plan.load(path)
-        mixed = apply.apply(model, loaded.for_model(model.names), calibration=loaded.calibration)
+        mixed = apply(model, loaded.for_model(model.names), calibration=loaded.calibration)
         errors = [
             task.benchmark.error(
                 np.float64(mixed.call(mixed.params, *batch)), np.float64(model.call(model.params, *batch))

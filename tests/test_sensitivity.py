@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx, traverse_util
 
-from mpjax import curvature, emulate, estimate, formats, losses, models, partition, quantized, sensitivity
-from mpjax.scores import rounding_of
+from mpjax import curvature, emulation, formats, losses, partition, sensitivity
+from mpjax.curvature import estimates
+from mpjax.formats import storage
+from mpjax.program import Model, from_linen, from_nnx
+from mpjax.sensitivity.scores import rounding_of
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -40,7 +43,7 @@ class Linear(nn.Module):
 def build(module, shape, seed=0, count=2):
     keys = jax.random.split(jax.random.key(seed), count + 1)
     batches = [(jax.random.normal(key, shape, jnp.float32),) for key in keys[1:]]
-    return models.from_linen(module, module.init(keys[0], *batches[0]), *batches[0]), batches
+    return from_linen(module, module.init(keys[0], *batches[0]), *batches[0]), batches
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +58,9 @@ def truth(small):
 
 def test_measured_is_the_loss_of_one_layer_lowered(small, truth):
     model, batches = small
-    ranges = emulate.calibrate(model, batches)
+    ranges = emulation.calibrate(model, batches)
     for layer, fmt in (("stem", "bfloat16"), ("head", "float8_e4m3fn"), ("dense", "float16_acc16")):
-        override = emulate.in_format({layer: formats.parse(fmt)}, calibration=ranges)
+        override = emulation.in_format({layer: formats.parse(fmt)}, calibration=ranges)
         losses = [
             0.5
             * np.sum(
@@ -134,7 +137,7 @@ def test_quadratic_is_half_delta_ggn_delta(seed):
                 return model.call(params, x).ravel()
 
             kernel = model.params[f"{scope}/kernel"]
-            delta = np.float64(quantized.round_weights(kernel, formats.parse(name)) - kernel).ravel()
+            delta = np.float64(storage.round_weights(kernel, formats.parse(name)) - kernel).ravel()
             expected = 0.0
             for (x,) in batches:
                 jacobian = np.float64(jax.jacobian(outputs)(kernel, x)).reshape(-1, delta.size)
@@ -148,7 +151,7 @@ def test_quadratic_with_a_loss_of_ones_own_is_the_true_hessian():
     half = losses.Loss(name="half", value=lambda o, reference, y: jnp.sum((o - y) ** 2, -1) / 2, num_targets=1)
     labelled = [(x, target) for (x,) in batches]
     kernel = model.params["only/kernel"]
-    delta = np.float64(quantized.round_weights(kernel, formats.parse("bfloat16")) - kernel)
+    delta = np.float64(storage.round_weights(kernel, formats.parse("bfloat16")) - kernel)
     # linear regression: H = XᵀX / n for each output, whatever the targets are
     expected = np.mean([0.5 * np.sum((np.float64(x) @ delta) ** 2) / 6 for (x,) in batches])
     for hessian, counts in (("true", ("hvp", 12)), ("gauss_newton", ("jvp", 12))):
@@ -160,7 +163,7 @@ def test_quadratic_with_a_loss_of_ones_own_is_the_true_hessian():
 def test_weights_that_do_not_change_are_zero_by_construction(small):
     model, batches = small
     params = jax.tree.map(lambda w: w.astype(jnp.float16).astype(jnp.float32), model.params)
-    stored = models.Model(params=params, layers=model.layers, call=model.call)
+    stored = Model(params=params, layers=model.layers, call=model.call)
     found = sensitivity.quadratic()(stored, batches, ("float16", "bfloat16"), KEY)
     np.testing.assert_array_equal(found.column("float16"), 0)
     np.testing.assert_array_equal(found.status[:, 0], sensitivity.ZERO)
@@ -192,7 +195,7 @@ def test_logdet_is_that_of_the_dense_blocks(small):
 def test_an_overflow_is_reported_for_its_layer_and_spoils_no_other(small):
     model, batches = small
     params = model.params | {"head/kernel": model.params["head/kernel"].at[0, 0].set(1e6)}
-    loud = models.Model(params=params, layers=model.layers, call=model.call)
+    loud = Model(params=params, layers=model.layers, call=model.call)
     for scorer in (sensitivity.measured(), sensitivity.local_rounding(), sensitivity.quadratic()):
         found = scorer(loud, batches, ("float16", "bfloat16"), KEY)
         row = model.names.index("head")
@@ -220,8 +223,8 @@ def test_linen_and_nnx_agree():
             return nn.Dense(3, name="head")(x.mean((1, 2)))
 
     batches = [(jax.random.normal(KEY, (4, 8, 8, 2), jnp.float32),)]
-    one = models.from_nnx(Net(), *batches[0])
-    two = models.from_linen(Twin(), {"params": traverse_util.unflatten_dict(one.params, sep="/")}, *batches[0])
+    one = from_nnx(Net(), *batches[0])
+    two = from_linen(Twin(), {"params": traverse_util.unflatten_dict(one.params, sep="/")}, *batches[0])
     assert one.names == two.names
     for scorer in (sensitivity.local_rounding(), sensitivity.quadratic(), sensitivity.measured()):
         a, b = scorer(one, batches, ("bfloat16",), KEY), scorer(two, batches, ("bfloat16",), KEY)
@@ -357,7 +360,7 @@ def test_quadratic_by_gauss_newton_is_exact(classifier, loss):
     found = of(sensitivity.quadratic(loss=loss), model, batches)
     for row, name in enumerate(model.names):
         kernel = partition.select(model.params, model.layer(name).block)[model.layer(name).kernel]
-        delta = np.float64(quantized.round_weights(kernel, formats.FORMATS["bfloat16"]) - kernel).ravel()
+        delta = np.float64(storage.round_weights(kernel, formats.FORMATS["bfloat16"]) - kernel).ravel()
         expected = 0.5 * delta @ dense_gauss_newton(model, batches, loss, name) @ delta
         assert found.value[row, 0] == pytest.approx(expected, rel=1e-3)
 
@@ -382,7 +385,7 @@ def test_hessian_scores_of_a_labelled_loss_are_those_of_the_dense_hessian(classi
             return jnp.mean(jnp.stack([jnp.mean(jax.vmap(of_example, (None, 0, 0))(k, x, y)) for x, y in batches]))
 
         hessian = np.float64(jax.hessian(mean)(flat))
-        delta = np.float64(quantized.round_weights(flat, formats.FORMATS["bfloat16"]) - flat)
+        delta = np.float64(storage.round_weights(flat, formats.FORMATS["bfloat16"]) - flat)
         gradients = np.concatenate([jax.vmap(jax.grad(of_example), (None, 0, 0))(flat, x, y) for x, y in batches])
         values = np.linalg.eigvalsh(hessian)
         assert quadratic.value[row, 0] == pytest.approx(0.5 * delta @ hessian @ delta, rel=5e-3, abs=1e-10)
@@ -431,7 +434,7 @@ def test_large_gauss_newton_blocks_agree_with_slq_within_its_error_bars(small):
     for name in ("stem", "dense"):
         outputs = lambda p: model.call(p, data) / 6**0.5  # noqa: E731
         operator = curvature.block_ggn(outputs, model.params, model.layer(name).block)
-        got = estimate.logdet_score(num_probes=40, depth=18, damping=epsilon)(operator, KEY)
+        got = estimates.logdet_score(num_probes=40, depth=18, damping=epsilon)(operator, KEY)
         exact = np.sum(np.log1p(found[name] / epsilon))
         assert abs(float(got.value) - exact) < 3 * float(got.stderr) + float(got.residual) + 1e-3 * exact
 
@@ -439,9 +442,9 @@ def test_large_gauss_newton_blocks_agree_with_slq_within_its_error_bars(small):
 def test_measured_under_a_labelled_loss_is_its_growth(classifier):
     model, batches = classifier
     found = of(sensitivity.measured(loss=losses.CROSS_ENTROPY), model, batches, ("float8_e4m3fn",))
-    ranges = emulate.calibrate(model, [(x,) for x, _ in batches])
+    ranges = emulation.calibrate(model, [(x,) for x, _ in batches])
     for row, name in enumerate(model.names):
-        override = emulate.in_format({name: formats.FORMATS["float8_e4m3fn"]}, calibration=ranges)
+        override = emulation.in_format({name: formats.FORMATS["float8_e4m3fn"]}, calibration=ranges)
         growth = [
             losses.CROSS_ENTROPY.value(model.call(model.params, x, override=override), None, y)
             - losses.CROSS_ENTROPY.value(model.call(model.params, x), None, y)
@@ -466,7 +469,7 @@ def test_an_overflow_that_a_clamp_hides_is_reported():
 
     model, batches = build(Clamped(), (5, 7))
     params = model.params | {"first/kernel": model.params["first/kernel"] * 1e5}
-    loud = models.Model(params=params, layers=model.layers, call=model.call)
+    loud = Model(params=params, layers=model.layers, call=model.call)
     found = of(sensitivity.measured(), loud, batches, ("float16", "bfloat16"))
     assert found.status[0, 0] == sensitivity.OVERFLOW and np.isinf(found.value[0, 0])
     assert (found.status[:, 1] == "ok").all() and found.status[1, 0] == "ok"
@@ -494,7 +497,7 @@ def test_baselines(small):
     norm = of(sensitivity.rounding_norm(), model, batches, ("bfloat16", "float32"))
     for row, layer in enumerate(model.layers):
         kernel = partition.select(model.params, layer.block)[layer.kernel]
-        delta = np.float64(quantized.round_weights(kernel, formats.FORMATS["bfloat16"]) - kernel)
+        delta = np.float64(storage.round_weights(kernel, formats.FORMATS["bfloat16"]) - kernel)
         assert norm.value[row, 0] == pytest.approx(np.sum(delta**2), rel=1e-6)
     assert (norm.status[:, 1] == sensitivity.ZERO).all()
     assert of(sensitivity.depth(), model, batches).ranking("bfloat16") == model.names[::-1]

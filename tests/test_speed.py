@@ -86,7 +86,7 @@ def test_a_report_is_written_and_keeps_the_contract(tmp_path):
             "executed": "bfloat16",
             "result": "float32",
             "opcode": "dot",
-            "way": "dot",
+            "implementation": "dot",
             "weight_bytes": 2,
             "flops": 4,
             "share": 0.5,

@@ -8,9 +8,12 @@ import pytest
 from helpers import linen
 from jax import lax
 
-from mpjax import apply, compiled, cost, graph, models, quantized, stored
-from mpjax.formats import parse
-from mpjax.product import Move, Product
+from mpjax import compiled, cost
+from mpjax.apply import apply
+from mpjax.formats import parse, storage
+from mpjax.kernels import stored
+from mpjax.program import from_linen, graph
+from mpjax.program.product import Move, Product
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -25,19 +28,19 @@ def float64(tree):
 @pytest.mark.parametrize("rows", [1, 2, 3, 64])
 def test_a_program_reads_them_and_is_exact_to_float32(fmt, rows):
     model, batches = linen(nn.Dense(96), rows, 512)
-    mixed = apply.apply(model, {"Dense": fmt})
+    mixed = apply(model, {"Dense": fmt})
     program = compiled.compile(mixed, batches)
     (row,) = program.report().rows
     assert row["executed"] == fmt.removesuffix("_w") and row["full_copy"] is False
     assert "read small" in str(program.report())
-    kernel = float64(quantized.round_weights(model.params["kernel"], parse(fmt), (0,)))
+    kernel = float64(storage.round_weights(model.params["kernel"], parse(fmt), (0,)))
     bias = float64(model.params["bias"])
     for seed in range(3):
         x = jax.random.normal(jax.random.key(seed), (rows, 512), jnp.float32)
         error = np.abs(float64(program(x)) - float64(x) @ kernel - bias)
         assert (error <= 1e-6 * np.abs(float64(x)) @ np.abs(kernel) + 1e-6 * np.abs(bias)).all()
     above, _ = linen(nn.Dense(96), 300, 512)
-    (row,) = compiled.compile(apply.apply(above, {"Dense": fmt}), linen(nn.Dense(96), 300, 512)[1]).report().rows
+    (row,) = compiled.compile(apply(above, {"Dense": fmt}), linen(nn.Dense(96), 300, 512)[1]).report().rows
     assert row["executed"] == "float32" and row["full_copy"]  # more rows than it pays for
 
 
@@ -48,16 +51,16 @@ def dot(contract=((1,), (0,)), **more):
 def rounded(model, formats):
     """The params with the numbers that stored weights stand for."""
     return model.params | {
-        layer.kernel: quantized.round_weights(model.params[layer.kernel], parse(formats[layer.name]), layer.summed)
+        layer.kernel: storage.round_weights(model.params[layer.kernel], parse(formats[layer.name]), layer.summed)
         for layer in model.layers
     }
 
 
 def product_of(x, weights, fmt, product=None):
     product = product or dot()
-    numbers, scale = quantized.quantize(weights, fmt, product.summed)
+    numbers, scale = storage.quantize(weights, fmt, product.summed)
     assert stored.readable(fmt, product, x, weights.ndim)
-    truth = float64(quantized.dequantize(numbers, scale, fmt, weights.shape, product.summed))
+    truth = float64(storage.dequantize(numbers, scale, fmt, weights.shape, product.summed))
     return stored.multiply(fmt, product, x, numbers, scale), truth
 
 
@@ -150,20 +153,20 @@ class Tied(nn.Module):
 def test_outputs_are_those_of_the_numbers_that_the_weights_stand_for(fmt, module):
     """However the weights reach their products: a transposed kernel is multiplied out, the other is read as stored."""
     x = jnp.array([[1, 2, 3]]) if isinstance(module, Tied) else jax.random.normal(KEY, (2, 32), jnp.float32)
-    model = models.from_linen(module, module.init(KEY, x), x)
-    mixed = apply.apply(model, dict.fromkeys(model.names, fmt))
+    model = from_linen(module, module.init(KEY, x), x)
+    mixed = apply(model, dict.fromkeys(model.names, fmt))
     expected = model.call(rounded(model, dict.fromkeys(model.names, fmt)), x)
     np.testing.assert_allclose(mixed.call(mixed.params, x), expected, rtol=1e-5, atol=1e-5)
     program = compiled.compile(mixed, [(x,), (x[..., ::-1],)])
     np.testing.assert_allclose(program(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("lowering", ["xla", "rule"])
-def test_they_are_read_as_stored_in_every_setting(lowering):
+@pytest.mark.parametrize("implementation", ["xla", "rule"])
+def test_they_are_read_as_stored_in_every_setting(implementation):
     module = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(16)])
     model, ((x,), _) = linen(module, 4, 32)
     formats = dict(zip(model.names, ("int8_w", "bfloat16_w"), strict=True))
-    mixed = apply.apply(model, formats, lowering=lowering)
+    mixed = apply(model, formats, implementation=implementation)
     text = str(jax.make_jaxpr(mixed.call)(mixed.params, x))
     assert "i8[16,32]" in text and "i32[16,48]" in text and "bf16[12,48]" in text  # four, and three parts of four rows
     np.testing.assert_allclose(
@@ -173,8 +176,8 @@ def test_they_are_read_as_stored_in_every_setting(lowering):
 
 def test_activations_are_handed_on_in_their_dtype():
     model, ((x,), _) = linen(nn.Dense(16), 4, 32)
-    mixed = apply.apply(model, {"Dense": "int8_w"}, activations="bfloat16")
-    wide = apply.apply(model, {"Dense": "int8_w"})
+    mixed = apply(model, {"Dense": "int8_w"}, activations="bfloat16")
+    wide = apply(model, {"Dense": "int8_w"})
     expected = wide.call(wide.params, x).astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_array_equal(mixed.call(mixed.params, x), expected)
 
@@ -185,8 +188,8 @@ def test_an_authors_own_product_stays():
 
     model, ((x,), _) = linen(nn.Dense(16, use_bias=False, dot_general=twice), 4, 32)
     for fmt in ("int8_w", "bfloat16_w"):
-        mixed = apply.apply(model, {"Dense": fmt})
-        weights = float64(quantized.round_weights(model.params["kernel"], parse(fmt), (0,)))
+        mixed = apply(model, {"Dense": fmt})
+        weights = float64(storage.round_weights(model.params["kernel"], parse(fmt), (0,)))
         np.testing.assert_allclose(mixed.call(mixed.params, x), 2 * float64(x) @ weights, rtol=1e-5, atol=1e-5)
 
 
@@ -194,13 +197,13 @@ def test_an_authors_own_product_stays():
 def test_derivatives_are_those_of_the_product(fmt):
     weights = jax.random.normal(KEY, (32, 6), jnp.float32)
     x = jax.random.normal(jax.random.key(1), (3, 32), jnp.float32)
-    numbers, scale = quantized.quantize(weights, parse(fmt), (0,))
+    numbers, scale = storage.quantize(weights, parse(fmt), (0,))
 
     def loss(x, scale):
         return jnp.sum(stored.multiply(parse(fmt), dot(), x, numbers, scale) ** 2)
 
     def plain(x, scale):
-        return jnp.sum((x @ quantized.dequantize(numbers, scale, parse(fmt), weights.shape, (0,))) ** 2)
+        return jnp.sum((x @ storage.dequantize(numbers, scale, parse(fmt), weights.shape, (0,))) ** 2)
 
     which = (0,) if scale is None else (0, 1)
     found, expected = (jax.grad(each, which)(x, scale) for each in (loss, plain))

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from helpers import linen
 
-from mpjax import apply, arithmetic, compiled, emulate, executable, models, verification
+from mpjax import arithmetic, compiled, emulation
+from mpjax.apply import apply
+from mpjax.compiled import verification
 from mpjax.formats import FLOAT32, parse
+from mpjax.program import from_linen
+from mpjax.xla import executable
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -75,26 +79,26 @@ def test_a_float32_program_may_differ_by_the_noise_of_float32(small):
 
 def test_a_low_program_may_differ_by_twice_what_its_format_does(small):
     model, batches = small
-    mixed = apply.apply(model, dict.fromkeys(model.names, "bfloat16"))
+    mixed = apply(model, dict.fromkeys(model.names, "bfloat16"))
     found = verification.reference(mixed, batches)
     right = found.verify(lambda *batch: mixed.call(mixed.params, *batch))
     assert 1e-3 < right.distance < 0.05 and right.agrees
     assert right.limit == pytest.approx(2 * right.distance + right.noise)
-    override = emulate.in_format(dict.fromkeys(model.names, parse("bfloat16")))
+    override = emulation.in_format(dict.fromkeys(model.names, parse("bfloat16")))
     by_hand = [model.call(model.params, *batch, override=override) for batch in batches]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), list(found.expected), by_hand)
 
 
 def test_a_model_with_nothing_low_is_a_float32_one(small):
     model, batches = small
-    found = verification.reference(apply.apply(model, {}), batches)
+    found = verification.reference(apply(model, {}), batches)
     assert all(each.norm == 0 for each in found.distances)
 
 
 @pytest.mark.parametrize("low", [False, True])
 def test_one_wrong_number_is_seen(small, low):
     model, batches = small
-    model = apply.apply(model, dict.fromkeys(model.names, "bfloat16")) if low else model
+    model = apply(model, dict.fromkeys(model.names, "bfloat16")) if low else model
     expected = verification.reference(model, batches)
     limit = expected.verify(lambda *batch: model.call(model.params, *batch)).worst_limit
 
@@ -126,7 +130,7 @@ class Two(nn.Module):
 
 def test_an_output_that_no_lowered_layer_reaches_is_a_float32_one():
     model, batches = linen(Two(), 200, 16)
-    mixed = apply.apply(model, {"a": "bfloat16"})
+    mixed = apply(model, {"a": "bfloat16"})
     expected = verification.reference(mixed, batches)
     assert expected.distances[0].norm > 5e-4 and expected.distances[1].norm == 0
 
@@ -146,7 +150,7 @@ def test_an_output_that_no_lowered_layer_reaches_is_a_float32_one():
 def test_an_overflow_of_the_format_alone_loosens_nothing(wrong):
     model, batches = linen(Two(), 200, 16)
     model = replace(model, params=model.params | {"b/kernel": model.params["b/kernel"] * 1e5})
-    mixed = apply.apply(model, {"a": "float16", "b": "float16"}, activations="float16")
+    mixed = apply(model, {"a": "float16", "b": "float16"}, activations="float16")
     expected = verification.reference(mixed, batches)
     assert not np.isfinite(expected.expected[0]["b"]).all() and np.isfinite(expected.truth[0]["b"]).all()
     assert max(each.norm for each in expected.distances) < 1e-2
@@ -174,10 +178,10 @@ def test_a_program_that_overflows_is_named():
 
     model, batches = linen(FeedForward(), 8, 16)
     with pytest.warns(UserWarning, match="output numbers are not finite, though float32's are"):
-        program = compiled.compile(apply.apply(model, {"down": "float16"}), batches)
+        program = compiled.compile(apply(model, {"down": "float16"}), batches)
     report = program.report()
     assert report.program["not_finite"] == 1.0 and "are not finite" in str(report)
-    calm = compiled.compile(apply.apply(model, {"up": "float16"}), batches)
+    calm = compiled.compile(apply(model, {"up": "float16"}), batches)
     assert calm.report().program["not_finite"] == 0 and "finite" not in str(calm.report())
 
 
@@ -279,8 +283,8 @@ def faulty(model, mixed, ranges, formats, fault):
 def test_every_injected_fault_is_caught_and_the_right_program_is_not(name, fmt):
     module, shape = MODELS[name]
     model, batches = linen(module, *shape)
-    ranges = emulate.calibrate(model, batches)
-    mixed = apply.apply(model, dict.fromkeys(model.names, fmt), calibration=ranges)
+    ranges = emulation.calibrate(model, batches)
+    mixed = apply(model, dict.fromkeys(model.names, fmt), calibration=ranges)
     formats = {layer: parse(fmt) for layer in model.names}
     expected = verification.reference(mixed, batches)
     right = expected.verify(jax.jit(faulty(model, mixed, ranges, formats, "none")))
@@ -353,7 +357,7 @@ def test_a_model_of_integers_has_noise_too():
     empty = jnp.zeros((2, 1, 16), jnp.float32)
     ids = [(jnp.array([[1, 2, 3], [4, 5, 6]]), empty), (jnp.array([[7, 8, 9], [10, 0, 1]]), empty)]
     module = Text()
-    model = models.from_linen(module, module.init(jax.random.key(0), *ids[0]), *ids[0])
-    low = verification.reference(apply.apply(model, dict.fromkeys(model.names, "bfloat16")), ids)
+    model = from_linen(module, module.init(jax.random.key(0), *ids[0]), *ids[0])
+    low = verification.reference(apply(model, dict.fromkeys(model.names, "bfloat16")), ids)
     assert all(0 < noise.norm < far.norm for noise, far in zip(low.noise, low.distances, strict=True))
-    assert compiled.compile(apply.apply(model, dict.fromkeys(model.names, "bfloat16")), ids).verification.agrees
+    assert compiled.compile(apply(model, dict.fromkeys(model.names, "bfloat16")), ids).verification.agrees
