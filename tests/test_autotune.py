@@ -11,7 +11,7 @@ import pytest
 from helpers import linen
 
 from mpjax import compiled, plan, search
-from mpjax.apply import apply, with_implementation
+from mpjax.apply import apply, as_mixed, with_implementation
 from mpjax.compiled import tuning
 from mpjax.xla import executable, timing
 
@@ -293,7 +293,7 @@ def test_one_by_one_convolutions_are_tried_both_ways_together(small, monkeypatch
     found = tuning.tune(model, batches, rounds=1)
     assert found.implementation["pointwise"] == "dot"
     assert tuning._pointwise(
-        model, tuning.implementations_of(with_implementation(model, "rule"), *batches[0]), batches[0]
+        as_mixed(model), tuning.implementations_of(with_implementation(model, "rule"), *batches[0]), batches[0]
     ) == {"pointwise": "dot"}
 
 

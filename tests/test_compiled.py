@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import compiled, kernels
+from mpjax import compiled
 from mpjax.apply import apply
+from mpjax.compiled import program as building
 from mpjax.compiled import tuning, verification
+from mpjax.kernels import choice
 from mpjax.program import from_linen, with_output
 from mpjax.xla import executable, hlo, profiling, timing
 
@@ -249,7 +251,7 @@ def test_a_file_for_another_platform_is_refused(mixed_program, tmp_path, monkeyp
 
 def test_a_file_from_another_device_or_jaxlib_warns(small, mixed_program, tmp_path, monkeypatch):
     path = mixed_program.export(tmp_path / "mixed.mpjax")
-    monkeypatch.setattr(timing, "device_name", lambda: "Another CPU")
+    monkeypatch.setattr(building, "device_name", lambda: "Another CPU")
     with pytest.warns(UserWarning, match="was verified on .*this is Another CPU jaxlib"):
         assert compiled.load(path)(*small[1][0]) is not None
 
@@ -305,8 +307,8 @@ def test_options_under_which_it_does_not_compile_are_passed_over(small, monkeypa
 @pytest.mark.parametrize("low", [False, True])
 def test_a_way_that_computes_something_else_is_refused(small, monkeypatch, low):
     model, batches = small
-    real = kernels._CONVOLUTIONS["im2col"]
-    monkeypatch.setitem(kernels._CONVOLUTIONS, "im2col", lambda *arguments: 2 * real(*arguments))
+    real = choice._CONVOLUTIONS["im2col"]
+    monkeypatch.setitem(choice._CONVOLUTIONS, "im2col", lambda *arguments: 2 * real(*arguments))
     model = apply(model, dict.fromkeys(model.names, "bfloat16")) if low else model
     with pytest.raises(compiled.MiscompiledError, match="differs by"):
         compiled.compile(model, batches, implementation={"stem": "im2col"})
