@@ -235,7 +235,7 @@ def made_up(monkeypatch):
             for changes, _, options in current
         ]
 
-    monkeypatch.setattr(timing.Timings, "of", of)
+    monkeypatch.setattr(timing.Timings, "measure", of)
     monkeypatch.setattr(tuning, "_pointwise", lambda *_: {})
     monkeypatch.setattr(tuning._Trials, "of", trials)
     monkeypatch.setattr(timing, "in_turns", in_turns)

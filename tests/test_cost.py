@@ -343,7 +343,7 @@ def made_up(monkeypatch):
             found[key] = timing.Entry(seconds=(next(fits, 0.002),), product_seconds=())
         return found
 
-    monkeypatch.setattr(timing.Timings, "of", of)
+    monkeypatch.setattr(timing.Timings, "measure", of)
     return seconds, seen
 
 

@@ -178,7 +178,7 @@ def measure(
     costs = _static(model, low, inputs, calls)
     timed = [fmt for fmt in low if fmt.accumulate != "float16"]
     kept = timing.Timings(None if cache is None else Path(cache), rounds=rounds, options=options)
-    overhead = kept.of({"overhead": timing.start_only()})["overhead"]
+    overhead = kept.measure({"overhead": timing.start_only()})["overhead"]
     ynn = not executable.without_ynn(options)
     as_stored = ynn and products_only(model.layers)  # else the formats of the whole model say it
     lookups_first = sorted(
@@ -195,7 +195,7 @@ def measure(
             for fmt in timed
             for candidate in _candidates(fmt, call, implementation, ynn)
         }
-        entries[identity] = kept.of(wanted)
+        entries[identity] = kept.measure(wanted)
         if progress is not None:
             progress(number, len(distinct), call.layer)
     seconds, spread, casts = (np.full(costs.weight_bytes.shape, np.nan) for _ in range(3))
