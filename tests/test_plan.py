@@ -98,4 +98,4 @@ def test_the_digest_sees_values_shapes_and_dtypes() -> None:
 def test_the_file_is_plain_json(tmp_path) -> None:
     plan.save(FULL, tmp_path / "plan.json")
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["schema"] == 2 and next(iter(found)) == "assignment"
+    assert list(found)[:2] == ["schema", "assignment"]

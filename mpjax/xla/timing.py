@@ -1,14 +1,12 @@
-"""Seconds that compiled programs take on this device, in turns, kept in a file per device and versions.
+"""Seconds that compiled programs take on this device, in turns, cached per device and versions.
 
-A program is known by its lowered text and the compiler options, so a changed program is timed anew whatever its name.
+The cache knows a program by its StableHLO text and the compiler options, so a changed program is timed anew whatever its name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -19,7 +17,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from mpjax.files import write_json
+from mpjax.files import Checkpoint
 from mpjax.xla import executable
 from mpjax.xla.environment import environment
 
@@ -28,7 +26,6 @@ Run = Callable[[], Any]
 
 SHORTEST = 1e-3  # seconds of a turn; a shorter run is repeated until one timing takes that long
 WHOLE = 0.02  # the same for whole programs, whose first run in a turn finds other programs' data in the caches
-_VERSION = 1  # of the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +80,14 @@ class Timings:
     """Timings of programs, from the cache where it has them.
 
     Args:
-        folder: of the cache file, made if it is not there; None: no cache. Of two processes that write at the same time, the
-            later one's entries stay. A damaged file is set aside as `*.damaged`, with a warning.
+        folder: of the cache, a file for each entry (`Checkpoint`); None: no cache.
         rounds: timings of each program; an entry with fewer is measured anew.
         options: compiler options; one that this jaxlib does not know is left out.
     """
 
     def __init__(self, folder: Path | None, *, rounds: int, options: Mapping[str, Any]) -> None:
         self.rounds, self.options = rounds, dict(options)
-        self.header = {"version": _VERSION, **here()}
-        self.entries: dict[str, Entry] = {}
-        self.path: Path | None = None
-        if folder is not None:
-            digest = hashlib.sha256(json.dumps(here(), sort_keys=True).encode()).hexdigest()[:8]
-            words = f"{self.header['device']} jax {self.header['jax']} {self.header['cores']} cores {digest}"
-            self.path = folder / (re.sub(r"[^\w.]+", "-", words) + ".json")
-            self.entries = self._read(self.path)
+        self.cache = None if folder is None else Checkpoint(folder, here() | {"options": self.options})
 
     def measure(self, wanted: Mapping[Name, Programs]) -> dict[Name, Entry | str]:
         """The entries by the same names; a text, in place of an entry, says why a program could not be compiled."""
@@ -108,57 +97,35 @@ class Timings:
             pair = [program for program in (programs.whole, programs.product) if program is not None]
             try:
                 texts = [jax.jit(function).lower(*arguments).as_text() for function, arguments in pair]
-                text = "\n".join([json.dumps(self.options, sort_keys=True), *texts])
-                key = f"{programs.name} #{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-                if key in self.entries and len(self.entries[key].seconds) >= self.rounds:
-                    results[name] = self.entries[key]
-                    continue
-                missing[name] = key, [_ready(function, arguments, self.options) for function, arguments in pair]
+                digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+                if (entry := self._load(digest)) is not None:
+                    results[name] = entry
+                else:
+                    missing[name] = digest, [_ready(function, arguments, self.options) for function, arguments in pair]
             except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
                 results[name] = f"it does not compile here ({str(error).splitlines()[0][:200]})"
-        if missing:
-            samples = iter(in_turns([run for _, runs in missing.values() for run in runs], self.rounds))
-            for name, (key, runs) in missing.items():
-                seconds, *product = (tuple(next(samples)) for _ in runs)
-                results[name] = self.entries[key] = Entry(
-                    seconds=seconds, product_seconds=product[0] if product else ()
-                )
-            self._write()
+        samples = iter(in_turns([run for _, runs in missing.values() for run in runs], self.rounds) if missing else ())
+        for name, (digest, runs) in missing.items():
+            seconds, *product = (tuple(next(samples)) for _ in runs)
+            entry = Entry(seconds=seconds, product_seconds=product[0] if product else ())
+            results[name] = entry
+            self._save(digest, entry, wanted[name].name)
         return results
 
-    def _write(self) -> None:
-        """Save the cache; where that cannot be done the timings stay in memory, and a warning says so once."""
-        if self.path is None:
-            return
-        content = {**self.header, "entries": {key: vars(entry) for key, entry in self.entries.items()}}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, content)
-        except OSError as error:
-            warnings.warn(f"timings are not kept: {self.path.parent} cannot be written ({error})", stacklevel=4)
-            self.path = None
+    def _load(self, digest: str) -> Entry | None:
+        piece = None if self.cache is None else self.cache.load(digest)
+        if piece is None or len(piece.arrays["seconds"]) < self.rounds:
+            return None
+        return Entry(**{name: tuple(numbers.tolist()) for name, numbers in piece.arrays.items()})
 
-    def _read(self, path: Path) -> dict[str, Entry]:
-        """The entries of a cache file; none where there is no file, or a damaged one, which is set aside."""
-        try:
-            content = json.loads(path.read_bytes())
-            if {name: content[name] for name in self.header} != self.header:
-                raise ValueError("it was measured elsewhere")
-            return {key: _entry(**value) for key, value in content["entries"].items()}
-        except OSError:
-            return {}  # not there, or not readable: measured anew
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            damaged = path.with_name(path.name + ".damaged")
-            os.replace(path, damaged)
-            warnings.warn(f"{path.name} is damaged ({error}); set aside as {damaged.name}", stacklevel=4)
-            return {}
-
-
-def _entry(seconds: Sequence[float], product_seconds: Sequence[float]) -> Entry:
-    numbers, product = tuple(map(float, seconds)), tuple(map(float, product_seconds))
-    if not numbers or len(product) not in (0, len(numbers)) or not all(0 < x < np.inf for x in numbers + product):
-        raise ValueError("a timing is missing or not positive")
-    return Entry(seconds=numbers, product_seconds=product)
+    def _save(self, digest: str, entry: Entry, name: str) -> None:
+        """Save an entry; where that cannot be done the timings are only returned, and a warning says so once."""
+        if self.cache is not None:
+            try:
+                self.cache.save(digest, vars(entry), {"program": name})
+            except OSError as error:
+                warnings.warn(f"timings are not kept: {self.cache.folder} cannot be written ({error})", stacklevel=4)
+                self.cache = None
 
 
 def _ready(function: Callable[..., Any], arguments: tuple, options: Mapping[str, Any]) -> Run:
