@@ -110,8 +110,6 @@ def test_medians_spread_and_casts(small, made):
     np.testing.assert_allclose(costs.spread, 1.5e-3)
     np.testing.assert_array_equal(costs.cast_seconds, 0)  # never below 0
     assert costs.overhead == pytest.approx(2.5e-3)
-    assert timing.Entry(seconds=(3.0, 5.0, 4.0), product_seconds=(2.0, 4.5, 3.0)).cast == 1.0
-    assert timing.Entry(seconds=(1.0,), product_seconds=()).cast == 0.0
 
 
 def test_equal_layers_are_timed_once(small, made):
@@ -121,64 +119,20 @@ def test_equal_layers_are_timed_once(small, made):
     assert made == {"compiled": 1 + 4 * 3, "timed": 1 + 4 * 3}
 
 
-def test_the_cache_is_used_by_other_calls_and_other_format_sets(small, made, tmp_path):
-    first = cost.measure(small, ("bfloat16",), X, rounds=3, cache=tmp_path / "made" / "here")
-    (path,) = (tmp_path / "made" / "here").iterdir()
-    content = json.loads(path.read_text())
-    assert {"device", "jax", "jaxlib", "cores", "entries"} <= content.keys()
-    assert any(key.startswith("bfloat16: conv 2x8x8x3 * 3x3x3x8, strides 2x2") for key in content["entries"])
-    before = dict(made)
-    again = cost.measure(small, ("bfloat16",), X, rounds=3, cache=path.parent)
-    assert made == before
-    np.testing.assert_array_equal(again.seconds, first.seconds)
-    assert again.overhead == first.overhead
-    cost.measure(small, ("float16", "bfloat16"), X, rounds=2, cache=path.parent)
-    assert made == {name: count + 4 * 2 for name, count in before.items()}  # float16 alone, with and without its cast
-    cost.measure(small, ("bfloat16",), X, rounds=4, cache=path.parent)  # more rounds than are kept
-    assert made == {name: 2 * count + 4 * 2 for name, count in before.items()}
-    cost.measure(small, ("bfloat16",), X, rounds=4, cache=path.parent, options={"xla_allow_excess_precision": True})
-    assert made == {name: 3 * count + 4 * 2 for name, count in before.items()}
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
-
-
-def test_timings_are_saved_after_each_product(small, made, tmp_path):
+def test_timings_are_cached_after_each_product_and_for_other_format_sets(small, made, tmp_path):
     def stop(number, total, layer):
         if number == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         cost.measure(small, ("bfloat16",), X, rounds=1, cache=tmp_path, progress=stop)
-    (path,) = tmp_path.iterdir()
-    assert len(json.loads(path.read_text())["entries"]) == 1 + 2 * 2
     before = dict(made)
-    cost.measure(small, ("bfloat16",), X, rounds=1, cache=tmp_path)
+    first = cost.measure(small, ("bfloat16",), X, rounds=1, cache=tmp_path)
     assert made == {name: count + 2 * 3 for name, count in before.items()}
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text[: len(text) // 2],
-        lambda text: "[]",
-        lambda text: text.replace("0.001", "-1"),
-        lambda text: text.replace("0.001", '"fast"'),
-        lambda text: text.replace('"version": 1', '"version": 0'),
-        lambda text: text.replace('"cores": ', '"cores": 9'),
-        lambda text: text.replace('"product_seconds"', '"other"'),
-    ],
-)
-def test_a_damaged_cache_is_set_aside(small, made, tmp_path, damage):
-    cost.measure(small, ("bfloat16",), X, rounds=1, cache=tmp_path)
-    (path,) = tmp_path.iterdir()
-    whole = path.read_text()
-    assert damage(whole) != whole
-    path.write_text(damage(whole))
-    before = dict(made)
-    with pytest.warns(UserWarning, match="is damaged .* set aside"):
-        cost.measure(small, ("bfloat16",), X, rounds=1, cache=tmp_path)
-    assert made == {name: 2 * count for name, count in before.items()}
-    assert path.read_text() == whole
-    assert (tmp_path / (path.name + ".damaged")).read_text() == damage(whole)
+    again = cost.measure(small, ("float16", "bfloat16"), X, rounds=1, cache=tmp_path)
+    assert made == {name: count + 2 * 3 + 4 * 2 for name, count in before.items()}  # float16, with and without its cast
+    np.testing.assert_array_equal(again.seconds[:, [0, 2]], first.seconds)
+    assert again.overhead == first.overhead
 
 
 def test_float16_acc16_has_bytes_but_no_seconds(small, made):
@@ -206,21 +160,6 @@ def test_what_does_not_compile_is_noted(small, made, monkeypatch):
     np.testing.assert_array_equal(np.isnan(costs.seconds), [[False, name in NAMES[:2]] for name in NAMES])
     assert costs.notes[0] == "stem in float16 was not timed: it does not compile here (no float16 convolution)"
     assert len(costs.notes) == 2
-
-
-def test_programs_take_turns_and_short_ones_are_repeated(monkeypatch):
-    clock = iter(range(10**6))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: 4e-4 * next(clock))  # any number of runs "takes" 0.4 ms …
-    order = []
-    found = timing.in_turns([lambda: order.append("a"), lambda: order.append("b")], 3, shortest=3e-4)
-    np.testing.assert_allclose(found, 4e-4)
-    assert [len(each) for each in found] == [3, 3]
-    assert "".join(order) == "aabb" + "ab" + "ba" + "ab"  # … so one run is enough
-    slow = iter([0.0, 1e-4, 0.0, 1.0, 0.0, 1.0])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(slow))
-    order.clear()
-    ((each,),) = timing.in_turns([lambda: order.append("a")], 1, shortest=3e-4)
-    assert len(order) == 1 + 1 + 3 + 1 + 3 and each == pytest.approx(1 / 3)
 
 
 def test_it_really_times_every_format(small, tmp_path):
