@@ -39,7 +39,6 @@ from mpjax import (
     formats,
     graph,
     quantized,
-    report,
     running,
     stored,
     timing,
@@ -352,7 +351,7 @@ def _key(model: Model, batches: Batches, activations: Sequence[str], rounds: int
     function, arguments = as_function(model, batches[0])
     program = jax.jit(function).lower(*arguments).as_text()
     sources = "".join(map(inspect.getsource, _SOURCES))
-    environment = report.environment(device=timing.device_name())
+    environment = timing.environment(device=timing.device_name())
     return {
         "program": hashlib.sha256(program.encode()).hexdigest(),
         "sources": hashlib.sha256(sources.encode()).hexdigest(),

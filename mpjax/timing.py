@@ -6,6 +6,7 @@ A program is known by its lowered text and the compiler options, so a changed pr
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -14,13 +15,14 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
-from mpjax import executable, report
+from mpjax import executable
 from mpjax.files import write_json
 
 Name = TypeVar("Name", bound=Hashable)
@@ -28,6 +30,24 @@ Name = TypeVar("Name", bound=Hashable)
 SHORTEST = 1e-3  # seconds of a turn; a shorter run is repeated until one timing takes that long
 WHOLE = 0.02  # the same for whole programs, whose first run in a turn finds other programs' data in the caches
 _VERSION = 1  # of the file
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def environment(*, device: str) -> dict[str, Any]:
+    """What a result was computed with; `device` in words. `cores` are those this process may use."""
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "device": device,
+        "cores": cores(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +102,8 @@ class Timings:
 
     def __init__(self, folder: Path | None, *, rounds: int, options: Mapping[str, Any]) -> None:
         self.rounds, self.options = rounds, dict(options)
-        environment = report.environment(device=device_name())
-        self.header = {name: environment[name] for name in ("device", "cores", "jax", "jaxlib")}
+        here = environment(device=device_name())
+        self.header = {name: here[name] for name in ("device", "cores", "jax", "jaxlib")}
         self.header["xla_flags"] = os.environ.get("XLA_FLAGS", "")
         self.entries: dict[str, Entry] = {}
         self.path: Path | None = None

@@ -97,7 +97,7 @@ def block(summary: dict, confident: dict) -> str:
         f"{local['compile_seconds']:.0f} s against {summary['agreement'][0]['compile_seconds']:.0f} s). The exact "
         f"log-determinant of a layer's Hessian block reaches {logdet['spearman_float16_acc16']:.2f} and "
         f"{logdet['spearman_bfloat16']:.2f}: it "
-        "does not see how large the rounding is. `scripts/local_rounding_speed.py` shows how its cost grows with layers and "
+        "does not see how large the rounding is. `experiments/local_rounding` shows how its cost grows with layers and "
         "formats.",
         "",
         f"`scripts/demo` on {where['device']}, {where['cores']} cores, Python {where['python']}, jax {where['jax']}, flax "

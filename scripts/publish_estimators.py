@@ -1,4 +1,4 @@
-"""Put a run of experiments/estimators.py into README.md and docs/estimators/: figures, tables, the numbers with machine and date.
+"""Put a run of experiments/estimators into README.md and docs/estimators/: figures, tables, the numbers with machine and date.
 
 .venv/bin/python -m experiments.estimators --fresh
 .venv/bin/python scripts/publish_estimators.py ["A remark on how the run went, if it needs one."]
@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.estimators_findings import advice, findings  # noqa: E402
+from experiments.estimators.findings import advice, findings  # noqa: E402
 
 RUN = ROOT / "results/estimators"
 DOCS = ROOT / "docs/estimators"

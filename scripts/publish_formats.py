@@ -1,4 +1,4 @@
-"""Put runs of experiments/number_formats.py and experiments/classifier.py into docs/formats.md and docs/formats/.
+"""Put runs of experiments/number_formats and experiments/classifier into docs/formats.md and docs/formats/.
 
 .venv/bin/python -m experiments.number_formats
 .venv/bin/python -m experiments.classifier

@@ -1,4 +1,4 @@
-"""Put a run of experiments/searches.py into docs/search.md and docs/search/: figures, tables, the numbers with machine and date.
+"""Put a run of experiments/searches into docs/search.md and docs/search/: figures, tables, the numbers with machine and date.
 
 .venv/bin/python -m experiments.searches --fresh
 .venv/bin/python scripts/publish_searches.py ["A remark on how the run went, if it needs one."]
@@ -15,8 +15,8 @@ sys.path.insert(0, str(ROOT))
 
 from publish_estimators import check, insert  # noqa: E402
 
-from experiments.searches_report import compact, compact_columns, findings  # noqa: E402
-from mpjax.pages import Column  # noqa: E402
+from experiments.lib.pages import Column  # noqa: E402
+from experiments.searches.report import compact, compact_columns, findings  # noqa: E402
 
 RUN = ROOT / "results/searches"
 DOCS = ROOT / "docs/search"

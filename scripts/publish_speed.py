@@ -1,4 +1,4 @@
-"""Put a run of experiments/speed.py into docs/speed.md, docs/speed/ and README.md: figures, tables, machine and date.
+"""Put a run of experiments/speed into docs/speed.md, docs/speed/ and README.md: figures, tables, machine and date.
 
 .venv/bin/python -m experiments.speed --fresh
 .venv/bin/python scripts/publish_speed.py ["A remark on how the run went, if it needs one."]
@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 from publish_estimators import check, insert, markdown  # noqa: E402
 
-from experiments.speed import Config  # noqa: E402
+from experiments.speed.__main__ import Config  # noqa: E402
 from mpjax.files import jsonable  # noqa: E402
 
 RUN = ROOT / "results/speed"
@@ -181,18 +181,20 @@ def block(summary: dict[str, Any], remark: str) -> str:
 
 
 def examples(summary: dict[str, Any]) -> str:
-    """The table of scripts/speed_examples.py.
+    """The table of python -m experiments.speed.examples.
 
     Raises:
         SystemExit: it was not run, or elsewhere.
     """
     path = DOCS / "examples.json"
     if not path.exists():
-        raise SystemExit("Not published: run scripts/speed_examples.py --cores 1 first.")
+        raise SystemExit("Not published: run python -m experiments.speed.examples --cores 1 first.")
     found = json.loads(path.read_text())
     where, here = found["environment"], summary["environment"]
     if any(where[name] != here[name] for name in ("device", "jax", "jaxlib")):
-        raise SystemExit("Not published: scripts/speed_examples.py ran on another machine or jax: run it again.")
+        raise SystemExit(
+            "Not published: python -m experiments.speed.examples ran on another machine or jax: run it again."
+        )
     lines = [
         [each["example"], each["way"], each["options"], f"{each['us']:.0f}", f"{each['vs_first']:.2f}"]
         for each in found["rows"]

@@ -1,4 +1,4 @@
-"""Put a run of experiments/tour.py into docs/formats.md.
+"""Put a run of experiments/tour into docs/formats.md.
 
 .venv/bin/python -m experiments.tour
 .venv/bin/python scripts/publish_tour.py
@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from publish_estimators import check, insert, markdown  # noqa: E402
 
-from experiments.tour import EVERY  # noqa: E402
+from experiments.tour.__main__ import EVERY  # noqa: E402
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Put runs of experiments/sentence_encoder.py and experiments/language_model.py into docs/transformers.md and docs/transformers/.
+"""Put runs of experiments/sentence_encoder and experiments/language_model into docs/transformers.md and docs/transformers/.
 
 .venv/bin/python -m experiments.sentence_encoder
 .venv/bin/python -m experiments.language_model
@@ -16,8 +16,10 @@ sys.path.insert(0, str(ROOT))
 
 from publish_estimators import check, insert, markdown  # noqa: E402
 
-from experiments import language_model, sentence_encoder, storage_report  # noqa: E402
-from mpjax.pages import Column, cells  # noqa: E402
+from experiments.language_model import __main__ as language_model  # noqa: E402
+from experiments.lib.pages import Column, cells  # noqa: E402
+from experiments.sentence_encoder import __main__ as sentence_encoder  # noqa: E402
+from experiments.storage import report as storage_report  # noqa: E402
 
 DOCS = ROOT / "docs/transformers"
 EXPERIMENTS = {"sentence_encoder": sentence_encoder.TEXTS, "language_model": language_model.TEXTS}

@@ -54,15 +54,6 @@ def test_the_front_is_what_no_other_point_beats(seed: int) -> None:
         assert found[i] == (not beaten and np.isfinite(a[i]))
 
 
-def test_table_and_figure_are_written(tmp_path) -> None:
-    p = problem(1)
-    points = pareto.sweep(p, evaluate=Metric(p), count=6)
-    figure = pareto.write(tmp_path, "front", points, metric="NME")
-    assert figure.stat().st_size > 5_000
-    lines = (tmp_path / "front.csv").read_text().splitlines()
-    assert len(lines) == len(points) + 1 and lines[0].startswith("layers_low,penalty,loss")
-
-
 def test_what_is_known_is_not_measured_again_and_nothing_is_lost() -> None:
     p = problem(2)
     metric, known = Metric(p), {}
