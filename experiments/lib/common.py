@@ -1,9 +1,5 @@
-"""What every experiment needs beside the library: where it ran, which sources made a piece, honest timing."""
+"""What experiments that are not yet on `experiments.lib.run` use; it goes with the last of them."""
 
-import hashlib
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 
-import mpjax
+from experiments.lib.run import ROOT as ROOT
+from experiments.lib.run import check_names, source_digest
+from experiments.lib.run import commit as commit
+from experiments.lib.run import peak_memory_mb as peak_memory_mb
 from mpjax import timing
 from mpjax.files import Checkpoint, Piece
 from mpjax.ledger import Ledger
-from mpjax.timing import device_name as device_name  # what every experiment writes down
-
-ROOT = Path(__file__).resolve().parents[2]
+from mpjax.timing import device_name as device_name
 
 
 def piece_key(environment: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -29,40 +26,8 @@ def piece_key(environment: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def check_models(models: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse no models, and unknown ones.
-
-    Raises:
-        SystemExit: with the names.
-    """
-    unknown = [name for name in models if name not in known]
-    if unknown or not models:
-        raise SystemExit(f"--models: expected some of {', '.join(known)}; found {', '.join(unknown) or 'none'}.")
-
-
-def source_digest() -> str:
-    """A hash of the library's and the experiments' sources: a finished piece is not reused by other code."""
-    files = sorted([*Path(mpjax.__file__).parent.rglob("*.py"), *(ROOT / "experiments").rglob("*.py")])
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
-
-
-def commit() -> str:
-    """The checkout's commit, with "+" where files are changed; "unknown" outside a checkout."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
-def peak_memory_mb() -> float:
-    """The process's largest resident size so far, in MB."""
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest / 1e6 if sys.platform == "darwin" else largest * 1024 / 1e6  # bytes there, KiB here
+    """`check_names` of --models."""
+    check_names("--models", models, known)
 
 
 @dataclass(frozen=True, kw_only=True)

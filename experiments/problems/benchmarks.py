@@ -25,10 +25,10 @@ import numpy as np
 from scipy.special import log_softmax
 
 from experiments.lib import assets
-from experiments.models.tflite_import import load_tflite
-from experiments.pose_landmark import __main__ as pose_landmark
+from experiments.models.mediapipe import imported as imported
 from experiments.problems import data, eyes
 from experiments.problems.digits import SIZE, TRAIN, DigitsCNN, Settings, split, trained
+from experiments.problems.pose import in_torso_units, splits
 from mpjax import models
 from mpjax.files import Checkpoint
 from mpjax.models import Batches, Model
@@ -122,7 +122,7 @@ def pose(*, count: int = 8, batch: int | None = None) -> Benchmark:
     arrays = (crops.calibration.images[take], _torsos(crops, base)[take])
     return Benchmark(
         name="pose_landmark_full",
-        model=models.with_output(base, pose_landmark.in_torso_units),
+        model=models.with_output(base, in_torso_units),
         batches=in_batches(arrays, batch or _divisor(count, 4)),
         error=landmark_error(33),
         error_name="NME",
@@ -268,12 +268,6 @@ def _checked(low: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.nda
     return low, reference
 
 
-def imported(name: str, outputs: tuple[str, ...], size: int) -> Model:
-    """A fetched .tflite model with some of its outputs, for crops of `size` pixels."""
-    found = load_tflite(assets.fetch(name), outputs=outputs)
-    return models.from_linen(found.module, found.variables, jnp.zeros((1, size, size, 3), jnp.float32))
-
-
 def _xy(landmarks: jax.Array) -> jax.Array:
     """(N, …) of P landmarks x, y, z -> (N, 2P) of x, y."""
     count = landmarks.shape[0]
@@ -298,7 +292,7 @@ def _torsos(crops: data.Crops, base: Model) -> np.ndarray:
 
 def torsos(crops: data.CropSet, base: Model) -> np.ndarray:
     """(N,) float32 torso lengths in pixels, by the float32 pose model."""
-    return pose_landmark.split_of(crops, base, pose_landmark.in_float32(base)).torso
+    return splits(base, crops)[0].torso
 
 
 def _photograph_facts(name: str, count: int) -> dict[str, Any]:

@@ -21,9 +21,9 @@ import matplotlib.cbook
 import numpy as np
 import skimage.data
 import sklearn.datasets
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from experiments.lib import assets
+from experiments.lib.progress import progress
 from experiments.models.efficientnet import SIZE, normalised
 from experiments.problems import benchmarks
 from experiments.problems.data import VIDEOS, DataError
@@ -102,13 +102,11 @@ def frames(*, seed: int = 0) -> tuple[Part, Part]:
     piece = kept.load("classifier")
     if piece is None:
         random = np.random.default_rng(seed)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with assets.progress_bar(*columns) as progress:
-            task = progress.add_task("reading videos", total=len(paths))
+        with progress("reading videos", len(paths)) as advance:
             videos = []
             for path in paths:
                 videos.append(video_blocks(str(path), random))
-                progress.advance(task)
+                advance()
         photographs = [photograph_views(np.asarray(make())) for make in PHOTOGRAPHS.values()]
         kept.save("classifier", deal(photographs, videos, random))
         piece = kept.load("classifier")

@@ -29,9 +29,9 @@ from typing import Any, TypeVar
 import cv2
 import jax
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from experiments.lib import assets
+from experiments.lib.progress import progress
 from experiments.models.tflite_import import load_tflite
 from mpjax import emulate, models
 
@@ -332,9 +332,7 @@ def _follow(path: Path, run: _Run, settings: CropSettings) -> tuple[list[_Observ
     capture = cv2.VideoCapture(str(path))
     fps = capture.get(cv2.CAP_PROP_FPS)
     total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with assets.progress_bar(*columns) as progress:
-        task = progress.add_task("following persons", total=max(total, 1))
+    with progress("following persons", max(total, 1)) as advance:
         for index, frame in enumerate(_frames(capture), start=1):
             if (index - 1) % max(1, round(settings.retile * fps)) == 0:
                 regions = _distinct([*following.values(), *_search(frame, run, settings)])
@@ -349,7 +347,7 @@ def _follow(path: Path, run: _Run, settings: CropSettings) -> tuple[list[_Observ
                     kept[person] = ahead
                     observations.append(_Observation(frame=index - 1, person=person, sighting=sighting))
             following = kept
-            progress.advance(task)
+            advance()
     if not index or not fps > 0:
         raise DataError(
             f"{path}: OpenCV cannot decode this video ({index} frames, {fps} frames per second)."

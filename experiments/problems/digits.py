@@ -36,7 +36,9 @@ from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from experiments.lib import assets, common, report
+from experiments.lib import assets
+from experiments.lib.progress import progress
+from experiments.lib.run import ROOT
 from experiments.problems import optimum
 from mpjax.files import Checkpoint
 
@@ -187,7 +189,7 @@ def trained(settings: Settings | None = None) -> Trained:
         for name, value in asdict(settings).items():
             command += [f"--{name.replace('_', '-')}", str(value)]
         environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
-        code = subprocess.run(command, cwd=common.ROOT, env=environment, stdout=subprocess.DEVNULL).returncode
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL).returncode
         piece = kept.load(_PIECE)
         if piece is None:
             raise TrainingError(
@@ -235,7 +237,7 @@ def _train(settings: Settings) -> Trained:
         return loss(w, images, labels)
 
     total = sum(optimum.progress_steps(settings.lbfgs_steps, vector.size))
-    with report.progress("training the digits network", total) as advance:
+    with progress("training the digits network", total) as advance:
         vector = optimum.adam(
             loss,
             vector,

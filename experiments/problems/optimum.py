@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.lib.report import Advance
+from experiments.lib.progress import Advance
 
 Loss = Callable[..., jax.Array]
 

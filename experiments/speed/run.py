@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lib import assets, report
+from experiments.lib import assets
 from experiments.models.encoder import ENCODERS, EncoderStack, random_encoder
 from experiments.models.tflite_import import load_tflite
-from experiments.pose_landmark import __main__ as pose_landmark
-from experiments.problems import benchmarks, searches_tasks
+from experiments.problems import benchmarks, pose, searches_tasks
 from mpjax import apply, autotune, compiled, cost, executable, models, timing, verification
 from mpjax.files import jsonable, write_json
 from mpjax.models import Batches, Model
@@ -30,7 +29,7 @@ from mpjax.models import Batches, Model
 TOKENS = 128
 FAILURES = (compiled.MiscompiledError, jax.errors.JaxRuntimeError)
 IN_UNITS: Mapping[str, Callable[..., jax.Array]] = {
-    "pose_landmark_full": pose_landmark.in_torso_units,
+    "pose_landmark_full": pose.in_torso_units,
     "iris_landmark": benchmarks.iris_in_eye_widths,
     "face_landmark": benchmarks.face_in_eye_distances,
 }
@@ -116,7 +115,7 @@ def main(job: Job) -> dict[str, Any]:
                 "model": job.model,
                 "outputs": job.outputs,
                 "batch": job.batch,
-                "cores": report.cores(),
+                "cores": timing.cores(),
                 "variant": name,
                 "ms_median": float(np.median(times[name])),
                 "ms_min": float(times[name].min()),
@@ -233,7 +232,7 @@ def interpreter(file: Path, batch: int) -> Peer:
     """LiteRT with XNNPACK, float32, on all cores of this process."""
     from ai_edge_litert.interpreter import Interpreter
 
-    found = Interpreter(str(file), num_threads=report.cores())
+    found = Interpreter(str(file), num_threads=timing.cores())
     inputs = found.get_input_details()[0]
     shape = [batch, *inputs["shape"][1:].tolist()]
     found.resize_tensor_input(inputs["index"], shape)
@@ -256,7 +255,7 @@ def litert_fp16(file: Path, batch: int) -> Peer:
     if batch != 1:
         raise ValueError("timed for a batch of one only")
     options = Options.create()
-    options.cpu_options.num_threads = report.cores()
+    options.cpu_options.num_threads = timing.cores()
     options.cpu_options.xnnpack_flags = _FORCE_FP16
     found = CompiledModel.from_file(str(file), options=options)
     names = found.get_signature_by_index(0)["outputs"]

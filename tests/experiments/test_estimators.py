@@ -1,8 +1,6 @@
 """The judging of estimators: agreement in closed form, bisected counts, and a whole run on a tiny model."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -31,9 +29,6 @@ from experiments.lib import common, report
 from experiments.problems.benchmarks import Benchmark
 from mpjax import losses, models, sensitivity
 from mpjax.ledger import Ledger
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
-import publish_estimators  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -387,21 +382,3 @@ def test_unknown_names_are_refused(tiny, tmp_path):
         estimators.run([tiny], {"digits_cnn": SIZES}, 0, pieces_in(tmp_path), only=("logdet[exakt]",))
     with pytest.raises(SystemExit, match="face"):
         estimators.Config(models=("face",))
-
-
-# --- publishing ---------------------------------------------------------------------------------------------------------
-
-
-def test_publishing_needs_the_markers_and_keeps_the_rest():
-    text = "a\n<!-- estimators -->\nold\n<!-- end of estimators -->\nb\n"
-    found = publish_estimators.insert(text, "new\n")
-    assert found == "a\n<!-- estimators -->\nnew\n<!-- end of estimators -->\nb\n"
-    with pytest.raises(SystemExit, match="lacks"):
-        publish_estimators.insert("a\n", "new\n")
-
-
-def test_publishing_refuses_quick_and_partial_runs(ran):
-    with pytest.raises(SystemExit, match="iris_landmark"):
-        publish_estimators.check(ran[3])
-    with pytest.raises(SystemExit, match="--quick"):
-        publish_estimators.check({**ran[3], "config": {"quick": True}})

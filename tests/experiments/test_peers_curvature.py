@@ -28,6 +28,7 @@ from experiments.peers_curvature.stats import (
     row,
 )
 from mpjax import curvature, partition
+from mpjax.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -258,7 +259,7 @@ def test_the_summary_and_the_page_of_a_run(tmp_path: Any, capsys: pytest.Capture
         "config": report.jsonable(peers_curvature.Config()),
         "environment": report.environment(device="a CPU"),
         "seconds": 1.0,
-        "ledger": dict.fromkeys(report.LEDGER, 0),
+        "ledger": dict.fromkeys(Ledger().as_dict(), 0),
         "rows": rows,
         "commit": "unknown",
         "peers": {"torch": "2", "pyhessian": "0.1", "curvlinops-for-pytorch": "3"},

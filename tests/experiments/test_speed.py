@@ -13,6 +13,8 @@ from experiments.lib import report
 from experiments.speed import __main__ as speed
 from experiments.speed import report as speed_report
 from experiments.speed import run as speed_run
+from mpjax import timing
+from mpjax.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -101,7 +103,7 @@ def test_a_report_is_written_and_keeps_the_contract(tmp_path):
         "config": {},
         "environment": report.environment(device="a test"),
         "seconds": 1.0,
-        "ledger": dict.fromkeys(report.LEDGER, 0),
+        "ledger": dict.fromkeys(Ledger().as_dict(), 0),
         "rows": POSE + ENCODER,
         "targets": speed_report.targets(POSE, [], [], []),
         "searches": [],
@@ -209,7 +211,7 @@ def test_a_job_that_fails_is_a_note_and_the_others_are_kept(tmp_path, monkeypatc
         return made
 
     monkeypatch.setattr(speed, "run", run)
-    monkeypatch.setattr(report, "cores", lambda: 2)
+    monkeypatch.setattr(timing, "cores", lambda: 2)
     config = speed.Config(models=("encoder_6x384",), batches=(8,), results=tmp_path)
     with pytest.raises(SystemExit, match="it broke"):
         speed.main(config)

@@ -1,6 +1,6 @@
 """What makes a low-precision layer fast or slow on this CPU: small programs, each way timed in turns.
 
-    python -m experiments.speed.examples [--cores 1]      (about two minutes; writes docs/speed/examples.json)
+    python -m experiments.speed_examples [--cores 1]      (about two minutes; writes docs/speed_examples/examples.json)
 
 Products and casts as `docs/speed.md` tells them. Microseconds include the start of a program, about 10.
 """
@@ -24,7 +24,7 @@ from experiments.lib.pages import Column  # noqa: E402
 from mpjax import depthwise, executable, formats, lowering, resize, timing  # noqa: E402
 from mpjax.files import jsonable, write_json  # noqa: E402
 
-DOCS = common.ROOT / "docs/speed"
+DOCS = common.ROOT / "docs/speed_examples"
 NHWC = ("NHWC", "HWIO", "NHWC")
 ON, OFF = executable.EXACT | executable.WIDE, executable.EXACT | executable.WIDE | executable.NO_YNN
 NARROW_VECTORS = executable.EXACT | executable.NO_YNN

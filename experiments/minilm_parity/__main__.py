@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2 here against sentence-transformers on the same weights and texts: an independent program as the oracle.
 
 .venv/bin/python -m pip install -e '.[experiments,oracle]'      (PyTorch: large)
-python -m experiments.sentence_encoder.parity                       (a minute; writes docs/transformers/minilm_parity.json)
+python -m experiments.minilm_parity                       (a minute; writes docs/minilm_parity/minilm_parity.json)
 """
 
 import tempfile
@@ -22,7 +22,7 @@ from mpjax.files import write_json
 
 TEXTS = 64
 LEAST = 0.99999  # cosine
-DOCS = common.ROOT / "docs/transformers"
+DOCS = common.ROOT / "docs/minilm_parity"
 
 
 def main() -> None:

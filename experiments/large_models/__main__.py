@@ -1,7 +1,7 @@
 """What the traced program costs on models of full size: BERT-base and ViT-B/16 with random weights, a batch of four.
 
-    python -m experiments.tour.large bert      (about 4 minutes each, 6 GB; needs pip install 'mpjax[zoo]')
-    python -m experiments.tour.large vit
+    python -m experiments.large_models bert      (about 4 minutes each, 6 GB; needs pip install 'mpjax[zoo]')
+    python -m experiments.large_models vit
 
 Printed: seconds of jax's own tracing and of making the Model, what `apply` and `compile` of the all-bfloat16 model take, and
 local_rounding (4 probes) against one jitted gradient, both after compiling. Memory is the process's largest resident size so far,

@@ -1,13 +1,13 @@
 """What a confidence does not protect from: the pose model calibrated on the first 40 % of a video, held out its rest.
 
-    python -m experiments.searches.confidence_by_time        (about 6 minutes on 2 cores)
+    python -m experiments.confidence_by_time        (about 6 minutes on 2 cores)
 
 experiments/searches deals calibration and held-out data from one population, as an interval assumes. Here the 48 held-out
 crops come later in the video than the 24 calibration crops (`data.pose_crops`), which lie in 3 blocks of a person × a second.
 Searches with `ilp` at a confidence of 95 %, the same formats and tolerances (shares of the error with all layers low on the
 calibration crops), once by the interval of `metrics.mean_interval` and once by a percentile bootstrap over blocks.
 
-Writes docs/search/by_time.csv: one row per interval, set of formats and tolerance.
+Writes docs/confidence_by_time/by_time.csv: one row per interval, set of formats and tolerance.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ CONFIDENCE = 0.95
 class Config:
     """How it runs."""
 
-    out: Path = common.ROOT / "docs/search"
+    out: Path = common.ROOT / "docs/confidence_by_time"
     """Folder of by_time.csv."""
 
 
