@@ -83,6 +83,7 @@ def test_by_time_the_fastest_within_the_tolerance_is_chosen(problem, monkeypatch
 
     model, batches = problem
     for ratio, mixed in ((0.5, True), (1.5, False)):
+
         def fastest(programs, *inputs, rounds, ratio=ratio):
             ratios = {name: (ratio,) * 3 if name == "bfloat16" else (1.0,) * 3 for name in programs}
             return compiled.Fastest(
