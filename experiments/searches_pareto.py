@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpjax import report
 from mpjax.pages import Column
+
+from mpjax import report
 from mpjax.search.pareto import Point, rows
 
 

@@ -88,7 +88,7 @@ def layers_low(score: ArrayLike, layers: Sequence[str], fmt: str, metric: Metric
         return [None] * len(TOLERANCES)
 
     def evaluate(assignment: search.Assignment) -> search.Measurement:
-        mask = np.array([assignment[layer] != search.FLOAT32 for layer in layers])
+        mask = np.array([assignment[layer] != search.REFERENCE for layer in layers])
         return search.Measurement(value=metric(fmt, mask))
 
     problem = search.Problem(layers=tuple(layers), formats=(fmt,), penalty=column[:, None], kind="ranking")

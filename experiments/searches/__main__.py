@@ -43,7 +43,7 @@ from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
 from mpjax.program import graph
 from mpjax.search import Assignment, Measurement, Problem, Result, Strategy, pareto
-from mpjax.search import predicted as optimum
+from mpjax.search import optimum as optimum
 
 TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
 BUDGET = 150  # evaluations of one search
@@ -112,16 +112,16 @@ def ways(formats: Sequence[str], seed: int) -> list[Way]:
             Way(name="greedy", scorer=PREDICTED, strategy=search.greedy(), objective="bytes"),
             Way(name="ilp", scorer=PREDICTED, strategy=search.ilp(), objective="bytes"),
             Way(name="ilp", scorer=PREDICTED, strategy=search.ilp(), confidence=0.95, objective="bytes"),
-            Way(name="quadratic", scorer=CROSSED, strategy=search.quadratic(time_limit=TIME_LIMIT), objective="bytes"),
+            Way(name="quadratic", scorer=CROSSED, strategy=search.iqp(time_limit=TIME_LIMIT), objective="bytes"),
         ]
     found = [
         Way(name="binary", scorer=PREDICTED, strategy=search.binary()),
         Way(name="greedy", scorer=CROSSED, strategy=search.greedy()),
         Way(name="ilp", scorer=PREDICTED, strategy=search.ilp()),
         Way(name="ilp[extend=0]", scorer=PREDICTED, strategy=search.ilp(extend=0)),
-        Way(name="quadratic[extend=24]", scorer=CROSSED, strategy=search.quadratic(extend=24, time_limit=TIME_LIMIT)),
+        Way(name="quadratic[extend=24]", scorer=CROSSED, strategy=search.iqp(extend=24, time_limit=TIME_LIMIT)),
         Way(name="ilp", scorer=PREDICTED, strategy=search.ilp(), confidence=0.95),
-        Way(name="quadratic", scorer=CROSSED, strategy=search.quadratic(time_limit=TIME_LIMIT)),
+        Way(name="quadratic", scorer=CROSSED, strategy=search.iqp(time_limit=TIME_LIMIT)),
         Way(name="last_first", scorer=NONE, strategy=search.last_first()),
         Way(name="random", scorer=NONE, strategy=search.random(seed=seed)),
         Way(name="segments", scorer=NONE, strategy=search.segments()),
@@ -279,7 +279,7 @@ class Runner:
             measured = list(known.items())[before:]
             arrays = {
                 "index": np.array(
-                    [[(search.FLOAT32, *formats).index(a[name]) for name in layers] for a, _ in measured], np.int8
+                    [[(search.REFERENCE, *formats).index(a[name]) for name in layers] for a, _ in measured], np.int8
                 ),
                 "values": np.array([[m.value, _nan(m.low), _nan(m.high)] for _, m in measured]).reshape(-1, 3),
             }
@@ -291,7 +291,7 @@ class Runner:
 
         piece = self.piece(f"{joined}, tolerance {tolerance:g}", compute, tolerances=self.config.tolerances)
         self.each[formats] = piece.meta["each"]
-        names = np.array((search.FLOAT32, *formats))
+        names = np.array((search.REFERENCE, *formats))
         for index, (value, low, high) in zip(piece.arrays["index"], piece.arrays["values"], strict=True):
             assignment = Assignment(dict(zip(layers, names[index].tolist(), strict=True)))
             known[assignment] = Measurement(value=value, low=low, high=high, confidence=0.95)
@@ -386,7 +386,7 @@ class Runner:
         counts = np.array([number.bit_count() for number in range(len(table))])
 
         def look_up(assignment: Assignment) -> Measurement:
-            number = sum(1 << i for i, layer in enumerate(layers) if assignment[layer] != search.FLOAT32)
+            number = sum(1 << i for i, layer in enumerate(layers) if assignment[layer] != search.REFERENCE)
             return Measurement(value=float(table[number]))
 
         rows = []
