@@ -42,8 +42,7 @@ from mpjax.apply import apply
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
 from mpjax.program import graph
-from mpjax.search import Assignment, Measurement, Problem, Result, Strategy, pareto
-from mpjax.search import optimum as optimum
+from mpjax.search import Assignment, Measurement, Problem, Result, Strategy, optimum, pareto
 
 TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
 BUDGET = 150  # evaluations of one search
@@ -392,7 +391,7 @@ class Runner:
         rows = []
         for tolerance in self.config.tolerances:
             limit = tolerance * float(table[-1])
-            optimum = int(counts[table <= limit].max())
+            most = int(counts[table <= limit].max())
             for way in ways((fmt,), self.config.seed):
                 if way.objective != "layers" or way.confidence is not None:
                     continue
@@ -408,8 +407,8 @@ class Runner:
                         "strategy": way.name,
                         "layers": len(layers),
                         "layers_low": len(result.assignment.lowered),
-                        "optimum": optimum,
-                        "missing": optimum - len(result.assignment.lowered),
+                        "optimum": most,
+                        "missing": most - len(result.assignment.lowered),
                         "evaluations": result.ledger.evaluations,
                     }
                 )
@@ -553,7 +552,7 @@ def random_problems() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
 
 
 def solver_row(
-    where: str, solver: str, problem: Problem, share: float, seconds: float, found: optimum.Choice
+    where: str, solver: str, problem: Problem, share: float, seconds: float, found: optimum.Solution
 ) -> dict[str, Any]:
     """One row of the table of solvers."""
     return {

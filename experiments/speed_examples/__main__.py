@@ -170,7 +170,12 @@ def examples() -> dict[str, list[Way]]:
             for name, each in (("float32", activations), ("bfloat16", low))
         ],
         "resize 128 x 128 x 8 to 256 x 256": [
-            Way(name=way, function=lambda x, implementation=way: resize.doubled(x, implementation=way), arguments=(image,), options=OFF)
+            Way(
+                name=way,
+                function=lambda x, way=way: resize.doubled(x, implementation=way),
+                arguments=(image,),
+                options=OFF,
+            )
             for way in resize.IMPLEMENTATIONS
         ],
     }

@@ -17,7 +17,7 @@ from mpjax import cost, metrics
 from mpjax.formats import FLOAT32, parse
 from mpjax.formats.storage import round_weights
 from mpjax.program import Array, Batches, Model
-from mpjax.search import Assignment, Measurement, Problem
+from mpjax.search import Assignment, Measurement, Problem, optimum
 
 FORMATS = ("int4_w", "int8_w", "float8_e4m3fn_w", "bfloat16_w")
 HEADLINE = 1.25  # bytes of the mix that is looked at, in those of uniform int4
