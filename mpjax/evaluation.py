@@ -22,7 +22,7 @@ from mpjax.ledger import Ledger
 from mpjax.losses import flat
 from mpjax.program.model import Batches, Model, check_batches
 from mpjax.search.problem import Measurement
-from mpjax.sensitivity.scores import examples_in
+from mpjax.sensitivity.task import examples_in
 
 Error = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

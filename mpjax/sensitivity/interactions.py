@@ -1,9 +1,9 @@
-"""Interactions between layers: what several lowered layers cost together, beyond the sum of what each costs alone.
+"""Interactions between layers: the cost of several lowered layers together, beyond the sum of what each costs alone.
 
-Let e_i be the change of the outputs when layer i takes format f (one index i for the pair), to first order in its local
-rounding error. Errors of several layers add up before they are squared, so a set S costs ½ ‖Σ e_i‖² = ½ xᵀGx with the Gram
-matrix G_ij = ⟨e_i, e_j⟩ and x the indicator of S. The diagonal of ½ G is the score of `local_rounding`; the same
-vector-Jacobian products give all the rest. CLADO (arXiv 2307.05657) measures such a table with a forward pass per pair.
+Let e_i be the change of the outputs when layer i takes format f (one index i for the pair), to first order in its local rounding
+error. Errors of several layers add up before they are squared, so a set S costs ½ ‖Σ e_i‖² = ½ xᵀGx with the Gram matrix
+G_ij = ⟨e_i, e_j⟩ and x the indicator of S. The diagonal of ½ G is the score of `local_rounding`; the same vector-Jacobian
+products give all the rest. CLADO (arXiv 2307.05657) measures such a table with a forward pass per pair.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpjax import losses
-from mpjax.emulation import Calibration
+from mpjax.arithmetic import Calibration
 from mpjax.formats import FLOAT32, Format
 from mpjax.ledger import Ledger
-from mpjax.losses import Loss
-from mpjax.program.model import Batches, Model
-from mpjax.sensitivity.rounding_scores import check_probes, ranges_for, tap_ledger, tap_samples
-from mpjax.sensitivity.scores import NOT_FINITE, OK, OVERFLOW, Key, Timed, all_finite, examples_in, prepare
+from mpjax.losses import OUTPUT, Loss
+from mpjax.program import Batches, Model
+from mpjax.sensitivity.scores import Key, Status
+from mpjax.sensitivity.taps import tap_ledger, tap_samples
+from mpjax.sensitivity.task import check_probes, model_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class Interactions:
     """The Gram matrix of the layers' output changes, mean over the examples.
 
     Attributes:
-        gram: (L·F, L·F) float64, symmetric and positive semi-definite by construction; row l · F + f is layer l in
-            format f. Rows and columns of what is not finite are 0: see `status`.
+        gram: (L·F, L·F) float64, symmetric and positive semi-definite by construction; row l · F + f is layer l in format f.
+            Rows and columns of what is not finite are 0: see `status`.
         stderr: (L·F, L·F) standard error from the random probes; 0 where it is exact, NaN with one probe.
         layers, formats, loss: names.
         status: (L·F,) "ok", "overflow" or "not_finite".
@@ -72,7 +72,7 @@ class Interactions:
         Infinite where a layer is assigned a format whose row is not finite.
         """
         x = self.indicator(assignment)
-        if np.any((x > 0) & (self.status != OK)):
+        if np.any((x > 0) & (self.status != Status.OK)):
             return float("inf")
         return float(0.5 * (x @ self.gram @ x if cross_terms else x @ np.diag(self.gram)))
 
@@ -84,45 +84,42 @@ def interactions(
     key: Key,
     *,
     num_probes: int | None = None,
-    loss: Loss = losses.OUTPUT,
+    loss: Loss = OUTPUT,
     calibration: Calibration | None = None,
 ) -> Interactions:
     """The interactions of all layers and formats, from output probes.
 
-    With u random and E[u uᵀ] = H, s = (uᵀe_1, uᵀe_2, …) has E[s sᵀ] = G. `num_probes=None` takes all rows of H^½ instead:
-    exact, for one vector-Jacobian product per output number and example. Rounding is counted once per layer, at its product
-    (its operands and its accumulation). First order: the change of layer j's own rounding error because an earlier layer's
-    rounding has moved its input is left out.
+    With u random and E[u uᵀ] = H, s = (uᵀe_1, uᵀe_2, …) has E[s sᵀ] = G. `num_probes=None` takes all rows of H^½ instead: exact,
+    for one vector-Jacobian product per output number and example. Rounding is counted once per layer, at its product (its
+    operands and its accumulation). First order: the change of layer j's own rounding error because an earlier layer's rounding
+    has moved its input is left out.
 
     Cost: `num_probes` (or K) vector-Jacobian products per example, whatever the number of layers and formats. Memory: the
     samples, N × probes × L·F numbers of 8 bytes per batch on the host, and four (L·F)² matrices.
 
-    Source: the expansion of CLADO (Deng et al., arXiv 2307.05657); the probes are Hutchinson's
-    (doi 10.1080/03610919008812866).
+    Source: the expansion of CLADO (Deng et al., arXiv 2307.05657); the probes are Hutchinson's (doi 10.1080/03610919008812866).
 
     Raises:
         ValueError: ragged or empty batches, unknown formats, a loss without `cotangents` (with num_probes).
     """
-    check_probes(num_probes, loss)
-    low, timed = prepare(batches, formats, loss), Timed()
-    ranges = ranges_for(model, batches, low, loss, calibration, timed)
-    samples = tap_samples(model, batches, low, loss, key, num_probes, ranges, timed)
+    check_probes(num_probes, loss, "interactions")
+    task = model_task(model, batches, formats, key, loss)
+    samples = tap_samples(task, num_probes, task.ranges(calibration))
     total, variance, bad = accumulate(samples, exact=num_probes is None)
-    examples = examples_in(batches)
-    half = np.tile([fmt.operand == "float16" for fmt in low], len(model.layers))
-    overflowed = half & all_finite(model.params, batches)
+    undefined = np.where(bad, np.nan, 0.0).reshape(len(task.names), len(task.formats))
+    overflowed = task.overflows(undefined).ravel()
     return Interactions(
-        gram=(total + total.T) / (2 * examples),
-        stderr=np.sqrt(variance) / examples,
-        layers=model.names,
-        formats=tuple(fmt.name for fmt in low),
+        gram=(total + total.T) / (2 * task.examples),
+        stderr=np.sqrt(variance) / task.examples,
+        layers=task.names,
+        formats=tuple(fmt.name for fmt in task.formats),
         loss=loss.name,
-        status=np.where(bad, np.where(overflowed, OVERFLOW, NOT_FINITE), OK),
+        status=np.where(bad, np.where(overflowed, Status.OVERFLOW, Status.NOT_FINITE), Status.OK),
         num_probes=num_probes,
-        ledger=tap_ledger(model, batches, low, loss, num_probes, timed),
-        seconds=timed.seconds,
-        compile_seconds=timed.compile_seconds,
-        peak_mb=timed.peak_mb,
+        ledger=tap_ledger(task, num_probes) + task.timed.ledger,
+        seconds=task.timed.seconds,
+        compile_seconds=task.timed.compile_seconds,
+        peak_mb=task.timed.peak_mb,
     )
 
 
@@ -149,5 +146,5 @@ def accumulate(samples: Iterable[np.ndarray], *, exact: bool) -> tuple[np.ndarra
         for example in flat:
             mean, square = example.T @ example / probes, (example**2).T @ example**2 / probes
             variance = variance + np.maximum(square - mean**2, 0.0) / (probes - 1)
-    keep = np.outer(~bad, ~bad)
-    return np.where(keep, total, 0.0), np.where(keep, variance, 0.0), bad
+    good = np.outer(~bad, ~bad)
+    return np.where(good, total, 0.0), np.where(good, variance, 0.0), bad

@@ -13,7 +13,7 @@ from mpjax import curvature, emulation, formats, losses, partition, sensitivity
 from mpjax.curvature import estimates
 from mpjax.formats import storage
 from mpjax.program import Model, from_linen, from_nnx
-from mpjax.sensitivity.scores import rounding_of
+from mpjax.sensitivity.task import model_task
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -166,7 +166,7 @@ def test_weights_that_do_not_change_are_zero_by_construction(small):
     stored = Model(params=params, layers=model.layers, call=model.call)
     found = sensitivity.quadratic()(stored, batches, ("float16", "bfloat16"), KEY)
     np.testing.assert_array_equal(found.column("float16"), 0)
-    np.testing.assert_array_equal(found.status[:, 0], sensitivity.ZERO)
+    np.testing.assert_array_equal(found.status[:, 0], sensitivity.Status.ZERO)
     np.testing.assert_array_equal(found.status[:, 1], "ok")
 
 
@@ -199,7 +199,7 @@ def test_an_overflow_is_reported_for_its_layer_and_spoils_no_other(small):
     for scorer in (sensitivity.measured(), sensitivity.local_rounding(), sensitivity.quadratic()):
         found = scorer(loud, batches, ("float16", "bfloat16"), KEY)
         row = model.names.index("head")
-        assert found.status[row, 0] == sensitivity.OVERFLOW and np.isinf(found.value[row, 0]), found.estimator
+        assert found.status[row, 0] == sensitivity.Status.OVERFLOW and np.isinf(found.value[row, 0]), found.estimator
         others = np.delete(found.value, row, axis=0)
         assert np.isfinite(others).all(), found.estimator
         assert found.ranking("float16")[-1] == "head"
@@ -296,7 +296,7 @@ BOTH = pytest.mark.parametrize(
 def test_exact_scores_are_those_of_the_dense_gauss_newton_blocks(classifier, loss):
     model, batches = classifier
     batches = strip(batches, loss)
-    rounding = rounding_of(model.params, model.partition, formats.parse_all(("bfloat16",)))
+    rounding = model_task(model, batches, ("bfloat16",), KEY, loss).rounding
     dense = [dense_gauss_newton(model, batches, loss, name) for name in model.names]
     spectra = [np.linalg.eigvalsh(matrix) for matrix in dense]
     exact = sensitivity.spectra(model, batches, loss=loss)
@@ -331,7 +331,7 @@ def test_probed_scores_are_unbiased_and_their_errors_calibrated(classifier, loss
     model, batches = classifier
     batches = strip(batches, loss)
     low = formats.parse_all(("bfloat16", "float8_e4m3fn"))
-    deltas = rounding_of(model.params, model.partition, low).deltas
+    deltas = model_task(model, batches, low, KEY, loss).rounding.deltas
     dense = [dense_gauss_newton(model, batches, loss, name) for name in model.names]
     flat = [[np.float64(d[model.layer(name).kernel]).ravel() for d in deltas] for name in model.names]
     truth = {
@@ -471,7 +471,7 @@ def test_an_overflow_that_a_clamp_hides_is_reported():
     params = model.params | {"first/kernel": model.params["first/kernel"] * 1e5}
     loud = Model(params=params, layers=model.layers, call=model.call)
     found = of(sensitivity.measured(), loud, batches, ("float16", "bfloat16"))
-    assert found.status[0, 0] == sensitivity.OVERFLOW and np.isinf(found.value[0, 0])
+    assert found.status[0, 0] == sensitivity.Status.OVERFLOW and np.isinf(found.value[0, 0])
     assert (found.status[:, 1] == "ok").all() and found.status[1, 0] == "ok"
 
 
@@ -487,7 +487,7 @@ def test_a_spectrum_that_is_not_finite_spoils_no_other_layer(classifier):
         sensitivity.trace(method="exact", spectra=spectra),
     ):
         found = of(scorer, model, data)
-        assert found.status[1, 0] == sensitivity.NOT_FINITE and np.isinf(found.value[1, 0])
+        assert found.status[1, 0] == sensitivity.Status.NOT_FINITE and np.isinf(found.value[1, 0])
         assert np.isfinite(np.delete(found.value, 1, 0)).all()
         assert found.ranking("bfloat16")[-1] == "depthwise"
 
@@ -499,7 +499,7 @@ def test_baselines(small):
         kernel = partition.select(model.params, layer.block)[layer.kernel]
         delta = np.float64(storage.round_weights(kernel, formats.FORMATS["bfloat16"]) - kernel)
         assert norm.value[row, 0] == pytest.approx(np.sum(delta**2), rel=1e-6)
-    assert (norm.status[:, 1] == sensitivity.ZERO).all()
+    assert (norm.status[:, 1] == sensitivity.Status.ZERO).all()
     assert of(sensitivity.depth(), model, batches).ranking("bfloat16") == model.names[::-1]
     one = of(sensitivity.random(), model, batches, ("bfloat16", "float16"))
     two = sensitivity.random()(model, batches, ("bfloat16",), jax.random.key(1))

@@ -61,7 +61,7 @@ def test_quadratic_first_order_and_fisher(seed: int) -> None:
             np.testing.assert_allclose(found["first"].value[row, column], abs(gradient[block] @ delta), **TIGHT)
             squares = 0.5 * np.sum((gradient[block] * delta) ** 2)
             np.testing.assert_allclose(found["fisher"].value[row, column], squares, **TIGHT)
-            negative = found["quadratic"].status[row, column] == sensitivity.INDEFINITE
+            negative = found["quadratic"].status[row, column] == sensitivity.Status.INDEFINITE
             assert negative == (expected < 0)
     assert found["quadratic"].ledger.hvp == 6 and found["first"].ledger.hvp == 0
 
@@ -133,8 +133,8 @@ def test_top_eigenvalue_is_the_largest_in_magnitude_with_its_sign(seed: int) -> 
 def test_too_few_lanczos_steps_are_said_to_be_too_few() -> None:
     loss, params, blocks, *_ = problem(1)
     found = from_loss.top_eigenvalue(depth=2, scale="none")(loss, params, blocks, ("bfloat16",), KEY)
-    assert found.status[1, 0] == sensitivity.UNCONVERGED and np.isfinite(found.value).all()
-    assert found.status[2, 0] == sensitivity.OK  # 1 × 1
+    assert found.status[1, 0] == sensitivity.Status.UNCONVERGED and np.isfinite(found.value).all()
+    assert found.status[2, 0] == sensitivity.Status.OK  # 1 × 1
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -191,7 +191,7 @@ def test_a_nan_in_one_block_spoils_no_other() -> None:
     params = {**params, "b": {"kernel": params["b"]["kernel"].at[2].set(1e6)}}
     for factory in (from_loss.quadratic(), from_loss.first_order(), from_loss.trace(num_probes=2)):
         found = factory(loss, params, blocks, ("float16", "bfloat16"), KEY)
-        assert found.status[1, 0] == sensitivity.OVERFLOW and np.isinf(found.value[1, 0])
+        assert found.status[1, 0] == sensitivity.Status.OVERFLOW and np.isinf(found.value[1, 0])
         assert np.isfinite(np.delete(found.value, 1, 0)).all() and np.isfinite(found.value[:, 1]).all()
 
 

@@ -9,8 +9,9 @@ from scipy import stats
 
 from mpjax import emulation, formats, losses, metrics, sensitivity
 from mpjax.program import Model, from_linen
-from mpjax.sensitivity import cross_terms, rounding_scores
-from mpjax.sensitivity.scores import Timed
+from mpjax.sensitivity.interactions import accumulate
+from mpjax.sensitivity.taps import tap_samples
+from mpjax.sensitivity.task import model_task
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -118,11 +119,11 @@ def test_standard_errors_are_calibrated() -> None:
     exact = sensitivity.interactions(model, batches, low, KEY).gram
     runs, probes = 200, 16
     # one program for all runs: the same batch again and again, each time with a key of its own
-    repeated = rounding_scores.tap_samples(model, batches * runs, low, losses.OUTPUT, KEY, probes, None, Timed())
+    repeated = tap_samples(model_task(model, batches * runs, low, KEY), probes, None)
     quantile = stats.t.ppf(0.975, 24 * (probes - 1))
     hits = []
     for samples in repeated:
-        total, variance, _ = cross_terms.accumulate([samples], exact=False)
+        total, variance, _ = accumulate([samples], exact=False)
         hits.append(np.abs(total / 24 - exact) <= quantile * np.sqrt(variance) / 24)
     coverage = np.mean(hits, axis=0)[np.triu_indices(3)]
     assert len(hits) == runs and abs(coverage.mean() - 0.95) <= 0.03, coverage
