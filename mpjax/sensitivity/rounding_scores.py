@@ -17,9 +17,9 @@ from jax import lax
 
 from mpjax import losses
 from mpjax.arithmetic import Calibration, emulated, ranges_of
-from mpjax.emulation import calibrate, choose
+from mpjax.emulation import calibrate, in_formats
 from mpjax.formats import Format
-from mpjax.kernels.choice import suited
+from mpjax.kernels import suited
 from mpjax.ledger import Ledger
 from mpjax.losses import Loss, flat, inexact, with_inexact
 from mpjax.program.model import Array, Batches, Layer, Model, Override, Params, Product
@@ -108,7 +108,7 @@ def measured(*, loss: Loss = losses.OUTPUT, calibration: Calibration | None = No
         ranges = ranges_for(model, batches, low, loss, calibration, timed)
 
         def outputs_of(params: Params, index: Array, *batch: Array) -> losses.Outputs:
-            chosen = choose(index, model.names, low, calibration=ranges)
+            chosen = in_formats(index, model.names, low, calibration=ranges)
 
             def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
                 out = chosen(layer, product, lhs, rhs)
@@ -315,7 +315,7 @@ def _taps(taps: Array, layers: Sequence[str], formats: Sequence[Format], calibra
         @jax.custom_vjp
         def tapped(row: Array, x: Array, w: Array, operands: tuple) -> Array:
             whole = replace(product, operands=operands)
-            return suited(whole, x, w)(x, w)
+            return suited(whole)(x, w)
 
         def forward(row: Array, x: Array, w: Array, operands: tuple) -> tuple[Array, tuple]:
             return tapped(row, x, w, operands), (x, w, operands)
@@ -323,7 +323,7 @@ def _taps(taps: Array, layers: Sequence[str], formats: Sequence[Format], calibra
         def backward(kept: tuple, cotangent: Array) -> tuple:
             x, w, operands = kept
             whole = replace(product, operands=operands)
-            fast = suited(whole, x, w)
+            fast = suited(whole)
             if product.kind == "lookup":  # of row numbers, which have no derivative
                 exact, back = fast(x, w), (None, jnp.zeros_like(w))
             elif product.weighted:
