@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax.arithmetic import Calibration
-from mpjax.emulation import choose
+from mpjax.emulation import in_formats
 from mpjax.ledger import Ledger
 from mpjax.losses import OUTPUT, Loss, Outputs
 from mpjax.program import Array, Layer, Params, Product
@@ -27,7 +27,7 @@ def measured(*, loss: Loss = OUTPUT, calibration: Calibration | None = None) -> 
         ranges, names = task.ranges(calibration), task.names
 
         def outputs_of(params: Params, index: Array, *batch: Array) -> Outputs:
-            chosen = choose(index, names, task.formats, calibration=ranges)
+            chosen = in_formats(index, names, task.formats, calibration=ranges)
 
             def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
                 out = chosen(layer, product, lhs, rhs)

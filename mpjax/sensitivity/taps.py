@@ -81,7 +81,7 @@ def _override(
 
         @jax.custom_vjp
         def tapped(row: Array, x: Array, w: Array, operands: tuple) -> Array:
-            return suited(replace(product, operands=operands), x, w)(x, w)
+            return suited(replace(product, operands=operands))(x, w)
 
         def forward(row: Array, x: Array, w: Array, operands: tuple) -> tuple[Array, tuple]:
             return tapped(row, x, w, operands), (x, w, operands)
@@ -89,7 +89,7 @@ def _override(
         def backward(saved: tuple, cotangent: Array) -> tuple:
             x, w, operands = saved
             whole = replace(product, operands=operands)
-            fast = suited(whole, x, w)
+            fast = suited(whole)
             if product.kind == "lookup":  # of row numbers, which have no derivative
                 exact, back = fast(x, w), (None, jnp.zeros_like(w))
             elif product.weighted:

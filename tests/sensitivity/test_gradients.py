@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from mpjax.kernels.shift import depthwise_conv
+from mpjax.kernels import implemented
 from mpjax.program import Product, from_linen, from_nnx
 from mpjax.sensitivity.gradients import matrix_gradients
 
@@ -57,10 +57,10 @@ CASES = {
     "three dimensions": (conv(3), (1, 3, 4, 3, 2), (2, 2, 3, 2, 3)),
     "one channel": (conv(2), (2, 5, 5, 1), (3, 3, 1, 4)),
     "depthwise": (conv(2, groups=4), (2, 6, 5, 4), (3, 3, 1, 4)),
-    "depthwise fast": (conv(2, groups=4, function=depthwise_conv), (2, 6, 5, 4), (3, 3, 1, 4)),
-    "depthwise strided": (conv(2, 2, "VALID", groups=3, function=depthwise_conv), (1, 8, 9, 3), (3, 2, 1, 3)),
+    "depthwise fast": (implemented(conv(2, groups=4), "shift"), (2, 6, 5, 4), (3, 3, 1, 4)),
+    "depthwise strided": (implemented(conv(2, 2, "VALID", groups=3), "shift"), (1, 8, 9, 3), (3, 2, 1, 3)),
     "depthwise dilated": (conv(2, (1, 2), "SAME", (2, 1), groups=3), (2, 7, 9, 3), (3, 3, 1, 3)),
-    "depthwise multiplied": (conv(2, groups=2, function=depthwise_conv), (2, 5, 5, 2), (3, 3, 1, 6)),
+    "depthwise multiplied": (implemented(conv(2, groups=2), "shift"), (2, 5, 5, 2), (3, 3, 1, 6)),
     "depthwise long": (conv(1, 2, padding="VALID", groups=2), (1, 101, 2), (3, 1, 2)),
     "depthwise wide": (conv(2, groups=2), (1, 2, 49, 2), (3, 3, 1, 2)),
     "depthwise 1x1": (conv(2, groups=3), (2, 4, 4, 3), (1, 1, 1, 3)),

@@ -1,5 +1,6 @@
 """Products that read their weights as stored: against float64, at all magnitudes, through programs, and where they step aside."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,9 @@ import pytest
 from helpers import linen
 from jax import lax
 
-from mpjax import compiled, cost
+from mpjax import compiled
 from mpjax.apply import apply
+from mpjax.cost import measuring
 from mpjax.formats import parse, storage
 from mpjax.kernels import stored
 from mpjax.program import from_linen, graph
@@ -25,7 +27,7 @@ def float64(tree):
 
 
 @pytest.mark.parametrize("fmt", ["int8_w", "bfloat16_w"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 64])
+@pytest.mark.parametrize("rows", [1, 64])
 def test_a_program_reads_them_and_is_exact_to_float32(fmt, rows):
     model, batches = linen(nn.Dense(96), rows, 512)
     mixed = apply(model, {"Dense": fmt})
@@ -39,9 +41,10 @@ def test_a_program_reads_them_and_is_exact_to_float32(fmt, rows):
         x = jax.random.normal(jax.random.key(seed), (rows, 512), jnp.float32)
         error = np.abs(float64(program(x)) - float64(x) @ kernel - bias)
         assert (error <= 1e-6 * np.abs(float64(x)) @ np.abs(kernel) + 1e-6 * np.abs(bias)).all()
-    above, _ = linen(nn.Dense(96), 300, 512)
-    (row,) = compiled.compile(apply(above, {"Dense": fmt}), linen(nn.Dense(96), 300, 512)[1]).report().rows
-    assert row["executed"] == "float32" and row["full_copy"]  # more rows than it pays for
+    if rows == 1:
+        above, batches = linen(nn.Dense(96), 300, 512)
+        (row,) = compiled.compile(apply(above, {"Dense": fmt}), batches).report().rows
+        assert row["executed"] == "float32" and row["full_copy"]  # more rows than it pays for
 
 
 def dot(contract=((1,), (0,)), **more):
@@ -58,10 +61,9 @@ def rounded(model, formats):
 
 def product_of(x, weights, fmt, product=None):
     product = product or dot()
-    numbers, scale = storage.quantize(weights, fmt, product.summed)
-    assert stored.readable(fmt, product, x, weights.ndim)
-    truth = float64(storage.dequantize(numbers, scale, fmt, weights.shape, product.summed))
-    return stored.multiply(fmt, product, x, numbers, scale), truth
+    small = storage.Stored(*storage.quantize(weights, fmt, product.summed))
+    assert stored.covers(product, x, small)
+    return stored.compute(product, x, small), float64(storage.dequantize(*small, fmt, weights.shape, product.summed))
 
 
 @pytest.mark.parametrize("name", ["int8_w", "bfloat16_w"])
@@ -73,11 +75,11 @@ def test_activations_of_all_magnitudes(name):
         x = jax.random.normal(keys[1], (5, 256), jnp.float32)
         x = x * jnp.logspace(-12, 6, 256, dtype=jnp.float32) * 10.0 ** jnp.array([[-20], [-3], [0], [3], [20]])
         x = x.astype(jnp.float32)
-        found, truth = product_of(x, weights, parse(name))
+        out, truth = product_of(x, weights, parse(name))
         exact, size = float64(x) @ truth, np.abs(float64(x)) @ np.abs(truth)
         largest = np.abs(float64(x)).max(1, keepdims=True) * np.abs(truth).sum(0)
         bound = 2.0**-24 * 6 * size + (2.0**-27 * largest if name == "int8_w" else 0)
-        assert (np.abs(float64(found) - exact) <= bound).all()
+        assert (np.abs(float64(out) - exact) <= bound).all()
 
 
 def test_integers_are_exact():
@@ -86,9 +88,9 @@ def test_integers_are_exact():
     weights = rng.integers(-127, 128, (64, 8)).astype(np.float32)
     weights[0] = 127.0
     x = rng.integers(-(2**9), 2**9, (3, 64)).astype(np.float32) * 2.0**-30
-    found, truth = product_of(jnp.asarray(x), jnp.asarray(weights), parse("int8_w"))
+    out, truth = product_of(jnp.asarray(x), jnp.asarray(weights), parse("int8_w"))
     np.testing.assert_array_equal(truth, weights)
-    np.testing.assert_array_equal(float64(found), float64(x) @ weights)
+    np.testing.assert_array_equal(float64(out), float64(x) @ weights)
 
 
 def test_any_axes_in_any_order():
@@ -96,38 +98,42 @@ def test_any_axes_in_any_order():
     x = jax.random.normal(KEY, (2, 8, 6, 3), jnp.float32)
     for contract, equation in ((((1, 3), (1, 0)), "aibj,jicd->abcd"), (((3, 1), (0, 1)), "aibj,jicd->abcd")):
         for name in ("int8_w", "bfloat16_w"):
-            found, truth = product_of(x, weights, parse(name), dot(contract))
-            np.testing.assert_allclose(found, np.einsum(equation, float64(x), truth), rtol=1e-5, atol=1e-5)
+            out, truth = product_of(x, weights, parse(name), dot(contract))
+            np.testing.assert_allclose(out, np.einsum(equation, float64(x), truth), rtol=1e-5, atol=1e-5)
 
 
 def test_zeros_and_numbers_that_are_not_finite():
     weights = jax.random.normal(KEY, (32, 4), jnp.float32)
     x = jnp.ones((4, 32), jnp.float32).at[0].set(0.0).at[1, 3].set(jnp.nan).at[2, 5].set(-jnp.inf)
     for name in ("int8_w", "bfloat16_w"):
-        found, truth = product_of(x, weights, parse(name))
-        assert (found[0] == 0).all() and not jnp.isfinite(found[1:3]).any()
-        np.testing.assert_allclose(found[3], truth.sum(0), rtol=1e-5, atol=1e-5)
+        out, truth = product_of(x, weights, parse(name))
+        assert (out[0] == 0).all() and not jnp.isfinite(out[1:3]).any()
+        np.testing.assert_allclose(out[3], truth.sum(0), rtol=1e-5, atol=1e-5)
     for huge in (3e38, np.finfo(np.float32).max, 2.0**-100):
         x = jnp.full((1, 32), huge, jnp.float32).at[0, 1:].set(0.0)
         for name in ("int8_w", "bfloat16_w"):
-            found, truth = product_of(x, weights * 1e-3, parse(name))
-            np.testing.assert_allclose(found, float64(x) @ truth, rtol=1e-5)
+            out, truth = product_of(x, weights * 1e-3, parse(name))
+            np.testing.assert_allclose(out, float64(x) @ truth, rtol=1e-5)
 
 
 def test_what_is_not_read_as_stored():
+    """What other formats store, and what is stored for the product along the other axis."""
     x = jnp.ones((2, 32), jnp.float32)
+    small = {
+        name: storage.Stored(*storage.quantize(jnp.ones((32, 32), jnp.float32), parse(name), (0,)))
+        for name in ("int8_w", "bfloat16_w", "int4_w", "float8_e4m3fn_w")
+    }
+    grouped = storage.Stored(small["int8_w"].numbers, jnp.ones((2, 1, 32), jnp.bfloat16))  # two scales a channel
     transposed = Move(lax.transpose_p, {"permutation": (1, 0)})
-    assert not stored.readable(parse("int4_w"), dot(), x, 2)
-    assert not stored.readable(parse("float8_e4m3fn_w"), dot(), x, 2)
-    assert not stored.readable(parse("bfloat16"), dot(), x, 2)  # rounds its activations
-    # stored for the product along the other axis; or seen transposed, by a product for which they are stored
-    assert not stored.readable(parse("int8_w"), dot(shared=((1,), ())), x, 2)
-    assert not stored.readable(parse("int8_w"), dot(view=(transposed,), shared=((0,), ())), x, 2)
-    assert stored.readable(parse("int8_w"), dot(view=(transposed,), shared=((1,), ())), x, 2)
-    assert not stored.readable(parse("int8_w"), dot(shared=(None, ())), x, 2)
-    assert not stored.readable(parse("int8_w"), dot(), jnp.ones((129, 32), jnp.float32), 2)
-    assert stored.readable(parse("bfloat16_w"), dot(), jnp.ones((256, 32), jnp.float32), 2)
-    assert not stored.readable(parse("int8_w"), dot(), jnp.ones((0, 32), jnp.float32), 2)
+    assert stored.covers(dot(), x, small["int8_w"])
+    assert stored.covers(dot(view=(transposed,), shared=((1,), ())), x, small["int8_w"])
+    assert stored.covers(dot(), jnp.ones((256, 32), jnp.float32), small["bfloat16_w"])
+    for weights in (small["int4_w"], small["float8_e4m3fn_w"], grouped):
+        assert not stored.covers(dot(), x, weights)
+    for product in (dot(shared=((1,), ())), dot(view=(transposed,), shared=((0,), ())), dot(shared=(None, ()))):
+        assert not stored.covers(product, x, small["int8_w"])
+    for rows in (0, 129):
+        assert not stored.covers(dot(), jnp.ones((rows, 32), jnp.float32), small["int8_w"])
 
 
 class Both(nn.Module):
@@ -200,15 +206,13 @@ def test_derivatives_are_those_of_the_product(fmt):
     numbers, scale = storage.quantize(weights, parse(fmt), (0,))
 
     def loss(x, scale):
-        return jnp.sum(stored.multiply(parse(fmt), dot(), x, numbers, scale) ** 2)
+        return jnp.sum(stored.compute(dot(), x, storage.Stored(numbers, scale)) ** 2)
 
     def plain(x, scale):
         return jnp.sum((x @ storage.dequantize(numbers, scale, parse(fmt), weights.shape, (0,))) ** 2)
 
     which = (0,) if scale is None else (0, 1)
-    found, expected = (jax.grad(each, which)(x, scale) for each in (loss, plain))
-    for a, b in zip(found, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(jax.grad(loss, which)(x, scale), jax.grad(plain, which)(x, scale), rtol=1e-5, atol=1e-5)
 
 
 def test_costs_are_of_what_is_executed():
@@ -217,6 +221,6 @@ def test_costs_are_of_what_is_executed():
     (call,) = graph.calls(model, *batches[0])
     texts = {}
     for ynn in (True, False):
-        function, arguments = cost._programs(parse("int8_w"), call, "xla", ynn).whole
+        function, arguments = measuring._programs(parse("int8_w"), call, "xla", ynn).whole
         texts[ynn] = jax.jit(function).lower(*arguments).as_text()
     assert "tensor<4x512xi8>" in texts[True] and "tensor<4x512xi8>" not in texts[False]

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from mpjax import cost
+from mpjax.cost import measuring
+from mpjax.formats import FLOAT32
 from mpjax.program import from_linen, graph
 from mpjax.xla import timing
 
@@ -332,14 +334,18 @@ def test_misuse_is_refused_before_anything_runs(small, made, function):
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Seconds by the program's name: of the first entry whose start and way fit, else 2 ms. Returns (entries, names seen)."""
+    """Seconds by the program's name: of the first entry whose start and implementation fit, else 2 ms. Returns (entries, names seen)."""
     seconds, seen = {}, []
 
     def of(self, wanted):
         seen.extend(each.name for each in wanted.values())
         found = {}
         for key, each in wanted.items():
-            fits = (s for (start, way), s in seconds.items() if each.name.startswith(start) and each.name.endswith(way))
+            fits = (
+                s
+                for (start, implementation), s in seconds.items()
+                if each.name.startswith(start) and each.name.endswith(implementation)
+            )
             found[key] = timing.Entry(seconds=(next(fits, 0.002),), product_seconds=())
         return found
 
@@ -381,11 +387,11 @@ def test_each_word_of_lowering_is_timed_as_it_says(small, made_up):
 
 
 def test_a_way_is_what_is_timed(small):
-    """Really compiled: the lowered program of each way is its own."""
+    """Really compiled: the lowered program of each implementation is its own."""
     (stem,) = (call for call in graph.calls(small, X) if call.layer == "stem")
     texts = {}
-    for way in ("xla", "im2col", "terms"):
-        function, arguments = cost._programs(cost.FLOAT32, stem, way, False).whole
-        texts[way] = jax.jit(function).lower(*arguments).as_text()
+    for implementation in ("xla", "im2col", "terms"):
+        function, arguments = measuring._programs(FLOAT32, stem, implementation, False).whole
+        texts[implementation] = jax.jit(function).lower(*arguments).as_text()
     assert "convolution" in texts["xla"] and "dot_general" in texts["im2col"] and len(set(texts.values())) == 3
     assert "convolution" not in texts["terms"] and "dot_general" not in texts["terms"]
