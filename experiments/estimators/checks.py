@@ -18,7 +18,7 @@ from mpjax.ledger import Ledger
 from mpjax.losses import OUTPUT, flat
 from mpjax.program import Batches, Params
 from mpjax.sensitivity import from_loss, gradients
-from mpjax.sensitivity.rounding_scores import output_size
+from mpjax.sensitivity.output_probes import output_size
 
 EPSILONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # of the mean non-zero eigenvalue
 COST_FIELDS = ("model", "examples", "outputs", "layers", "largest_block", "seconds", "compile_seconds", "peak_mb")

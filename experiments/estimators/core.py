@@ -18,9 +18,9 @@ from mpjax import losses, metrics, plan, sensitivity
 from mpjax.files import Piece
 from mpjax.ledger import Ledger
 from mpjax.losses import Loss
-from mpjax.sensitivity import OK, ZERO, Scores, pack, unpack
-from mpjax.sensitivity.rounding_scores import output_size
-from mpjax.sensitivity.scores import Timed
+from mpjax.sensitivity import Scores, Status, pack, unpack
+from mpjax.sensitivity.output_probes import output_size
+from mpjax.sensitivity.timed import Timed
 
 TIMED = ("seconds", "compile_seconds", "peak_mb", "compilations")
 LOW_FIELDS = tuple(f"layers_low_{round(100 * share)}" for share in TOLERANCES)
@@ -193,9 +193,9 @@ def rows_of(bench: Bench, judged: Judged, truth: Truth) -> list[dict[str, Any]]:
             "format": fmt,
             "estimator": judged.case.name,
             "loss": judged.case.loss.name if scores is None else scores.loss,
-            "status": ZERO if scores is None else row_status(scores.statuses(fmt).tolist()),
+            "status": Status.ZERO if scores is None else row_status(scores.statuses(fmt).tolist()),
         }
-        empty = row["status"] == ZERO
+        empty = row["status"] == Status.ZERO
         nothing = dict.fromkeys(("spearman", "kendall", "topk_overlap"))
         row |= nothing if empty else agreement(list(judged.draws[:, :, number]), truth.on(judged.case.examples)[number])
         row["layers"] = len(bench.benchmark.model.names)
@@ -229,7 +229,7 @@ def status_rows(bench: Bench, judged: Judged) -> list[dict[str, Any]]:
     rows = []
     for fmt in FORMATS:
         statuses = judged.scores.statuses(fmt)
-        for status in sorted(set(statuses.tolist()) - {OK}):
+        for status in sorted(set(statuses.tolist()) - {Status.OK}):
             names = [name for name, each in zip(judged.scores.layers, statuses, strict=True) if each == status]
             listed = "all" if len(names) == len(statuses) else ", ".join(names)
             row = {"model": bench.name, "format": fmt, "estimator": judged.case.name, "loss": judged.scores.loss}

@@ -8,7 +8,7 @@ import numpy as np
 from experiments.estimators.checks import EPSILONS
 from experiments.estimators.figures import label
 from experiments.estimators.judge import FORMATS
-from mpjax.sensitivity import ZERO
+from mpjax.sensitivity import Status
 
 Row = Mapping[str, Any]
 NO_DATA = ("rounding_norm", "depth", "random")
@@ -89,7 +89,7 @@ def blind(rows: Sequence[Row]) -> list[str]:
     """Cells that are zero by construction."""
     zero: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        if row["status"] == ZERO:
+        if row["status"] == Status.ZERO:
             zero.setdefault((row["model"], row["format"]), []).append(label(row))
     always = (
         set.intersection(*map(set, zero.values()))

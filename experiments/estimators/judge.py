@@ -17,8 +17,8 @@ from mpjax import emulation, metrics, search
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
 from mpjax.program import Batches
-from mpjax.sensitivity import INDEFINITE, NOT_FINITE, OK, OVERFLOW, UNCONVERGED, ZERO
-from mpjax.sensitivity.scores import examples_in
+from mpjax.sensitivity import Status
+from mpjax.sensitivity.task import examples_in
 
 FORMATS = ("float16_acc16", "bfloat16", "float8_e4m3fn")
 TOLERANCES = (0.10, 0.25, 0.50)  # of the error with all layers low
@@ -101,9 +101,12 @@ def layers_low(score: ArrayLike, layers: Sequence[str], fmt: str, metric: Metric
 def row_status(statuses: Sequence[str]) -> str:
     """One word for the layers' statuses: "zero_by_construction" if all are, else the worst of them, "ok" if none is bad."""
     found = set(statuses)
-    if found == {ZERO}:
-        return ZERO
-    return next((bad for bad in (OVERFLOW, NOT_FINITE, UNCONVERGED, INDEFINITE) if bad in found), OK)
+    if found == {Status.ZERO}:
+        return Status.ZERO
+    return next(
+        (bad for bad in (Status.OVERFLOW, Status.NOT_FINITE, Status.UNCONVERGED, Status.INDEFINITE) if bad in found),
+        Status.OK,
+    )
 
 
 class Evaluator:

@@ -35,7 +35,8 @@ from mpjax import emulation, metrics, sensitivity
 from mpjax.files import write_bytes
 from mpjax.losses import flat
 from mpjax.sensitivity.gradients import scored
-from mpjax.sensitivity.scores import Scores, Timed
+from mpjax.sensitivity.scores import Scores
+from mpjax.sensitivity.timed import Timed
 
 FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float16_acc16", "float32")
 LOW = FORMATS[:-1]

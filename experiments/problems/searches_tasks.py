@@ -28,7 +28,7 @@ from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
 from mpjax.program import Batches
 from mpjax.search.problem import Problem
-from mpjax.sensitivity.scores import examples_in
+from mpjax.sensitivity.task import examples_in
 
 FORMATS = ("bfloat16", "float8_e4m3fn", "float16_acc16")  # scored together
 SETS = (("bfloat16",), ("bfloat16", "float8_e4m3fn"), ("float16_acc16",))  # searched

@@ -24,6 +24,7 @@ from experiments.lib.pages import Column  # noqa: E402
 from mpjax import formats, kernels, xla
 from mpjax.files import jsonable, write_json
 from mpjax.kernels import resize, shift
+from mpjax.program import Product
 from mpjax.xla import executable, timing
 
 DOCS = common.ROOT / "docs/speed_examples"
@@ -69,16 +70,17 @@ def convolution(way: str, strides: tuple[int, int] = (1, 1), groups: int = 1) ->
     """A convolution in a way."""
 
     def function(x: jax.Array, w: jax.Array) -> jax.Array:
-        return kernels.convolution(
-            way,
-            x,
-            w,
-            strides,
-            "SAME",
+        product = Product(
+            kind="conv",
+            function=lax.conv_general_dilated,
+            window_strides=strides,
+            padding="SAME",
+            lhs_dilation=(1, 1),
+            rhs_dilation=(1, 1),
             dimension_numbers=NHWC,
             feature_group_count=groups,
-            preferred_element_type=jnp.float32,
         )
+        return kernels.implemented(product, way).multiply(x, w, accumulate="float32")
 
     return function
 
@@ -108,7 +110,8 @@ def products(rows: int, inner: int, columns: int) -> list[Way]:
     if rows < 4:
 
         def padded(x: jax.Array, w: jax.Array) -> jax.Array:
-            return kernels.contraction("rows", x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            product = Product(kind="dot", function=lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())))
+            return kernels.implemented(product, "rows").multiply(x, w, accumulate="float32")
 
         found.append(Way(name="bfloat16, rows up to four", function=padded, arguments=low, options=ON))
     return found
