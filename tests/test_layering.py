@@ -29,7 +29,7 @@ ARROWS: dict[str, str] = {
     "search": "ledger files",
     "plan": "search files",
     "sensitivity": "emulation arithmetic kernels formats program curvature partition losses ledger metrics",
-    "evaluation": "emulation formats program losses metrics ledger search",
+    "evaluation": "emulation arithmetic formats program losses metrics ledger search",
     "apply": "emulation arithmetic kernels formats program",
     "cost": "apply arithmetic kernels formats program xla files",
     "compiled": "cost apply emulation arithmetic kernels formats program xla plan losses metrics files",
