@@ -189,6 +189,7 @@ def optimize(
     if objective not in ("time", "bytes"):
         raise ValueError(f'objective must be "time" or "bytes"; found {objective!r}.')
     report = progress or (lambda text: None)
+    by_bytes = objective == "bytes"
     names = tuple(fmt.name for fmt in low)
     report(f"optimize 1/4: scoring {len(model.layers)} layers in {', '.join(names)}")
     calibration = emulation.calibrate(model, batches) if any(fmt.needs_range for fmt in low) else None
@@ -204,22 +205,24 @@ def optimize(
 
     def add(name: str, program: Compiled, result: search.Result | None) -> Candidate:
         measurement = evaluation.measure(_outputs(program, batches))
-        bound = measurement.value if confidence is None or measurement.high is None else measurement.high
-        candidate = Candidate(name=name, program=program, search=result, error=measurement, within=bound <= tolerance)
+        within = _bound(measurement, confidence) <= tolerance
+        candidate = Candidate(name=name, program=program, search=result, error=measurement, within=within)
         candidates.append(candidate)
         return candidate
 
     report("optimize 2/4: compiling float32")
     add(BASELINE, compile(model, batches), None)
     add(f"{BASELINE}, rule", compile(model, batches, implementation="rule"), None)
-    groups = [names] if objective == "bytes" else [(name,) for name in names]
+    groups = [names] if by_bytes else [(name,) for name in names]
     known: dict[Any, Measurement] = {}
     for number, group in enumerate(groups, start=1):
         label = " + ".join(group)
         report(f"optimize 3/4: searching and compiling {label} ({number} of {len(groups)})")
-        costs = cost.static(model, group, *batches[0]).weight_bytes if objective == "bytes" else None
         problem = Problem.from_scores(
-            _columns(scores, group), cost=costs, objective="cost_min" if objective == "bytes" else "lower_max"
+            scores,
+            formats=group,
+            cost=cost.static(model, names, *batches[0]).weight_bytes if by_bytes else None,
+            objective="cost_min" if by_bytes else "lower_max",
         )
         limit = tolerance
         for _ in range(_TRIES):
@@ -241,7 +244,7 @@ def optimize(
                 break
             candidates.pop()
             notes.append(f"{label}: {candidate.lowered} layers were within the tolerance emulated, but not compiled.")
-            limit *= 0.9 * tolerance / max(candidate.error.high if confidence else candidate.error.value, tolerance)
+            limit *= 0.9 * tolerance / _bound(candidate.error, confidence)
     candidates = [c for c in candidates if c.search is None or c.lowered]
 
     report(f"optimize 4/4: timing {len(candidates)} programs")
@@ -284,6 +287,11 @@ def _choose(candidates: Sequence[Candidate], objective: str) -> Candidate:
     return best if best.ratio < 0.99 * float32.ratio else float32
 
 
+def _bound(error: Measurement, confidence: float | None) -> float:
+    """The number that the tolerance is compared with."""
+    return error.value if confidence is None or error.high is None else error.high
+
+
 def _blocks(blocks: Sequence[Any] | np.ndarray | None, examples: int) -> np.ndarray | None:
     """Blocks of dependent examples; each its own where none are given, and None where there is a single example."""
     if blocks is not None:
@@ -294,13 +302,6 @@ def _blocks(blocks: Sequence[Any] | np.ndarray | None, examples: int) -> np.ndar
 def _outputs(program: Compiled, batches: Batches) -> np.ndarray:
     """(N, K) float64 outputs, flattened."""
     return np.concatenate([np.float64(flat(program(*batch))) for batch in batches])
-
-
-def _columns(scores: sensitivity.Scores, formats: Sequence[str]) -> sensitivity.Scores:
-    """The scores of some formats."""
-    columns = [scores.formats.index(name) for name in formats]
-    arrays = {name: getattr(scores, name)[:, columns] for name in ("value", "stderr", "residual", "status")}
-    return replace(scores, formats=tuple(formats), **arrays)
 
 
 def _plan(

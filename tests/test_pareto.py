@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mpjax.search import pareto, predicted
+from mpjax.search import pareto
+from mpjax.search import predicted
 from mpjax.search.problem import Assignment, Measurement, Problem
 
 
@@ -52,15 +53,6 @@ def test_the_front_is_what_no_other_point_beats(seed: int) -> None:
             a[j] <= a[i] and b[j] <= b[i] and (a[j] < a[i] or b[j] < b[i]) for j in range(30) if np.isfinite(a[j])
         )
         assert found[i] == (not beaten and np.isfinite(a[i]))
-
-
-def test_table_and_figure_are_written(tmp_path) -> None:
-    p = problem(1)
-    points = pareto.sweep(p, evaluate=Metric(p), count=6)
-    figure = pareto.write(tmp_path, "front", points, metric="NME")
-    assert figure.stat().st_size > 5_000
-    lines = (tmp_path / "front.csv").read_text().splitlines()
-    assert len(lines) == len(points) + 1 and lines[0].startswith("layers_low,penalty,loss")
 
 
 def test_what_is_known_is_not_measured_again_and_nothing_is_lost() -> None:

@@ -1,41 +1,39 @@
 """From scores to an assignment that was measured: budget, memory, trail. NumPy and SciPy only, no jax.
 
-    problem = Problem(layers=scores.layers, formats=("bfloat16",), penalty=scores.value)
+    problem = Problem.from_scores(scores)
     result = solve(problem, ilp(), evaluate=my_metric, tolerance=0.01)
 
 A strategy proposes assignments; `solve` measures each of them with the user's metric, once, and returns the best one, by the
-problem's own objective, that was within the tolerance. The scores only say where to look: a predicted assignment is never
-returned.
+problem's objective, that was within the tolerance. An assignment that was only predicted is never returned.
 
-Where to look: `problem` (assignments, penalties, costs), `strategies` (what is tried in which order), `predicted` (the best by
-prediction alone).
+`problem`: assignments, penalties, costs. `strategies`: what is tried in which order. `optimum`: the best by prediction alone.
+`pareto`: the whole trade-off.
 """
 
-from mpjax.search import predicted
+from mpjax.search import optimum, pareto
 from mpjax.search.pareto import Point, sweep
-from mpjax.search.problem import FLOAT32, Assignment, Evaluate, Measurement, Objective, Problem
-from mpjax.search.solving import Result, SearchInterrupted, Step, ToleranceError, UnsteadyMetricError, solve
+from mpjax.search.problem import REFERENCE, Assignment, Evaluate, Measurement, Problem
+from mpjax.search.solve import Result, SearchInterrupted, ToleranceError, UnsteadyMetricError, solve
 from mpjax.search.strategies import (
     Probe,
+    Step,
     Strategy,
-    Trial,
     binary,
     bisect_precision,
     exhaustive,
     greedy,
     ilp,
+    iqp,
     last_first,
-    quadratic,
     random,
     segments,
 )
 
 __all__ = [
-    "FLOAT32",
+    "REFERENCE",
     "Assignment",
     "Evaluate",
     "Measurement",
-    "Objective",
     "Point",
     "Probe",
     "Problem",
@@ -44,16 +42,16 @@ __all__ = [
     "Step",
     "Strategy",
     "ToleranceError",
-    "Trial",
     "UnsteadyMetricError",
     "binary",
     "bisect_precision",
     "exhaustive",
     "greedy",
     "ilp",
+    "iqp",
     "last_first",
-    "predicted",
-    "quadratic",
+    "optimum",
+    "pareto",
     "random",
     "segments",
     "solve",
