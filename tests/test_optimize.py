@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import mpjax as mp
-from mpjax import optimize as _  # noqa: F401  (mp.optimize is the function)
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 

@@ -27,11 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpjax import kernels
-from mpjax.apply import MixedModel, as_mixed, chooser, runs_narrow, with_implementation
+from mpjax import cost, kernels
+from mpjax.apply import MixedModel, as_mixed, picked, runs_narrow, with_implementation
 from mpjax.compiled import verification
 from mpjax.compiled.verification import MiscompiledError
-from mpjax.cost import costs as cost
+from mpjax.cost import Progress
 from mpjax.files import Checkpoint, source_digest
 from mpjax.formats import FLOAT32
 from mpjax.plan import Plan
@@ -41,7 +41,6 @@ from mpjax.xla import executable, timing
 from mpjax.xla.environment import environment
 from mpjax.xla.executable import Options
 
-Progress = Callable[[int, int, str], None]  # (done, of how many in this phase, what)
 _MOST_CHANGES = 16  # single layers that are tried in the whole program
 _FINALISTS = 4  # programs that are timed once more, together
 
@@ -275,7 +274,7 @@ class _Trials:
 def implementations_of(model: Model, *inputs: Array) -> dict[str, str]:
     """Layer -> the implementation by which `model` computes it for these inputs; of a layer that runs several times, the first run's."""
     mixed = as_mixed(model)
-    choose = chooser(mixed.original, mixed.implementation, narrow=runs_narrow(mixed))
+    narrow = runs_narrow(mixed)
     implementations: dict[str, str] = {}
     lookups_last = sorted(
         graph.calls(mixed, *inputs), key=lambda each: each.product.kind == "lookup"
@@ -283,8 +282,8 @@ def implementations_of(model: Model, *inputs: Array) -> dict[str, str]:
     for call in lookups_last:
         dtype = mixed.formats[call.layer].operand
         lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype)) for spec in (call.lhs, call.rhs))
-        chosen = choose(model.layer(call.layer), call.product, lhs, rhs)
-        implementations.setdefault(call.layer, kernels.effective(call.product, chosen, lhs, rhs))
+        chosen = picked(mixed.implementation, model.layer(call.layer), call.product, lhs, rhs, narrow=narrow)
+        implementations.setdefault(call.layer, chosen)
     return implementations
 
 

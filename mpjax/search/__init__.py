@@ -14,20 +14,16 @@ from mpjax.search import optimum, pareto
 from mpjax.search.pareto import Point, sweep
 from mpjax.search.problem import REFERENCE, Assignment, Evaluate, Measurement, Problem
 from mpjax.search.solve import Result, SearchInterrupted, ToleranceError, UnsteadyMetricError, solve
-from mpjax.search.strategies import (
-    Probe,
-    Step,
-    Strategy,
-    binary,
-    bisect_precision,
-    exhaustive,
-    greedy,
-    ilp,
-    iqp,
-    last_first,
-    random,
-    segments,
-)
+from mpjax.search.strategies.binary import binary
+from mpjax.search.strategies.bisect_precision import bisect_precision
+from mpjax.search.strategies.exhaustive import exhaustive
+from mpjax.search.strategies.greedy import greedy
+from mpjax.search.strategies.ilp import ilp
+from mpjax.search.strategies.iqp import iqp
+from mpjax.search.strategies.last_first import last_first
+from mpjax.search.strategies.random import random
+from mpjax.search.strategies.segments import segments
+from mpjax.search.strategies.strategy import Probe, Step, Strategy
 
 __all__ = [
     "REFERENCE",

@@ -14,7 +14,6 @@ products, `jax.vmap` over examples or over cotangents, `jax.linearize`, scan and
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,8 +23,7 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mpjax.kernels.choice import suited
-from mpjax.kernels.shift import depthwise_conv
+from mpjax.kernels import Implemented, implemented, suited
 from mpjax.program.product import Layer, Product
 
 # Positions of a depthwise convolution's output in one step of the sum. 16 to 64 are equally fast; with fewer terms XLA:CPU
@@ -37,11 +35,11 @@ def matrix_gradients(layer: Layer, product: Product, lhs: Array, rhs: Array) -> 
     """An override that changes no value, only how the gradient with respect to the weights is computed.
 
     Covered are convolutions of any rank, stride, padding and kernel dilation in Flax's layout, with one group or depthwise
-    (any multiplier), in float32 or float64, run by `lax.conv_general_dilated` or `depthwise.depthwise_conv`. Everything else
-    (other groups, dots, whose own gradients are matrix products already) is left as it is.
+    (any multiplier), in float32 or float64, run by `lax.conv_general_dilated` or a kernel of ours. Everything else (other
+    groups, dots, whose own gradients are matrix products already) is left as it is.
 
     Gradients with respect to activations are the product's own; but those of 1x1 convolutions are matrix products, too, and
-    those of 2-D depthwise ones are `depthwise.depthwise_conv`'s.
+    those of 2-D depthwise ones are `kernels.shift`'s.
 
     Memory beside the gradient itself: the padded activations, and a tap's slice of them.
     """
@@ -54,11 +52,12 @@ def matrix_gradients(layer: Layer, product: Product, lhs: Array, rhs: Array) -> 
 
 def scored(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
     """The override of scores: `matrix_gradients`, with depthwise convolutions as `kernels.suited` computes them."""
-    return matrix_gradients(layer, suited(product, lhs, rhs), lhs, rhs)
+    return matrix_gradients(layer, suited(product), lhs, rhs)
 
 
 def _covers(product: Product, lhs: Array, rhs: Array) -> bool:
-    if product.kind != "conv" or product.function not in (lax.conv_general_dilated, depthwise_conv) or product.extra:
+    known = product.function is lax.conv_general_dilated or isinstance(product.function, Implemented)
+    if product.kind != "conv" or not known or product.extra:
         return False
     if lhs.dtype != rhs.dtype or lhs.dtype not in (jnp.float32, jnp.float64) or set(product.lhs_dilation) != {1}:
         return False
@@ -193,7 +192,7 @@ def _multiply_wrt_lhs(cotangent: Array, rhs: Array, aval: Any, *, product: Produ
         contracted = (((cotangent.ndim - 1,), (1,)), ((), ()))
         return lax.dot_general(cotangent, rhs.reshape(rhs.shape[-2:]), contracted, precision=product.precision)
     if product.feature_group_count > 1:
-        product = replace(product, function=depthwise_conv)
+        product = implemented(product, "shift")
     return jax.linear_transpose(lambda lhs: product.multiply(lhs, rhs), aval)(cotangent)[0]
 
 

@@ -97,10 +97,10 @@ def test_layers_low_is_none_without_a_ranking():
 
 
 def test_row_status_is_the_worst_and_zero_only_where_all_are():
-    zero, ok = sensitivity.ZERO, sensitivity.OK
+    zero, ok = sensitivity.Status.ZERO, sensitivity.Status.OK
     assert row_status([zero, zero]) == zero
     assert row_status([zero, ok]) == ok
-    assert row_status([ok, sensitivity.INDEFINITE, sensitivity.OVERFLOW]) == sensitivity.OVERFLOW
+    assert row_status([ok, sensitivity.Status.INDEFINITE, sensitivity.Status.OVERFLOW]) == sensitivity.Status.OVERFLOW
 
 
 def test_truth_of_fewer_examples_is_their_mean_and_overflow_stays_infinite():
@@ -259,7 +259,7 @@ def test_a_run_has_its_rows_and_keeps_the_contract(ran):
 
 
 def test_cells_without_a_gradient_are_null(ran):
-    rows = [row for row in ran[1]["rows"] if row["status"] == sensitivity.ZERO]
+    rows = [row for row in ran[1]["rows"] if row["status"] == sensitivity.Status.ZERO]
     names = {"first_order", "fisher[empirical,elementwise]"}
     assert {row["estimator"] for row in rows} == names and {row["loss"] for row in rows} == {"output"}
     empty = ("spearman", "kendall", "topk_overlap", "layers_low_10", "layers_low_50", "seconds", "peak_mb")

@@ -32,51 +32,12 @@ _PRICES, _SWEEPS = 14, 4  # multipliers, and sweeps at each, of a probe
 Points: TypeAlias = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Maximum:
+class Maximum(NamedTuple):
     """The best point, and a proved bound: no point within the limit gains more. `nodes` were bounded."""
 
     point: Points
     bound: float
     nodes: int
-
-
-def maximise(
-    gain: Floats,
-    gram: Floats,
-    limit: float,
-    start: Points,
-    *,
-    whole: bool,
-    groups: Index,
-    improve: Callable[[Points], Points],
-    time_limit: float,
-) -> Maximum:
-    """The point of the most gain, proved, unless time was up.
-
-    Args:
-        gain: (n,) a. A variable with an infinite negative gain is never taken.
-        gram: (n, n) G, symmetric and positive semi-definite.
-        limit: t ≥ 0.
-        start: (n,) a point within the limit, to begin with.
-        whole: all gains are whole numbers, and so is the bound; otherwise points whose gains differ by less than a millionth
-            of the largest gain count as equal.
-        groups: (n,) number of each variable's group, ascending.
-        improve: makes a point near the given one that is within the limit.
-        time_limit: seconds.
-
-    Raises:
-        ValueError: a limit that is negative or not a number, groups that do not ascend, gains that are not numbers.
-    """
-    if not limit >= 0:
-        raise ValueError(f"limit must be ≥ 0; got {limit}")
-    if (np.diff(groups) < 0).any():
-        raise ValueError("groups must ascend: the variables of a group stand side by side")
-    if np.isnan(gain).any() or np.isposinf(gain).any():
-        raise ValueError("gains must be numbers, minus infinity for a variable that is never taken")
-    search = _Search(gain, gram, limit, whole, groups, improve, time_limit)
-    search.offer(start)
-    return search.run()
 
 
 def split(gram: Floats, deadline: float = math.inf) -> tuple[Floats, Floats]:
@@ -230,8 +191,22 @@ class _Quadratic:
 
 
 @dataclass
-class _Search:
-    """The best point so far, and the variables that are not fixed yet."""
+class BranchAndBound:
+    """The best point so far, and the variables that are not fixed yet; `run` solves.
+
+    Attributes:
+        gain: (n,) a. A variable with an infinite negative gain is never taken.
+        gram: (n, n) G, symmetric and positive semi-definite.
+        limit: t ≥ 0.
+        whole: all gains are whole numbers, and so is the bound; otherwise points whose gains differ by less than a millionth
+            of the largest gain count as equal.
+        groups: (n,) number of each variable's group, ascending.
+        improve: makes a point near the given one that is within the limit.
+        time_limit: seconds.
+
+    Raises:
+        ValueError: a limit that is negative or not a number, groups that do not ascend, gains that are not numbers.
+    """
 
     gain: Floats
     gram: Floats
@@ -242,9 +217,15 @@ class _Search:
     time_limit: float
 
     def __post_init__(self) -> None:
+        if not self.limit >= 0:
+            raise ValueError(f"limit must be ≥ 0; got {self.limit}")
+        if (np.diff(self.groups) < 0).any():
+            raise ValueError("groups must ascend: the variables of a group stand side by side")
+        if np.isnan(self.gain).any() or np.isposinf(self.gain).any():
+            raise ValueError("gains must be numbers, minus infinity for a variable that is never taken")
         largest = float(np.abs(self.gram).max(initial=0.0))
         self.accepted = self.limit * (1 + MARGIN)
-        self.limit = self.accepted + 1e-13 * len(self.gain) * largest  # for bounds, which round as sums of G do
+        self.beyond = self.accepted + 1e-13 * len(self.gain) * largest  # for bounds, which round as sums of G do
         finite = np.isfinite(self.gain)
         self.step = 1.0 if self.whole else 1e-6 * float(np.abs(self.gain[finite]).max(initial=0.0)) or 1.0
         self.least_price = max(1e-9 * largest, 1e-150)
@@ -253,6 +234,20 @@ class _Search:
         self.end = now + 0.95 * self.time_limit  # of the bound of the nodes that stay open
         self.best, self.gained, self.nodes = np.zeros(len(self.gain), np.bool_), 0.0, 0
         self.free, self.taken = np.flatnonzero(finite), np.zeros(0, np.int64)  # not fixed yet; fixed to 1
+
+    def run(self) -> Maximum:
+        """The point of the most gain, proved, unless time was up."""
+        self.offer(self.improve(self.best))
+        quadratic, root = self.probed()
+        reached = -math.inf
+        if root is not None:
+            loss, boxes = self.branched(quadratic, root)
+            if len(loss):
+                reached = min(self.reach(loss, boxes), self.farthest(quadratic, root))
+        bound = max(self.gained, reached)
+        # No other point gains as much as the best one and a step.
+        bound = math.floor(bound + 1e-6) if self.whole else max(bound, self.gained + self.step)
+        return Maximum(self.best, float(bound), self.nodes)
 
     @property
     def fixed_gain(self) -> float:
@@ -274,22 +269,10 @@ class _Search:
         if gained > self.gained and 0.5 * float(self.gram[np.ix_(point, point)].sum()) <= self.accepted:
             self.best, self.gained = point, gained
 
-    def run(self) -> Maximum:
-        quadratic, root = self.probed()
-        beyond = -math.inf
-        if root is not None:
-            loss, boxes = self.branched(quadratic, root)
-            if len(loss):
-                beyond = min(self.reach(loss, boxes), self.farthest(quadratic, root))
-        proved = max(self.gained, beyond)
-        # No other point gains as much as the best one and a step.
-        proved = math.floor(proved + 1e-6) if self.whole else max(proved, self.gained + self.step)
-        return Maximum(point=self.best, bound=float(proved), nodes=self.nodes)
-
     def reach(self, loss: Floats, boxes: _Boxes) -> float:
         """The most that the boxes can gain: a point within the limit satisfies λ (gain - needed) ≤ limit - loss."""
         with np.errstate(over="ignore"):
-            most = self.needed + (self.limit - loss) / np.maximum(boxes.price, 1e-300)
+            most = self.needed + (self.beyond - loss) / np.maximum(boxes.price, 1e-300)
         everything = np.maximum(self.gain[self.free], 0.0) @ boxes.high.T
         return float(np.minimum(most, everything).max()) + self.fixed_gain
 
@@ -301,7 +284,7 @@ class _Search:
                 break
             middle = 0.5 * (possible + beyond)
             bounds = quadratic.bounds(root.boxes, middle, prices=8, sweeps=2, deadline=self.end)
-            if bounds.loss[0] > self.limit:
+            if bounds.loss[0] > self.beyond:
                 beyond = middle
             else:
                 possible, root = middle, bounds
@@ -317,7 +300,7 @@ class _Search:
 
     def probed(self) -> tuple[_Quadratic, _Bounds | None]:
         """Fixes variables until nothing more follows; None if no better point is left, else the bound of the whole box."""
-        price = max(self.limit / max(self.gained, self.step), self.least_price)
+        price = max(self.beyond / max(self.gained, self.step), self.least_price)
         while True:
             count = len(self.free)
             quadratic = self.quadratic()
@@ -330,7 +313,7 @@ class _Search:
             self.offer(self.improve(self.rounded(root.boxes.point[0])))
             if self.gained > before and self.left:
                 continue
-            if root.loss[0] > self.limit:
+            if root.loss[0] > self.beyond:
                 return quadratic, None
             not_one, not_zero = self.probes(quadratic, root)
             groups = self.groups[self.free]
@@ -358,7 +341,7 @@ class _Search:
                 boxes = boxes._replace(point=np.full_like(boxes.point, 0.5))
                 bounds = quadratic.bounds(boxes, self.needed, prices=_PRICES, sweeps=_SWEEPS, deadline=self.deadline)
                 self.nodes += len(probed)
-                beyond[value, probed] = bounds.loss > self.limit
+                beyond[value, probed] = bounds.loss > self.beyond
         return beyond[1], beyond[0]
 
     def rounded(self, values: Floats) -> Points:
@@ -399,12 +382,12 @@ class _Search:
 
     def fixed(self, bounds: _Bounds, same: Points) -> tuple[Floats, _Boxes]:
         """The boxes that stay open, in which variables are fixed that cannot leave their end."""
-        boxes, room = bounds.boxes, (self.limit - bounds.loss)[:, None]
+        boxes, room = bounds.boxes, (self.beyond - bounds.loss)[:, None]
         undecided = boxes.high > boxes.low
         low = np.where(undecided & (bounds.at_zero > room), 1.0, boxes.low)
         high = np.where(undecided & (bounds.at_one > room), 0.0, boxes.high)
         high = np.where(low @ same > 0, 0.0, high)  # one of a group
-        possible = (bounds.loss <= self.limit) & (low <= high).all(axis=1)
+        possible = (bounds.loss <= self.beyond) & (low <= high).all(axis=1)
         decided = (low == high).all(axis=1)
         for point in low[possible & decided]:
             self.offer(self.rounded(point))

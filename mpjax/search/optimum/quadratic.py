@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mpjax.search.optimum.branch_and_bound import Points, maximise, split
+from mpjax.search.optimum.branch_and_bound import BranchAndBound, Points, split
 from mpjax.search.optimum.greedy import grown, repaired
 from mpjax.search.optimum.integer_program import TOLERANCE, Program, Row
 from mpjax.search.optimum.linear import linear
@@ -59,16 +59,15 @@ def _branched(problem: Problem, limit: float, time_limit: float) -> tuple[Index,
     def improve(point: Points) -> Points:
         return units[grown(problem, repaired(problem, index_of(point), limit), limit)].ravel()
 
-    best = maximise(
-        np.where(problem.allowed, gain, -np.inf).ravel(),
-        problem.gram,
-        limit,
-        improve(np.zeros(layers * formats, np.bool_)),
+    best = BranchAndBound(
+        gain=np.where(problem.allowed, gain, -np.inf).ravel(),
+        gram=problem.gram,
+        limit=limit,
         whole=problem.objective == "lower_max",
         groups=np.repeat(np.arange(layers), formats),
         improve=improve,
         time_limit=time_limit,
-    )
+    ).run()
     return index_of(best.point), offset - best.bound, best.nodes
 
 

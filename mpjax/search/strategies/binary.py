@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from mpjax.search.problem import Problem
-from mpjax.search.strategies.strategy import Probe, Strategy, by_prefix, only_format
+from mpjax.search.problem import Index, Problem
+from mpjax.search.strategies.strategy import Strategy, by_ranking
 
 
 def binary(*, repair: int = 3) -> Strategy:
@@ -18,11 +18,9 @@ def binary(*, repair: int = 3) -> Strategy:
     if repair < 0:
         raise ValueError(f"repair must be at least 0; got {repair}")
 
-    def strategy(problem: Problem, probe: Probe) -> None:
-        low = only_format(problem, "binary")
+    def ranked(problem: Problem) -> Index:
         penalty = problem.penalty[:, 0]
         usable = np.isfinite(penalty) & ((penalty >= 0) | (problem.kind == "ranking"))
-        ranked = np.argsort(np.where(usable, penalty, np.inf), kind="stable")
-        by_prefix(problem, probe, ranked, lambda n: f"the {n} least sensitive layers in {low}", repair=repair)
+        return np.argsort(np.where(usable, penalty, np.inf), kind="stable")
 
-    return strategy
+    return by_ranking("binary", ranked, "the {} least sensitive layers in {}", repair=repair)

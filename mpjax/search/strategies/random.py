@@ -2,16 +2,14 @@
 
 import numpy as np
 
-from mpjax.search.problem import Problem
-from mpjax.search.strategies.strategy import Probe, Strategy, by_prefix, only_format
+from mpjax.search.problem import Index, Problem
+from mpjax.search.strategies.strategy import Strategy, by_ranking
 
 
 def random(*, seed: int) -> Strategy:
     """Baseline: lowers layers in a random order, their number bisected. Needs one low format, and no penalties."""
 
-    def strategy(problem: Problem, probe: Probe) -> None:
-        low = only_format(problem, "random")
-        order = np.random.default_rng(seed).permutation(len(problem.layers))
-        by_prefix(problem, probe, order, lambda n: f"{n} random layers in {low}")
+    def order(problem: Problem) -> Index:
+        return np.random.default_rng(seed).permutation(len(problem.layers))
 
-    return strategy
+    return by_ranking("random", order, "{} random layers in {}")

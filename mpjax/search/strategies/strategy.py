@@ -1,8 +1,8 @@
-"""What a strategy is, and the two searches by halving that several strategies share."""
+"""What a strategy is, and the searches by halving that several strategies share."""
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -59,30 +59,33 @@ def bisect(passes: Callable[[int], bool], passed: int, failed: int) -> int:
     return passed
 
 
-def by_prefix(
-    problem: Problem, probe: Probe, order: Sequence[int] | Index, note: Callable[[int], str], *, repair: int = 0
-) -> None:
-    """Bisects how many of the layers, in this order, can be lowered; `repair`: see `binary`."""
-    low, count = problem.formats[0], len(order)
-    values: dict[int, float] = {}
+def by_ranking(name: str, order: Callable[[Problem], Iterable[int]], note: str, *, repair: int = 0) -> Strategy:
+    """The strategy that bisects how many layers of an order can be lowered; `repair`: see `binary`."""
 
-    def passes(length: int) -> bool:
-        step = probe(problem.baseline.replace({problem.layers[i]: low for i in order[:length]}), note(length))
-        values[length] = math.inf if math.isnan(step.value) else step.value
-        return step.accepted
+    def strategy(problem: Problem, probe: Probe) -> None:
+        low = only_format(problem, name)
+        layers = [problem.layers[number] for number in order(problem)]
+        values: dict[int, float] = {}
 
-    passes(0)
-    if passes(count):
-        return
-    passed = bisect(passes, 0, count)
-    for _ in range(repair):
-        above = sorted(length for length in values if length > passed)
-        if not above or min(values[length] for length in above) >= values[above[0]]:
-            return  # no longer prefix came out better than the shortest that failed
-        gap, middle = max((b - a, (a + b) // 2) for a, b in itertools.pairwise([passed, *above]))
-        if gap < 2:
+        def passes(length: int) -> bool:
+            step = probe(problem.baseline.replace(dict.fromkeys(layers[:length], low)), note.format(length, low))
+            values[length] = math.inf if math.isnan(step.value) else step.value
+            return step.accepted
+
+        passes(0)
+        if passes(len(layers)):
             return
-        passed = middle if passes(middle) else passed
+        passed = bisect(passes, 0, len(layers))
+        for _ in range(repair):
+            above = sorted(length for length in values if length > passed)
+            if not above or min(values[length] for length in above) >= values[above[0]]:
+                return  # no longer prefix came out better than the shortest that failed
+            gap, middle = max((b - a, (a + b) // 2) for a, b in itertools.pairwise([passed, *above]))
+            if gap < 2:
+                return
+            passed = middle if passes(middle) else passed
+
+    return strategy
 
 
 def by_segments(problem: Problem, probe: Probe, top: Index) -> Index:
