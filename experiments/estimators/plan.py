@@ -79,6 +79,13 @@ QUICK = {
         random_searches=1,
     ),
 }  # fmt: skip
+LABELLED = {  # other losses, where there are labels -> the estimators that they change
+    losses.CROSS_ENTROPY: (
+        *("measured", "quadratic[gauss_newton]", "quadratic[true]", "first_order", "fisher[empirical,elementwise]"),
+        *("fisher[empirical,mean]", "trace[hutchinson,joint]", "logdet[exact]"),
+    ),
+    losses.KL: ("local_rounding[4]", "gauss_newton[4]"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +93,7 @@ class Case:
     """One estimator under one loss.
 
     Attributes:
-        name: as `Scores.estimator` will say.
+        name: `Scores.estimator`.
         loss: what the score is about.
         make: gives the scorer; None where the library refuses it: zero by construction under this loss.
         examples: how many it sees; 0 for baselines without data.
@@ -108,107 +115,79 @@ class Case:
 
 def cases(
     benchmark: Benchmark, sizes: Sizes, calibration: Calibration, spectra: Callable[[Loss], Spectra]
-) -> tuple[Case, ...]:
+) -> list[Case]:
     """Every estimator under the output loss and, where there are labels, those that another loss changes.
 
     `spectra` gives the exact spectra of `sizes.spectra` examples, computed once for all that need them.
     """
     plan = _under(losses.OUTPUT, benchmark, sizes, calibration, spectra)
-    if benchmark.labelled is None:
-        return plan
-    labelled = (
-        *("measured", "quadratic[gauss_newton]", "quadratic[true]", "first_order", "fisher[empirical,elementwise]"),
-        *("fisher[empirical,mean]", "trace[hutchinson,joint]", "logdet[exact]"),
-    )
-    others = ((losses.CROSS_ENTROPY, labelled), (losses.KL, ("local_rounding[4]", "gauss_newton[4]")))
-    more = [_under(loss, benchmark, sizes, calibration, spectra) for loss, _ in others]
-    return (
-        *plan,
-        *(case for (_, names), each in zip(others, more, strict=True) for case in each if case.name in names),
-    )
+    for loss, names in LABELLED.items() if benchmark.labelled is not None else ():
+        plan += [c for c in _under(loss, benchmark, sizes, calibration, spectra) if c.name in names]
+    return plan
 
 
 def _under(
     loss: Loss, benchmark: Benchmark, sizes: Sizes, calibration: Calibration, spectra: Callable[[Loss], Spectra]
-) -> tuple[Case, ...]:
+) -> list[Case]:
     s, every = sensitivity, benchmark.examples
-    some, few = min(sizes.spectra, every), min(sizes.per_layer, every)
-    rows = f"all rows of H^½ J of {some} examples"
-    no_gradient = "gradient zero by construction" if loss.stationary else ""
+    few = min(sizes.per_layer, every)
 
     def case(
-        name: str, factory: Callable[..., Scorer], examples: int = every, settings: str = "", **knobs: Any
+        name: str, factory: Callable[..., Scorer], settings: str = "", examples: int = every, **knobs: Any
     ) -> Case:
-        return Case(
-            name=name, loss=loss, make=partial(factory, **knobs, loss=loss), examples=examples, settings=settings
-        )
+        make = partial(factory, loss=loss, **knobs)
+        return Case(name=name, loss=loss, make=make, examples=examples, settings=settings)
 
     def rounding(name: str, factory: Callable[..., Scorer], settings: str = "", **knobs: Any) -> Case:
-        knobs |= {"loss": loss, "calibration": calibration}
+        make = partial(factory, loss=loss, calibration=calibration, **knobs)
         batch = None if name == "measured" else sizes.batch
-        return Case(
-            name=name, loss=loss, make=partial(factory, **knobs), examples=every, settings=settings, batch=batch
-        )
+        return Case(name=name, loss=loss, make=make, examples=every, settings=settings, batch=batch)
 
     def gradient(name: str, factory: Callable[..., Scorer], **knobs: Any) -> Case:
-        make = None if loss.stationary else partial(factory, **knobs, loss=loss)
-        return Case(name=name, loss=loss, make=make, examples=every, settings=no_gradient)
+        if not loss.stationary:
+            return case(name, factory, **knobs)
+        return Case(name=name, loss=loss, make=None, examples=every, settings="gradient zero by construction")
 
     def exact(name: str, factory: Callable[..., Scorer], **knobs: Any) -> Case:
         def make() -> Scorer:
-            return factory(**knobs, method="exact", loss=loss, spectra=spectra(loss))
+            return factory(method="exact", loss=loss, spectra=spectra(loss), **knobs)
 
-        return Case(name=name, loss=loss, make=make, examples=some, settings=rows, shared=True)
+        some = min(sizes.spectra, every)
+        settings = f"all rows of H^½ J of {some} examples"
+        return Case(name=name, loss=loss, make=make, examples=some, settings=settings, shared=True)
 
     def baseline(name: str, factory: Callable[[], Scorer], settings: str = "", draws: int = 1) -> Case:
         return Case(name=name, loss=loss, make=factory, examples=0, settings=settings, draws=draws)
 
-    return (
+    probes, lanczos = f"{sizes.layer_probes} probes per layer", f"{sizes.depth} steps per layer"
+    joint, rows = f"{sizes.joint_probes} probes for all layers", f"{sizes.xtrace} products per layer"
+    per_layer: dict[str, Any] = {"examples": few, "probes": "per_layer"}
+    quadrature = {"method": "slq", "num_probes": sizes.slq_probes, "depth": sizes.depth}
+    return [
         rounding("measured", s.measured),
         rounding("local_rounding[4]", s.local_rounding, "4 probes", num_probes=4),
         rounding("local_rounding[exact]", s.local_rounding, "all rows of H^½", num_probes=None),
         case("quadratic[gauss_newton]", s.quadratic, hessian="gauss_newton"),
         case("quadratic[true]", s.quadratic, hessian="true"),
-        case("gauss_newton[4]", s.gauss_newton, every, "4 probes", num_probes=4),
+        case("gauss_newton[4]", s.gauss_newton, "4 probes", num_probes=4),
         gradient("first_order", s.first_order),
-        case("fisher[true,elementwise]", s.fisher, every, "4 probes", num_probes=4),
-        case("fisher[true,mean]", s.fisher, every, "4 probes", num_probes=4, elementwise=False),
+        case("fisher[true,elementwise]", s.fisher, "4 probes", num_probes=4),
+        case("fisher[true,mean]", s.fisher, "4 probes", num_probes=4, elementwise=False),
         gradient("fisher[empirical,elementwise]", s.fisher, kind="empirical"),
         gradient("fisher[empirical,mean]", s.fisher, kind="empirical", elementwise=False),
-        case(
-            *("trace[hutchinson,joint]", s.trace, every, f"{sizes.joint_probes} probes for all layers"),
-            num_probes=sizes.joint_probes,
-        ),
-        case(
-            *("trace[hutchinson,per_layer]", s.trace, few, f"{sizes.layer_probes} probes per layer"),
-            num_probes=sizes.layer_probes,
-            probes="per_layer",
-        ),
-        case(
-            *("trace[xtrace,per_layer]", s.trace, few, f"{sizes.xtrace} products per layer"),
-            num_probes=sizes.xtrace,
-            method="xtrace",
-            probes="per_layer",
-        ),
-        case("trace[output]", s.trace, every, "4 probes", num_probes=4, method="output"),
+        case("trace[hutchinson,joint]", s.trace, joint, num_probes=sizes.joint_probes),
+        case("trace[hutchinson,per_layer]", s.trace, probes, num_probes=sizes.layer_probes, **per_layer),
+        case("trace[xtrace,per_layer]", s.trace, rows, num_probes=sizes.xtrace, method="xtrace", **per_layer),
+        case("trace[output]", s.trace, "4 probes", num_probes=4, method="output"),
         exact("trace[exact]", s.trace),
         exact("top_eigenvalue[exact]", s.top_eigenvalue),
         exact("top_eigenvalue[exact,noise]", s.top_eigenvalue, scale="noise"),
-        case(
-            *("top_eigenvalue[lanczos]", s.top_eigenvalue, few, f"{sizes.depth} steps per layer"),
-            method="lanczos",
-            depth=sizes.depth,
-        ),
+        case("top_eigenvalue[lanczos]", s.top_eigenvalue, lanczos, few, method="lanczos", depth=sizes.depth),
         exact("logdet[exact]", s.logdet),
         exact("logdet[exact,raw]", s.logdet, form="raw"),
         exact("logdet[exact,per_parameter]", s.logdet, per_parameter=True),
-        case(
-            *("logdet[slq]", s.logdet, few, f"{sizes.slq_probes} probes of {sizes.depth} steps per layer"),
-            method="slq",
-            num_probes=sizes.slq_probes,
-            depth=sizes.depth,
-        ),
+        case("logdet[slq]", s.logdet, f"{sizes.slq_probes} probes of {lanczos}", few, **quadrature),
         baseline("rounding_norm", s.rounding_norm),
         baseline("depth", s.depth),
         baseline("random", s.random, f"mean of {RANDOM_DRAWS} draws", RANDOM_DRAWS),
-    )
+    ]

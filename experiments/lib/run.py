@@ -126,6 +126,7 @@ class Run:
         title: str,
         *,
         results: Table,
+        overview: Table | None = None,
         tables: Sequence[Table] = (),
         findings: Sequence[str] = (),
         sections: Iterable[Section] = (),
@@ -137,7 +138,8 @@ class Run:
 
         Args:
             title: of the page.
-            results: the summary's "rows"; stands on the page behind the findings, and in docs/ as a short table.
+            results: the summary's "rows"; stands on the page behind the findings, and in docs/ and the terminal as a short table.
+            overview: stands there instead, where the results are many.
             tables: the others, by their names in the summary; sections show those that the page has.
             findings: sentences with the run's numbers, for the page and docs/.
             sections: of the page, behind the results.
@@ -148,7 +150,9 @@ class Run:
         Raises:
             SummaryError: the summary breaks the contract; no file was written.
         """
-        keys = {"rows": results, **{table.name: table for table in tables}}
+        shown = results if overview is None else overview
+        others = [*tables, *([] if overview is None else [overview])]
+        keys = {"rows": results, **{table.name: table for table in others}}
         argv = shlex.join(["python", "-m", f"experiments.{self.name}", *sys.argv[1:]])
         summary = jsonable(
             {
@@ -172,17 +176,17 @@ class Run:
             write_bytes(self.folder / f"{table.name}.csv", table.csv().encode())
             write_bytes(self.folder / f"{table.name}.tex", table.latex().encode())
         where = _where(summary)
-        first, last = Section("Results", *findings, results), Section("Where and how", where, Code(argv))
+        first, last = Section("Results", *findings, shown), Section("Where and how", where, Code(argv))
         page = render(title, [first, *sections, last], lead=lead)
         write_bytes(self.folder / "report.html", page.encode())
         names = [table.name for table in keys.values() if len(table.csv()) <= LARGEST]
         links = ", ".join(f"[{name}]({self.name}/{name}.csv)" for name in names)
         bullets = "\n".join(f"- {finding}" for finding in findings)
-        docs = [bullets, results.markdown(), f"`{argv}`: {where} Tables: {links}."]
+        docs = [bullets, shown.markdown(), f"`{argv}`: {where} Tables: {links}."]
         write_bytes(self.folder / "docs.md", ("\n\n".join(filter(None, docs)) + "\n").encode())
         write_json(self.folder / "summary.json", summary)
-        for table in (results, *show):
-            table.print(title if table is results else table.caption)
+        for table in (shown, *show):
+            table.print(title if table is shown else table.caption)
         print(f"{summary['seconds']:.0f} s; report: {self.folder / 'report.html'}")
         return summary
 

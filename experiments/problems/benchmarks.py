@@ -13,6 +13,7 @@ landmarks come from computation, and these are kept in the cache.
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -29,8 +30,10 @@ from experiments.models.mediapipe import imported as imported
 from experiments.problems import data, eyes
 from experiments.problems.digits import SIZE, TRAIN, DigitsCNN, Settings, split, trained
 from experiments.problems.pose import in_torso_units, splits
+from mpjax import plan
 from mpjax.files import Checkpoint
 from mpjax.program import Batches, Model, from_linen, with_output
+from mpjax.sensitivity.task import examples_in
 
 Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -65,6 +68,11 @@ class Benchmark:
     def examples(self) -> int:
         """Number of examples."""
         return sum(batch[0].shape[0] for batch in self.batches)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A hash of the model's weights and the data."""
+        return plan.digest(*jax.tree.leaves((self.model.params, self.batches, self.labelled)))
 
     def rebatched(self, size: int) -> "Benchmark":
         """The same examples in batches of another size.
@@ -313,3 +321,16 @@ def in_batches(arrays: Sequence[Any], size: int) -> Batches:
     if size < 1 or count % size:
         raise ValueError(f"{count} examples do not make equal batches of {size}: give a divisor of {count}.")
     return [tuple(jnp.asarray(array[i : i + size]) for array in arrays) for i in range(0, count, size)]
+
+
+def first(batches: Batches, count: int, size: int | None = None) -> Batches:
+    """The first `count` examples in batches of one size: at most `size`, or that of the given batches.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    total, limit = examples_in(batches), size or batches[0][0].shape[0]
+    if count > total or count < 1:
+        raise ValueError(f"expected 1 to {total} examples, found {count}")
+    arrays = [jnp.concatenate(parts)[:count] for parts in zip(*batches, strict=True)]
+    return in_batches(arrays, _divisor(count, limit))

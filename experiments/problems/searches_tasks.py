@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.estimators.judge import first
 from experiments.problems import benchmarks, data, digits, eyes
 from experiments.problems.benchmarks import Benchmark
 from mpjax import emulation, sensitivity
@@ -195,7 +194,7 @@ def score(task: Task, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any], L
     """A finished piece: the interactions."""
     model = task.benchmark.model
     examples = min(task.scored, examples_in(task.benchmark.batches))
-    batches = first(task.benchmark.batches, examples, 1 if task.name == "pose_landmark_full" else None)
+    batches = benchmarks.first(task.benchmark.batches, examples, 1 if task.name == "pose_landmark_full" else None)
     found = sensitivity.interactions(model, batches, FORMATS, key, calibration=task.calibration)
     gram = np.where((found.status == "ok")[:, None] & (found.status == "ok")[None, :], found.gram, np.nan)
     notes = {"seconds": found.seconds, "compile_seconds": found.compile_seconds, "examples": examples}

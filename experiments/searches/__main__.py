@@ -30,10 +30,8 @@ import numpy as np
 import scipy
 import tyro
 
-from experiments.estimators.core import digest
-from experiments.estimators.judge import first
 from experiments.lib import common, report
-from experiments.problems import searches_tasks
+from experiments.problems import benchmarks, searches_tasks
 from experiments.problems.searches_tasks import FORMATS, MODELS, SETS, Predicted, Task
 from experiments.searches import pareto_figure
 from experiments.searches import report as searches_report
@@ -185,7 +183,7 @@ class Runner:
     ) -> None:
         self.task, self.config, self.pieces = task, config, pieces
         self.folder, self.environment = folder, environment
-        self.data = digest(task.benchmark)
+        self.data = task.benchmark.digest
         self.heldout_data = plan.digest(*(array for batch in task.heldout for array in batch))
         self.each: dict[tuple[str, ...], float] = {}  # seconds of one evaluation
         self.key = jax.random.fold_in(jax.random.key(config.seed), zlib.crc32(task.name.encode()))
@@ -374,7 +372,7 @@ class Runner:
         layers = searches_tasks.subset(predicted, fmt, self.task.subset)
 
         def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
-            few = evaluation.over(first(benchmark.batches, self.task.enumerated))
+            few = evaluation.over(benchmarks.first(benchmark.batches, self.task.enumerated))
             values = []
             for number in range(2 ** len(layers)):
                 lowered = {layer: fmt for i, layer in enumerate(layers) if number >> i & 1}

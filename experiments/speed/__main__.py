@@ -41,10 +41,10 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.estimators.judge import first
 from experiments.lib import common, report
 from experiments.models.encoder import ENCODERS
 from experiments.problems import searches_tasks
+from experiments.problems.benchmarks import first
 from experiments.speed import report as speed_report
 from experiments.speed.run import IN_UNITS, LANDMARKS, Job
 from mpjax import plan, search, sensitivity, xla

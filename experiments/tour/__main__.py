@@ -38,8 +38,8 @@ from mpjax.apply import apply
 from mpjax.compiled import verification
 from mpjax.files import jsonable
 from mpjax.ledger import Ledger
+from mpjax.partition import named_leaves
 from mpjax.program import Model, from_function
-from mpjax.program.steps import named_leaves
 from mpjax.xla import timing
 
 FORMAT, PROBES, ROUNDS = "bfloat16", 4, 25
@@ -240,7 +240,7 @@ def weights_of(subject: Architecture, model: Model) -> tuple[float, str]:
     assert model.traced is not None
     sizes = {
         path: int(np.size(leaf))
-        for path, leaf in named_leaves(subject.params)
+        for path, leaf in named_leaves(subject.params).items()
         if np.size(leaf) > max(np.shape(leaf), default=1)
         and path in model.traced.first.used
         and not path.endswith(("scale", "bias"))
