@@ -6,7 +6,7 @@
 A strategy proposes assignments; `solve` measures each of them with the user's metric, once, and returns the best one, by the
 problem's objective, that was within the tolerance. An assignment that was only predicted is never returned.
 
-`problem`: assignments, penalties, costs. `strategies`: what is tried in which order. `optimum`: the best by prediction alone.
+`problem`: assignments, penalties, costs. `strategies`: which assignments are tried. `optimum`: the best by prediction alone.
 `pareto`: the whole trade-off.
 """
 

@@ -47,7 +47,7 @@ def sweep(
     """At most `count` measured points and all-float32, by ascending predicted loss.
 
     Args:
-        problem: penalties of kind "loss"; its objective says what is traded for the loss.
+        problem: penalties of kind "loss"; its objective is traded for the loss.
         evaluate: the user's metric.
         count: limits on the predicted loss, evenly spaced in the logarithm; those that lead to the same assignment are
             measured once.

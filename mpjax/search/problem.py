@@ -114,21 +114,18 @@ class Problem:
         penalty: (L, F) predicted loss of accuracy of each layer alone in each format. A value that is not finite, or a negative
             loss (an indefinite Hessian), counts as most sensitive: strategies that add penalties up never lower such a layer.
         kind: "loss" if penalties may be added up (≥ 0, one unit), "ranking" if only their order means something.
-        cost: (L, F) latency, bytes or FLOPs of each layer in each format, finite; or None.
+        cost: (L, F) latency, bytes or FLOPs of each layer in each format; or None.
         float32_cost: (L,) the same in float32; given exactly where `cost` is.
         edges: (producer, consumer) pairs of layers whose outputs and inputs meet.
-        cast_cost: (E, F + 1, F + 1) ≥ 0: what edge e costs beyond the layers when its producer has format a and its consumer
-            format b (0: float32, 1 + f: formats[f]); given exactly where `edges` are, in the unit of `cost`.
+        cast_cost: (E, F + 1, F + 1) ≥ 0: additional cost of edge e when its producer has format a and its consumer format b
+            (0: float32, 1 + f: formats[f]); given exactly where `edges` are, in the unit of `cost`.
         interactions: (L·F, L·F) symmetric, positive semi-definite G, layer by layer: the predicted loss of a set of lowered
-            layers is ½ xᵀGx instead of the sum of its penalties (`sensitivity.interactions`). Entries between two formats of
-            one layer only keep G positive semi-definite: they enter no prediction.
+            layers is ½ xᵀGx instead of the sum of its penalties. Entries between two formats of one layer enter no prediction.
         objective: "lower_max", as many layers below float32 as possible (then the least cost, then the least penalty), or
             "cost_min", the least cost.
 
     Raises:
-        ValueError: shapes that do not match, repeated or empty names, float32 among the formats, a bad kind or cost, an edge
-            between unknown layers, interactions that are not symmetric or not positive semi-definite, or an objective that
-            needs a cost where there is none.
+        ValueError: arrays, names, kind or objective that do not fit together; interactions that are no Gram matrix.
     """
 
     layers: tuple[str, ...]

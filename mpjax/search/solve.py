@@ -20,10 +20,9 @@ class Result:
         measurement: of that assignment.
         penalty: its predicted loss; None for a ranking, or where it is not finite.
         cost: its cost, casts included; None if the problem has none.
-        bound: no assignment within the limit on the predicted loss under which this one was proposed has a smaller objective:
-            with an exact solver its own objective, unless time was up. None where the strategy proved no bound, as for a layer
-            that was added at the end.
-        ledger: evaluations: different assignments that were asked for.
+        bound: no assignment within the predicted limit under which this one was proposed has a smaller objective; None where
+            the strategy proved no bound, as for a layer that was added at the end.
+        ledger: different assignments that were asked for, as evaluations.
         trail: every step in order.
     """
 
@@ -78,8 +77,7 @@ def solve(
         tolerance: largest accepted loss, in the unit of `Measurement.value`.
         confidence: None accepts by the measured value; a level in (0, 1) accepts by the upper bound `high`, which `evaluate`
             must then return, computed at that level.
-        max_evaluations: different assignments that may be asked for; when they are spent, the search ends with the result so
-            far, and the trail records it.
+        max_evaluations: different assignments that may be asked for, before the search ends with the result so far.
         known: measurements made before; new ones are added at once, so that an interrupted search can resume and several
             searches can share them. They count as evaluations: the course of a search does not depend on them.
         confirm: measure the chosen assignment once more.
@@ -163,7 +161,8 @@ class _Search:
                 Step(assignment=assignment, note=f"stopped: max_evaluations={self.max_evaluations} spent")
             )
             raise _BudgetSpent
-        measurement = self.known[assignment] if assignment in self.known else self.measure(assignment)
+        if (measurement := self.known.get(assignment)) is None:
+            measurement = self.measure(assignment, f"evaluation {len(self.tried) + 1}")
         value = _compared(measurement, self.confidence)
         self.known[assignment] = measurement
         accepted = not math.isnan(measurement.value) and value <= self.tolerance
@@ -179,19 +178,16 @@ class _Search:
             )
         return step
 
-    def measure(self, assignment: Assignment) -> Measurement:
+    def measure(self, assignment: Assignment, attempt: str) -> Measurement:
         try:
             return self.evaluate(assignment)
         except Exception as error:
             self.trail.append(Step(assignment=assignment, note=f"failed: {error!r}"))
-            raise self.interrupted(f"evaluation {len(self.tried) + 1} failed with {error!r}") from error
+            raise self.interrupted(f"{attempt} failed with {error!r}") from error
 
     def confirm(self, assignment: Assignment, first: Measurement) -> None:
         """Refuse a metric that does not give the same value again."""
-        try:
-            again = self.evaluate(assignment)
-        except Exception as error:
-            raise self.interrupted(f"measuring the chosen assignment again failed with {error!r}") from error
+        again = self.measure(assignment, "measuring the chosen assignment again")
         for name in ("value", "low", "high"):
             before, after = getattr(first, name), getattr(again, name)
             if None not in (before, after) and not math.isclose(before, after, rel_tol=1e-6, abs_tol=1e-12):

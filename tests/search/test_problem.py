@@ -77,6 +77,10 @@ def test_a_problem_has_read_only_copies_of_its_arrays() -> None:
         p.penalty[0, 0] = 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         p.kind = "ranking"
+    assert p.index(p.assignment([1])).tolist() == [1]
+    for wrong in ({"b": LOW}, {"a": "float16"}):
+        with pytest.raises(ValueError, match="no layer or format"):
+            p.index(wrong)
 
 
 def test_from_scores_takes_the_low_columns() -> None:

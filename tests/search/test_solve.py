@@ -148,7 +148,7 @@ def test_a_metric_that_is_not_deterministic_is_detected() -> None:
     evaluate = failing_after(Additive([1, 1]), 3, OSError("gone"))
     with pytest.raises(SearchInterrupted, match="again failed with OSError") as caught:
         solve(problem([1, 2]), binary(), evaluate=evaluate, **arguments)
-    assert caught.value.best is not None and len(caught.value.trail) == 3
+    assert caught.value.best is not None and len(caught.value.trail) == 4
 
 
 def test_a_strategy_that_fails_loses_nothing() -> None:

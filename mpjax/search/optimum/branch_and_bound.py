@@ -278,17 +278,17 @@ class BranchAndBound:
 
     def farthest(self, quadratic: _Quadratic, root: _Bounds) -> float:
         """As `reach`, of all free points: the gain that the bound of the whole box allows, by bisection."""
-        possible, beyond = self.needed, self.reach(root.loss, root.boxes) - self.fixed_gain
+        possible, impossible = self.needed, self.reach(root.loss, root.boxes) - self.fixed_gain
         for _ in range(8):
             if time.perf_counter() > self.end:
                 break
-            middle = 0.5 * (possible + beyond)
+            middle = 0.5 * (possible + impossible)
             bounds = quadratic.bounds(root.boxes, middle, prices=8, sweeps=2, deadline=self.end)
             if bounds.loss[0] > self.beyond:
-                beyond = middle
+                impossible = middle
             else:
                 possible, root = middle, bounds
-        return beyond + self.fixed_gain
+        return impossible + self.fixed_gain
 
     def quadratic(self) -> _Quadratic:
         """The loss as a function of the free variables."""
@@ -329,7 +329,7 @@ class BranchAndBound:
     def probes(self, quadratic: _Quadratic, root: _Bounds) -> tuple[Points, Points]:
         """Which free variables cannot be 1, and which cannot be 0, in a better point; while there is time."""
         count = len(self.free)
-        beyond = np.zeros((2, count), np.bool_)
+        excluded = np.zeros((2, count), np.bool_)
         size = max(8, 2**16 // count)  # at once: more is faster, but time is looked at in between
         for value in (1, 0):
             for start in range(0, count, size):
@@ -341,8 +341,8 @@ class BranchAndBound:
                 boxes = boxes._replace(point=np.full_like(boxes.point, 0.5))
                 bounds = quadratic.bounds(boxes, self.needed, prices=_PRICES, sweeps=_SWEEPS, deadline=self.deadline)
                 self.nodes += len(probed)
-                beyond[value, probed] = bounds.loss > self.beyond
-        return beyond[1], beyond[0]
+                excluded[value, probed] = bounds.loss > self.beyond
+        return excluded[1], excluded[0]
 
     def rounded(self, values: Floats) -> Points:
         """A point from values of the free variables, the larger half of them taken, one of a group."""

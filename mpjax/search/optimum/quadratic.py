@@ -93,34 +93,25 @@ def _cut(problem: Problem, limit: float, time_limit: float) -> tuple[Index, floa
     def left() -> float:
         return time_limit - (time.perf_counter() - start)
 
-    cuts = [tangent(np.zeros(len(rest)))]
-    while rounds == 0 or (rounds < 60 and left() > 0.5 * time_limit):  # with fractions: cheap, and the cuts stay valid
-        relaxed, new_bound = program.minimise(program.objective, cuts, whole=False)
-        assert relaxed is not None  # there is no time limit
+    cuts, whole = [tangent(np.zeros(len(rest)))], False
+    tolerance = 2 * TOLERANCE * float(np.abs(program.objective).max())
+    while rounds == 0 or left() > 0:
+        whole = whole or rounds >= 60 or (rounds > 0 and left() <= 0.5 * time_limit)  # first with fractions: cheap cuts
+        point, new_bound = program.minimise(program.objective, cuts, whole=whole, time_limit=left() if whole else None)
         rounds += 1
         bound = max(bound, proved(new_bound))
-        point = low(relaxed)
-        if 0.5 * float(point @ problem.gram @ point) <= limit * (1 + 1e-3):
+        if point is None:
             break
-        cuts.append(tangent(point))
-        best = min(best, grown(problem, repaired(problem, program.index(relaxed), limit), limit), key=problem.rank)
-    while left() > 0:
-        whole, new_bound = program.minimise(program.objective, cuts, time_limit=left())
-        rounds += 1
-        bound = max(bound, proved(new_bound))
-        if whole is None:
-            break
-        index = program.index(whole)
-        penalty = problem.penalty_of(index)
+        index = program.index(point)
         best = min(best, grown(problem, repaired(problem, index, limit), limit), key=problem.rank)
-        if (
-            penalty <= limit * (1 + MARGIN)
-            or problem.objective_of(best) <= bound + 2 * TOLERANCE * np.abs(program.objective).max()
-        ):
+        x = low(program.point(index) if whole else point)
+        loss = 0.5 * float(x @ problem.gram @ x)
+        if whole and (loss <= limit * (1 + MARGIN) or problem.objective_of(best) <= bound + tolerance):
             break
-        cuts.append(tangent(low(program.point(index))))
-        if penalty <= limit * (1 + 1e-4):
+        cuts.append(tangent(x))
+        if whole and loss <= limit * (1 + 1e-4):
             cuts.append(program.other_than(index))  # so near that the tangent alone is within the solver's tolerance
+        whole = whole or loss <= limit * (1 + 1e-3)
     return best, bound, rounds
 
 
