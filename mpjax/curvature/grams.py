@@ -102,8 +102,8 @@ def spectra(grams: Mapping[str, Array]) -> dict[str, Floats]:
 def logdet_score(eigenvalues: Floats, *, damping: float) -> float:
     """Σ log(1 + λ/ε) = log det(εI + A) - n log ε of a positive semi-definite A, without unit; in float64.
 
-    Eigenvalues 0 add nothing, so the score of JᵀJ (d × d) is that of J Jᵀ (k × k), whatever the sizes. Eigenvalues that are
-    negative only by rounding count as 0; a matrix that is really indefinite gives NaN (`curvature.logdet` is for those).
+    Eigenvalues 0 add nothing, so the score of JᵀJ (d × d) is that of J Jᵀ (k × k), whatever the sizes, and
+    log det(εI_d + JᵀJ) is the score + d log ε. Eigenvalues that are negative only by rounding count as 0; a matrix that is really indefinite gives NaN (`curvature.logdet` is for those).
 
     Args:
         eigenvalues: (n,) of A, in any order.
@@ -112,37 +112,14 @@ def logdet_score(eigenvalues: Floats, *, damping: float) -> float:
     Raises:
         ValueError: eigenvalues that are not a vector of floats, a damping that is not positive and finite.
     """
-    return float(np.sum(np.log1p(_checked(eigenvalues, damping) / damping)))
-
-
-def raw_logdet(eigenvalues: Floats, *, damping: float, size: int) -> float:
-    """log det(JᵀJ + εI_d) from the eigenvalues of J Jᵀ, in float64; mostly (d - k) log ε where d is much above k.
-
-    Where d < k, only the d largest eigenvalues count: J Jᵀ has no more that are not 0. Negative ones as in `logdet_score`.
-
-    Args:
-        eigenvalues: (k,) of J Jᵀ, in any order.
-        damping: ε > 0, in the unit of J Jᵀ.
-        size: d, the number of parameters.
-
-    Raises:
-        ValueError: as `logdet_score`, or a size below 1.
-    """
-    if size < 1:
-        raise ValueError(f"size must be the number of parameters, at least 1; got {size}")
-    largest = np.sort(_checked(eigenvalues, damping))[::-1][:size]
-    return float(np.sum(np.log(largest + damping)) + (size - len(largest)) * np.log(damping))
-
-
-def _checked(eigenvalues: Floats, damping: float) -> Floats:
-    """Eigenvalues as float64; those below 0 are 0 where that is rounding, else NaN."""
     check_damping(damping, positive=True)
     if np.ndim(eigenvalues) != 1 or np.size(eigenvalues) == 0:
         raise ValueError(f"expected eigenvalues (n,) with n > 0; got shape {np.shape(eigenvalues)}")
     check_floating(eigenvalues, "eigenvalues")
     rounding = 10 * np.size(eigenvalues) * float(jnp.finfo(jnp.result_type(eigenvalues)).eps)
     values = np.asarray(eigenvalues, np.float64)
-    return np.where(values < -rounding * np.abs(values).max(), np.nan, np.maximum(values, 0.0))
+    values = np.where(values < -rounding * np.abs(values).max(), np.nan, np.maximum(values, 0.0))
+    return float(np.sum(np.log1p(values / damping)))
 
 
 def _chunk(m: int, batch_size: int | None) -> int:

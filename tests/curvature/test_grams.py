@@ -1,5 +1,6 @@
 """Gram matrices against jax.jacrev, log-determinants against the dense d × d computation."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from mpjax.partition import Block
 from mpjax.program import from_linen
 from mpjax.sensitivity.gradients import matrix_gradients
 
-SEEDS = (0, 1, 2)
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+LARGEST = 16 * 10 * 8  # bytes of the rows of `network`'s first block: 16 weights, k = 10 outputs
 
 
 def network(seed: int):
@@ -33,7 +34,7 @@ def network(seed: int):
 
 def whole(function, x):
     """All examples as one function of the parameters: (5, 2)."""
-    return lambda params: jnp.stack([function(params, each) for each in x])
+    return lambda params: jnp.stack([function(params, example) for example in x])
 
 
 def dense_grams(function, params, blocks):
@@ -44,21 +45,31 @@ def dense_grams(function, params, blocks):
     return {block.name: sum(rows[path] @ rows[path].T for path in block.paths) for block in blocks}
 
 
-def assert_equal(found, expected):
-    assert list(found) == list(expected)
-    for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], **TIGHT, err_msg=name)
+def recorded(records, property_of):
+    """A `jit` that appends a property of every compiled program to the records."""
+
+    def jit(program):
+        def run(*args):
+            compiled = jax.jit(program).lower(*args).compile()
+            records.append(property_of(compiled))
+            return compiled(*args)
+
+        return run
+
+    return jit
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("batch_size", "rows"), [(8, 10**6), (None, 10**6), (1, 10), (3, 16), (99, 10)])
-def test_grams_are_exact_whatever_the_batches_and_groups(seed: int, batch_size: int | None, rows: int) -> None:
-    params, function, x = network(seed)
-    blocks = partition.by_module(params)
-    knobs = {"batch_size": batch_size, "max_bytes": 16 * 10 * 8 * rows // 10}  # 16 weights, k = 10 outputs, 8 bytes
+@pytest.mark.parametrize(("batch_size", "max_bytes"), [(None, 2**31), (1, LARGEST), (3, 2 * LARGEST), (99, LARGEST)])
+def test_grams_are_exact_whatever_the_batches_and_groups(batch_size: int | None, max_bytes: int) -> None:
+    params, function, x = network(batch_size or 0)
+    blocks, knobs = partition.by_module(params), {"batch_size": batch_size, "max_bytes": max_bytes}
     expected = dense_grams(whole(function, x), params, blocks)
-    assert_equal(grams.output_grams(whole(function, x), params, blocks, **knobs), expected)
-    assert_equal(grams.output_grams(function, params, blocks, x, **knobs), expected)
+    for result in (
+        grams.output_grams(whole(function, x), params, blocks, **knobs),
+        grams.output_grams(function, params, blocks, x, **knobs),
+    ):
+        assert list(result) == list(expected)
+        chex.assert_trees_all_close(result, expected, **TIGHT)
 
 
 def test_several_arrays_of_one_example_and_a_tree_of_outputs() -> None:
@@ -71,30 +82,21 @@ def test_several_arrays_of_one_example_and_a_tree_of_outputs() -> None:
         return {"b": (outputs[:1], outputs[0] * outputs[1]), "a": scale * outputs}
 
     expected = dense_grams(lambda p: [tree(p, a, b) for a, b in zip(x, scale, strict=True)], params, blocks)
-    assert_equal(grams.output_grams(tree, params, blocks, x, scale, batch_size=3), expected)
+    chex.assert_trees_all_close(grams.output_grams(tree, params, blocks, x, scale, batch_size=3), expected, **TIGHT)
 
 
 def test_one_example_at_a_time_and_one_program_per_group() -> None:
-    """What is compiled sees one example, and the blocks of its group only."""
+    """The programs are given one example, and the blocks of their group only."""
     params, function, x = network(0)
     shapes, programs = [], []
 
-    def watched(p, each):
-        shapes.append(each.shape)
-        return function(p, each)
+    def watched(p, example):
+        shapes.append(example.shape)
+        return function(p, example)
 
-    def jit(program):
-        def run(*args):
-            compiled = jax.jit(program).lower(*args).compile()
-            programs.append(list(compiled.out_info))
-            return compiled(*args)
-
-        return run
-
-    largest = 16 * 10 * 8
-    found = grams.output_grams(watched, params, partition.by_module(params), x, max_bytes=largest, jit=jit)
+    jit = recorded(programs, lambda compiled: list(compiled.out_info))
+    grams.output_grams(watched, params, partition.by_module(params), x, max_bytes=LARGEST, jit=jit)
     assert set(shapes) == {(3,)} and programs == [["first"], ["last"]]
-    assert_equal(found, dense_grams(whole(function, x), params, partition.by_module(params)))
 
 
 def test_memory_is_bounded() -> None:
@@ -108,19 +110,11 @@ def test_memory_is_bounded() -> None:
         return x
 
     def temporary_bytes(max_bytes: int) -> list[int]:
-        found = []
-
-        def jit(program):
-            def run(*args):
-                compiled = jax.jit(program).lower(*args).compile()
-                found.append(compiled.memory_analysis().temp_size_in_bytes)
-                return compiled(*args)
-
-            return run
-
+        records = []
+        jit = recorded(records, lambda compiled: compiled.memory_analysis().temp_size_in_bytes)
         x = jnp.ones((2, n), jnp.float32)
         grams.output_grams(function, params, partition.by_leaf(params), x, batch_size=4, max_bytes=max_bytes, jit=jit)
-        return found
+        return records
 
     (all_at_once,) = temporary_bytes(2**31)
     assert all_at_once > layers * rows
@@ -145,93 +139,79 @@ def test_a_convolutional_network() -> None:
     x = jax.random.normal(jax.random.key(1), (3, 6, 6, 2), jnp.float32)
     model = from_linen(Cnn(), jax.jit(Cnn().init)(jax.random.key(0), x), x)
     params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (model.params, x))
+
+    def function(p, example):
+        return model.call(p, example[None], override=matrix_gradients)[0]
+
+    result = grams.output_grams(function, params, model.partition, x, batch_size=2, max_bytes=9 * 8 * 80)
     expected = dense_grams(lambda p: model.call(p, x), params, model.partition)
-
-    def function(p, each):
-        return model.call(p, each[None], override=matrix_gradients)[0]
-
-    found = grams.output_grams(function, params, model.partition, x, batch_size=2, max_bytes=9 * 8 * 80)
-    assert all(gram.dtype == jnp.float64 and gram.shape == (9, 9) for gram in found.values())
-    assert_equal(found, expected)
+    assert all(gram.dtype == jnp.float64 and gram.shape == (9, 9) for gram in result.values())
+    chex.assert_trees_all_close(result, expected, **TIGHT)
 
 
 def test_a_block_of_mixed_dtypes() -> None:
     params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(3, jnp.float32), "unused": jnp.arange(3)}
-    found = grams.output_grams(lambda p: (p["a"] * 2, p["b"]), params, (Block(name="ab", paths=("a", "b")),))
-    np.testing.assert_allclose(found["ab"], np.diag([4, 4, 1, 1, 1]))
-    assert found["ab"].dtype == jnp.float32
+    result = grams.output_grams(lambda p: (p["a"] * 2, p["b"]), params, (Block(name="ab", paths=("a", "b")),))
+    np.testing.assert_allclose(result["ab"], np.diag([4, 4, 1, 1, 1]))
+    assert result["ab"].dtype == jnp.float32
 
 
-def jacobians(seed: int):
-    """Name -> J (6, d): d below, at and above k, of full rank, of rank two, and zero."""
-    rng = np.random.default_rng(seed)
-    found = {f"d={d}": rng.normal(size=(6, d)) for d in (1, 4, 6, 15)}
-    low = rng.normal(size=(6, 2)) @ rng.normal(size=(2, 9))
-    return found | {"rank 2": low, "zero, d < k": np.zeros((6, 3)), "zero, d > k": np.zeros((6, 9))}
-
-
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("damping", [1e-3, 1.0, 1e3])
-def test_log_determinants_are_those_of_the_dense_matrix(seed: int, damping: float) -> None:
-    matrices = jacobians(seed)
-    found = grams.spectra({name: jnp.asarray(j @ j.T) for name, j in matrices.items()})
-    for name, jacobian in matrices.items():
-        d = jacobian.shape[1]
-        sign, logabsdet = np.linalg.slogdet(jacobian.T @ jacobian + damping * np.eye(d))
-        assert sign == 1
-        raw = grams.raw_logdet(found[name], damping=damping, size=d)
-        np.testing.assert_allclose(raw, logabsdet, rtol=1e-8, atol=1e-8, err_msg=name)
-        score = grams.logdet_score(found[name], damping=damping)
-        np.testing.assert_allclose(score, logabsdet - d * np.log(damping), rtol=1e-8, atol=1e-8, err_msg=name)
-        other = np.linalg.eigvalsh(jacobian.T @ jacobian)  # the same from the d × d side
-        np.testing.assert_allclose(grams.logdet_score(other, damping=damping), score, rtol=1e-8, atol=1e-8)
+def test_log_determinants_are_those_of_the_dense_matrix(damping: float) -> None:
+    """J (6, d): d below, at and above k, of full rank, of rank two, and zero."""
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        jacobians = {f"d={d}": rng.normal(size=(6, d)) for d in (1, 4, 6, 15)}
+        jacobians["rank 2"] = rng.normal(size=(6, 2)) @ rng.normal(size=(2, 9))
+        jacobians |= {"zero, d < k": np.zeros((6, 3)), "zero, d > k": np.zeros((6, 9))}
+        spectra = grams.spectra({name: jnp.asarray(j @ j.T) for name, j in jacobians.items()})
+        for name, jacobian in jacobians.items():
+            d = jacobian.shape[1]
+            _, logabsdet = np.linalg.slogdet(jacobian.T @ jacobian + damping * np.eye(d))
+            for values in (spectra[name], np.linalg.eigvalsh(jacobian.T @ jacobian)):
+                score = grams.logdet_score(values, damping=damping)
+                assert score + d * np.log(damping) == pytest.approx(logabsdet, rel=1e-8, abs=1e-8), name
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_layers_log_determinants_are_those_of_its_dense_gauss_newton_block(seed: int) -> None:
-    params, function, x = network(seed)
-    blocks = partition.by_module(params)
-    found = grams.spectra(grams.output_grams(function, params, blocks, x))
-    for block in blocks:
+def test_a_layers_log_determinants_are_those_of_its_dense_gauss_newton_block() -> None:
+    params, function, x = network(0)
+    spectra = grams.spectra(grams.output_grams(function, params, partition.by_module(params), x))
+    for block in partition.by_module(params):
         large = curvature.dense(curvature.block_ggn(whole(function, x), params, block))
         assert (len(large) > 10) == (block.name == "first")
         for damping in (1e-2, 1.0, 30.0):
-            expected = curvature.logdet(large, damping=damping)
-            raw = grams.raw_logdet(found[block.name], damping=damping, size=len(large))
-            np.testing.assert_allclose(raw, float(expected.logabsdet), rtol=1e-8, atol=1e-8)
+            score = grams.logdet_score(spectra[block.name], damping=damping)
+            expected = float(curvature.logdet(large, damping=damping).logabsdet)
+            assert score + len(large) * np.log(damping) == pytest.approx(expected, rel=1e-8, abs=1e-8)
 
 
 def test_spectra_are_float64_clipped_and_nan_where_not_finite() -> None:
-    gram = np.array([[2.0, 2.0], [2.0, 2.0]])
-    found = grams.spectra(
+    gram = jnp.array([[2.0, 2.0], [2.0, 2.0]])
+    spectra = grams.spectra(
         {
-            "good": jnp.asarray(gram, jnp.float32),
-            "rounding": jnp.asarray(gram - 1e-12 * np.eye(2)),
-            "bad": jnp.asarray(gram).at[0, 1].set(jnp.nan),
+            "good": gram.astype(jnp.float32),
+            "rounding": gram - 1e-12 * jnp.eye(2),
+            "bad": gram.at[0, 1].set(jnp.nan),
         }
     )
-    assert all(values.dtype == np.float64 and values.shape == (2,) for values in found.values())
-    np.testing.assert_allclose(found["good"], [0, 4], atol=1e-6)
-    assert found["rounding"][0] == 0
-    assert np.isnan(found["bad"]).all()
-    assert np.isnan(grams.logdet_score(found["bad"], damping=1.0))
-    assert np.isnan(grams.raw_logdet(found["bad"], damping=1.0, size=5))
+    assert all(values.dtype == np.float64 and values.shape == (2,) for values in spectra.values())
+    np.testing.assert_allclose(spectra["good"], [0, 4], atol=1e-6)
+    assert spectra["rounding"][0] == 0
+    assert np.isnan(spectra["bad"]).all() and np.isnan(grams.logdet_score(spectra["bad"], damping=1.0))
 
 
 def test_scores_forgive_rounding_and_not_indefiniteness() -> None:
     assert grams.logdet_score(np.array([-1e-15, 1.0]), damping=1e-15) == pytest.approx(np.log1p(1e15))
     assert grams.logdet_score(jnp.array([-1e-7, 1.0], jnp.float32), damping=1.0) == pytest.approx(np.log(2))
-    for score in (grams.logdet_score, lambda *a, **k: grams.raw_logdet(*a, **k, size=2)):
-        assert np.isnan(score(np.array([-1e-3, 1.0]), damping=1.0))
+    assert np.isnan(grams.logdet_score(np.array([-1e-3, 1.0]), damping=1.0))
     assert grams.logdet_score(np.zeros(3), damping=1.0) == 0
 
 
-def test_what_has_no_meaning_is_refused() -> None:
+def test_wrong_arguments_are_refused() -> None:
     params, function, x = network(0)
     blocks = partition.by_module(params)
-    largest = 16 * 10 * 8
-    with pytest.raises(ValueError, match=f"'first' needs {largest:,} bytes for its 10 rows"):
-        grams.output_grams(function, params, blocks, x, max_bytes=largest - 1)
+    with pytest.raises(ValueError, match=f"'first' needs {LARGEST:,} bytes for its 10 rows"):
+        grams.output_grams(function, params, blocks, x, max_bytes=LARGEST - 1)
     for wrong in ((), (blocks[0], blocks[0])):
         with pytest.raises(ValueError, match="distinct names"):
             grams.output_grams(function, params, wrong, x)
@@ -244,6 +224,14 @@ def test_what_has_no_meaning_is_refused() -> None:
         grams.output_grams(lambda p, x: {"label": jnp.argmax(function(p, x))}, params, blocks, x)
     with pytest.raises(ValueError, match="outputs have no elements"):
         grams.output_grams(lambda p, x: function(p, x)[:0], params, blocks, x)
+    for damping in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="damping must be a finite scalar > 0"):
+            grams.logdet_score(np.ones(2), damping=damping)
+    for values in (np.eye(2), np.ones(0)):
+        with pytest.raises(ValueError, match=r"eigenvalues \(n,\)"):
+            grams.logdet_score(values, damping=1.0)
+    with pytest.raises(ValueError, match="eigenvalues: .*int64"):
+        grams.logdet_score(np.ones(2, int), damping=1.0)
 
 
 def test_parameters_of_a_wrong_kind_are_refused_before_tracing() -> None:
@@ -251,24 +239,10 @@ def test_parameters_of_a_wrong_kind_are_refused_before_tracing() -> None:
         raise AssertionError("was traced")
 
     integers = {"w": jnp.ones(2), "steps": jnp.arange(2)}
-    with pytest.raises(ValueError, match="unknown path 'v'; the nearest"):
-        grams.output_grams(never, integers, (Block(name="b", paths=("v",)),))
-    with pytest.raises(ValueError, match="block 'b': .*'steps' is int64"):
-        grams.output_grams(never, integers, (Block(name="b", paths=("w", "steps")),))
-    with pytest.raises(ValueError, match="no elements"):
-        grams.output_grams(never, {"w": jnp.ones((0, 2))}, (Block(name="b", paths=("w",)),))
-
-
-def test_numbers_without_a_meaning_are_refused() -> None:
-    for damping in (0.0, -1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match="damping must be a finite scalar > 0"):
-            grams.logdet_score(np.ones(2), damping=damping)
-        with pytest.raises(ValueError, match="damping must be a finite scalar > 0"):
-            grams.raw_logdet(np.ones(2), damping=damping, size=3)
-    for values in (np.eye(2), np.ones(0)):
-        with pytest.raises(ValueError, match=r"eigenvalues \(n,\)"):
-            grams.logdet_score(values, damping=1.0)
-    with pytest.raises(ValueError, match="eigenvalues: .*int64"):
-        grams.logdet_score(np.ones(2, int), damping=1.0)
-    with pytest.raises(ValueError, match="size must be the number of parameters"):
-        grams.raw_logdet(np.ones(2), damping=1.0, size=0)
+    for params, paths, message in (
+        (integers, ("v",), "unknown path 'v'; the nearest"),
+        (integers, ("w", "steps"), "block 'b': .*'steps' is int64"),
+        ({"w": jnp.ones((0, 2))}, ("w",), "no elements"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grams.output_grams(never, params, (Block(name="b", paths=paths),))

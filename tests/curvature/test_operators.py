@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,43 +36,26 @@ def network(seed: int):
     return params, function, loss
 
 
-def random_like(params, seed: int):
-    flat, unravel = ravel_pytree(params)
-    return unravel(jnp.asarray(np.random.default_rng(seed).normal(size=flat.shape)))
-
-
 def whole(params) -> Block:
     return Block(name="all", paths=partition.paths(params))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_hvp_is_the_hessian_times_the_vector(seed: int) -> None:
+def test_hessian_products_and_blocks_are_those_of_the_dense_hessian(seed: int) -> None:
     params, _, loss = network(seed)
-    vector = random_like(params, seed + 10)
     flat, unravel = ravel_pytree(params)
-    hessian = jax.hessian(lambda x: loss(unravel(x)))(flat)
-    for product in (
-        curvature.hvp(loss, params, vector),
-        jax.jit(curvature.hvp, static_argnums=0)(loss, params, vector),
-    ):
-        np.testing.assert_allclose(ravel_pytree(product)[0], hessian @ ravel_pytree(vector)[0], **TIGHT)
-        assert jax.tree.structure(product) == jax.tree.structure(params)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_block_hessian_is_the_diagonal_block(seed: int) -> None:
-    params, _, loss = network(seed)
+    hessian = np.asarray(jax.jit(jax.hessian(lambda x: loss(unravel(x))))(flat))
+    vector = jnp.asarray(np.random.default_rng(seed + 10).normal(size=flat.shape))
+    product = jax.jit(curvature.hvp, static_argnums=0)(loss, params, unravel(vector))
+    assert jax.tree.structure(product) == jax.tree.structure(params)
+    np.testing.assert_allclose(ravel_pytree(product)[0], hessian @ vector, **TIGHT)
+    rows = {"first": slice(0, 16), "last": slice(16, 24), "all": slice(0, 24)}
     for block in (*partition.by_module(params), whole(params)):
-        values = partition.select(params, block)
-        flat, unravel = ravel_pytree([values[path] for path in block.paths])
-
-        def restricted(x, block=block, unravel=unravel):
-            return loss(partition.replace(params, dict(zip(block.paths, unravel(x), strict=True))))
-
-        expected = jax.hessian(restricted)(flat)
-        operator = curvature.block_hessian(loss, params, block)
-        assert operator.size == flat.size and operator.dtype == flat.dtype
-        np.testing.assert_allclose(curvature.dense(operator), expected, **TIGHT)
+        operator = curvature.block_hessian(loss, params, Block(name=block.name, paths=tuple(sorted(block.paths))))
+        np.testing.assert_allclose(curvature.dense(operator), hessian[rows[block.name], rows[block.name]], **TIGHT)
+    if seed == 0:
+        slow = reference.finite_difference_hessian(lambda x: float(loss(unravel(jnp.asarray(x)))), np.asarray(flat))
+        np.testing.assert_allclose(hessian, slow, atol=1e-5)
 
 
 def test_dense_is_the_same_whatever_the_batch_size() -> None:
@@ -81,61 +65,33 @@ def test_dense_is_the_same_whatever_the_batch_size() -> None:
         np.testing.assert_allclose(curvature.dense(operator, batch_size=batch_size), matrix, **TIGHT)
 
 
-def test_block_hessian_agrees_with_finite_differences() -> None:
-    params, _, loss = network(0)
-    flat, unravel = ravel_pytree(params)
-    slow = reference.finite_difference_hessian(lambda x: float(loss(unravel(jnp.asarray(x)))), np.asarray(flat))
-    fast = curvature.dense(curvature.block_hessian(loss, params, whole(params)))
-    np.testing.assert_allclose(fast, slow, atol=1e-5)
-
-
 @pytest.mark.parametrize("seed", SEEDS)
-def test_quadratic(seed: int) -> None:
-    matrix = reference.symmetric_with_eigenvalues(np.array([-2.0, -0.5, 0.0, 1.0, 7.0]), seed)
-
-    def loss(w):
-        return 0.5 * w @ jnp.asarray(matrix) @ w + jnp.sum(w)
-
-    w = jnp.asarray(np.random.default_rng(seed).normal(size=5))  # params may be one bare array
-    np.testing.assert_allclose(curvature.hvp(loss, w, w), matrix @ w, **TIGHT)
-    np.testing.assert_allclose(curvature.dense(curvature.block_hessian(loss, w, whole(w))), matrix, **TIGHT)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_linear_regression(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    x, y, w = rng.normal(size=(6, 4)), rng.normal(size=6), jnp.asarray(rng.normal(size=4))
-
-    def residual(w):
-        return jnp.asarray(x) @ w - jnp.asarray(y)
-
-    expected = reference.linear_regression_hessian(x)
-    hessian = curvature.block_hessian(lambda w: 0.5 * jnp.sum(residual(w) ** 2), w, whole(w))
-    np.testing.assert_allclose(curvature.dense(hessian), expected, **TIGHT)
-    np.testing.assert_allclose(curvature.dense(curvature.block_ggn(residual, w, whole(w))), expected, **TIGHT)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_logistic_regression_by_hessian_and_by_gauss_newton(seed: int) -> None:
+def test_linear_and_logistic_regression(seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, y, w = rng.normal(size=(8, 3)), rng.integers(2, size=8), jnp.asarray(rng.normal(size=3))
 
-    def logits(w):
+    def outputs(w):  # params may be one bare array
         return jnp.asarray(x) @ w
 
-    def loss(w):
-        return jnp.sum(jnp.logaddexp(0.0, logits(w)) - jnp.asarray(y, float) * logits(w))
+    def squares(w):
+        return 0.5 * jnp.sum((outputs(w) - jnp.asarray(y, float)) ** 2)
 
-    def loss_hessian_vp(logits, tangent):
+    def logistic(w):
+        return jnp.sum(jnp.logaddexp(0.0, outputs(w)) - jnp.asarray(y, float) * outputs(w))
+
+    def logistic_hessian_vp(logits, tangent):
         p = jax.nn.sigmoid(logits)
         return p * (1 - p) * tangent
 
-    expected = reference.logistic_regression_hessian(x, np.asarray(w))
-    np.testing.assert_allclose(curvature.dense(curvature.block_hessian(loss, w, whole(w))), expected, **TIGHT)
-    operator = curvature.block_ggn(logits, w, whole(w), loss_hessian_vp=loss_hessian_vp)
-    np.testing.assert_allclose(curvature.dense(operator), expected, **TIGHT)
-    product = curvature.ggn_vp(logits, w, w, loss_hessian_vp=loss_hessian_vp)
-    np.testing.assert_allclose(product, expected @ w, **TIGHT)
+    for loss, loss_hessian_vp, expected in (
+        (squares, None, reference.linear_regression_hessian(x)),
+        (logistic, logistic_hessian_vp, reference.logistic_regression_hessian(x, np.asarray(w))),
+    ):
+        np.testing.assert_allclose(curvature.dense(curvature.block_hessian(loss, w, whole(w))), expected, **TIGHT)
+        ggn = curvature.block_ggn(outputs, w, whole(w), loss_hessian_vp=loss_hessian_vp)
+        np.testing.assert_allclose(curvature.dense(ggn), expected, **TIGHT)
+        product = curvature.ggn_vp(outputs, w, w, loss_hessian_vp=loss_hessian_vp)
+        np.testing.assert_allclose(product, expected @ w, **TIGHT)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -146,29 +102,16 @@ def test_gauss_newton_is_the_hessian_of_the_output_loss_at_the_reference(seed: i
     def output_loss(p):
         return 0.5 * jnp.sum((function(p) - target) ** 2)
 
-    vector = random_like(params, seed + 20)
-    expected = ravel_pytree(curvature.hvp(output_loss, params, vector))[0]
+    vector = jax.tree.map(jnp.cos, params)
     product = jax.jit(lambda p, v: curvature.ggn_vp(function, p, v))(params, vector)
-    np.testing.assert_allclose(ravel_pytree(product)[0], expected, **TIGHT)
+    chex.assert_trees_all_close(product, curvature.hvp(output_loss, params, vector), **TIGHT)
+    multiply = jax.jit(lambda operator, vector: operator.matvec(vector))  # an operator may be an argument
     for block in partition.by_module(params):
-        hessian = curvature.dense(curvature.block_hessian(output_loss, params, block))
-        np.testing.assert_allclose(curvature.dense(curvature.block_ggn(function, params, block)), hessian, **TIGHT)
-
-
-def test_an_operator_is_an_argument_of_a_jitted_function() -> None:
-    params, function, loss = network(0)
-    block = partition.by_module(params)[0]
-
-    @jax.jit
-    def product(operator, vector):
-        return operator.matvec(vector)
-
-    for operator in (
-        curvature.block_hessian(loss, params, block),
-        curvature.block_ggn(function, params, block),
-    ):
-        vector = jnp.ones(operator.size)
-        np.testing.assert_allclose(product(operator, vector), curvature.dense(operator) @ vector, **TIGHT)
+        hessian = curvature.block_hessian(output_loss, params, block)
+        ggn = curvature.block_ggn(function, params, block)
+        np.testing.assert_allclose(curvature.dense(ggn), curvature.dense(hessian), **TIGHT)
+        ones = jnp.ones(ggn.size)
+        np.testing.assert_allclose(multiply(ggn, ones), multiply(hessian, ones), **TIGHT)
 
 
 def test_a_block_of_mixed_dtypes_takes_vectors_of_the_widest() -> None:
@@ -177,44 +120,39 @@ def test_a_block_of_mixed_dtypes_takes_vectors_of_the_widest() -> None:
     def loss(p):
         return jnp.sum(p["a"].astype(jnp.float32) ** 2) + 2 * jnp.sum(p["b"] ** 2)
 
-    block = Block(name="ab", paths=("a", "b"))
-    operator = curvature.block_hessian(loss, params, block)
+    operator = curvature.block_hessian(loss, params, Block(name="ab", paths=("a", "b")))
     assert operator.dtype == jnp.float32
     np.testing.assert_allclose(curvature.dense(operator), np.diag([2, 2, 4, 4, 4]))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("spectrum", [[1.0, 2, 3], [-1.0, 2, 3], [-1.0, -2, 3, 4], [-1e-9, 1e9, 1.0], [-5.0, -1, -2]])
-def test_logdet_agrees_with_slogdet_on_definite_and_indefinite_matrices(spectrum: list[float], seed: int) -> None:
-    matrix = reference.symmetric_with_eigenvalues(np.array(spectrum), seed)
-    for damping in (0.0, 0.1, 1.5):
-        result = curvature.logdet(jnp.asarray(matrix), damping=damping)
-        sign, logabsdet = np.linalg.slogdet(matrix + damping * np.eye(len(spectrum)))
-        if min(abs(np.array(spectrum) + damping)) > 1e-6 * max(np.abs(spectrum)):  # else rounding decides
-            assert float(result.sign) == sign
-            assert int(result.num_negative) == sum(value + damping < 0 for value in spectrum)
-            np.testing.assert_allclose(float(result.logabsdet), logabsdet, rtol=1e-10, atol=1e-10)
-        assert result.size == len(spectrum)
+@pytest.mark.parametrize("spectrum", [[1.0, 2, 3], [-1.0, -2, 3, 4], [-1e-9, 1e9, 1.0], [-5.0, -1, -2]])
+def test_logdet_agrees_with_slogdet_on_definite_and_indefinite_matrices(spectrum: list[float]) -> None:
+    for seed in SEEDS:
+        matrix = reference.symmetric_with_eigenvalues(np.array(spectrum), seed)
+        for damping in (0.0, 0.1, 1.5):
+            result = curvature.logdet(jnp.asarray(matrix), damping=damping)
+            sign, logabsdet = np.linalg.slogdet(matrix + damping * np.eye(len(spectrum)))
+            if min(abs(np.array(spectrum) + damping)) > 1e-6 * max(np.abs(spectrum)):  # else rounding decides
+                assert float(result.sign) == sign
+                assert int(result.num_negative) == sum(value + damping < 0 for value in spectrum)
+                np.testing.assert_allclose(float(result.logabsdet), logabsdet, **TIGHT)
+            assert result.size == len(spectrum)
 
 
-def test_logdet_of_a_singular_matrix() -> None:
+def test_logdet_of_a_singular_matrix_and_of_one_that_is_not_finite() -> None:
     result = curvature.logdet(jnp.zeros((3, 3)), damping=0.0)
     assert (float(result.sign), float(result.logabsdet), int(result.num_negative)) == (0, -np.inf, 0)
+    for bad in (np.nan, np.inf):
+        result = curvature.logdet(jnp.eye(3).at[0, 1].set(bad), damping=1.0)
+        assert np.isnan(result.sign) and np.isnan(result.logabsdet) and int(result.num_negative) == -1
 
 
 def test_logdet_under_jit_and_vmap_over_dampings() -> None:
     matrix = jnp.asarray(reference.symmetric_with_eigenvalues(np.array([-1.0, 2, 3]), 0))
-    dampings = jnp.array([0.5, 2.0])
-    results = jax.jit(jax.vmap(lambda damping: curvature.logdet(matrix, damping=damping)))(dampings)
+    results = jax.jit(jax.vmap(lambda damping: curvature.logdet(matrix, damping=damping)))(jnp.array([0.5, 2.0]))
     assert isinstance(results, LogDet)
     np.testing.assert_allclose(results.sign, [-1, 1])
     np.testing.assert_allclose(results.num_negative, [1, 0])
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_matrix_that_is_not_finite_is_data(bad: float) -> None:
-    result = curvature.logdet(jnp.eye(3).at[0, 1].set(bad), damping=1.0)
-    assert np.isnan(result.sign) and np.isnan(result.logabsdet) and int(result.num_negative) == -1
 
 
 def test_an_asymmetric_matrix_is_refused_or_nan_where_it_is_traced() -> None:
@@ -262,26 +200,21 @@ def test_parameters_of_a_wrong_kind_are_refused_before_tracing() -> None:
     [
         ({"w": jnp.ones(3)}, r"vector at 'w' must have .*\(2,\).* got .*\(3,\)"),
         ({"w": jnp.ones(2, jnp.float32)}, "vector at 'w' must have .*float32"),
-        ({"v": jnp.ones(2)}, "structure of params"),
         ([jnp.ones(2)], "structure of params"),
     ],
 )
 def test_a_vector_that_does_not_match_is_refused(vector, message: str) -> None:
-    params = {"w": jnp.ones(2)}
     for call in (curvature.hvp, curvature.ggn_vp):
         with pytest.raises(ValueError, match=message):
-            call(lambda p: jnp.sum(p["w"]), params, vector)
+            call(lambda p: jnp.sum(p["w"]), {"w": jnp.ones(2)}, vector)
 
 
-def test_batch_sizes_and_sizes_without_a_meaning_are_refused() -> None:
+def test_arguments_out_of_range_are_refused() -> None:
     operator = Operator(matvec=lambda v: v, size=1000, dtype=jnp.float64)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         curvature.dense(operator, batch_size=-1)
     with pytest.raises(ValueError, match="1000 x 1000 matrix of float64 takes 8,000,000 bytes"):
         curvature.dense(operator, max_bytes=7_999_999)
-
-
-def test_matrices_and_dampings_without_a_meaning_are_refused() -> None:
     for shape in ((2, 3), (3,), (0, 0)):
         with pytest.raises(ValueError, match="square matrix"):
             curvature.logdet(jnp.ones(shape), damping=1.0)
