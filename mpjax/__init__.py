@@ -6,7 +6,20 @@ result = mp.search.solve(problem, mp.search.ilp(), evaluate=error, tolerance=0.0
 program = mp.compile(mp.apply(model, result.assignment), batches)
 """
 
-from mpjax import compiled, cost, curvature, formats, losses, metrics, partition, plan, program, search, sensitivity, xla
+from mpjax import (
+    compiled,
+    cost,
+    curvature,
+    formats,
+    losses,
+    metrics,
+    partition,
+    plan,
+    program,
+    search,
+    sensitivity,
+    xla,
+)
 from mpjax.apply import MixedModel, apply, with_implementation
 from mpjax.compiled import compile, load
 from mpjax.emulation import calibrate

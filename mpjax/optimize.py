@@ -1,8 +1,8 @@
 """The common case in one call: the fastest verified program whose error is within a tolerance.
 
-    result = optimize(model, batches, formats=("bfloat16",), error=my_error, tolerance=0.01)
-    print(result)
-    result.program(*inputs)
+result = optimize(model, batches, formats=("bfloat16",), error=my_error, tolerance=0.01)
+print(result)
+result.program(*inputs)
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ class Optimized:
         by_bytes = self.objective == "bytes"
         if chosen.search is not None:
             gain = f"{_kib(chosen)} KiB of weights" if by_bytes else f"{chosen.ratio:.2f} of float32's time"
-            return f"{chosen.name} is the {'smallest' if by_bytes else 'fastest'} program within the tolerance ({gain})."
+            return (
+                f"{chosen.name} is the {'smallest' if by_bytes else 'fastest'} program within the tolerance ({gain})."
+            )
         if not mixes:
             return "No mixed program could be compiled here; see the notes."
         if not inside:
@@ -183,7 +185,9 @@ def optimize(
     """
     low = parse_all(formats)
     if len(batches) < 2:
-        raise ValueError(f"Expected at least two batches, to verify the program on different inputs; found {len(batches)}.")
+        raise ValueError(
+            f"Expected at least two batches, to verify the program on different inputs; found {len(batches)}."
+        )
     if not tolerance > 0:
         raise ValueError(f"Expected tolerance > 0, in the unit of `error`; found {tolerance}.")
     if objective not in ("time", "bytes"):

@@ -23,14 +23,8 @@ from jax import Array, lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-<<<<<<< HEAD
 from mpjax.kernels import Implemented, implemented, suited
-from mpjax.program.product import Layer, Product
-=======
-from mpjax.kernels import suited
-from mpjax.kernels.shift import depthwise_conv
 from mpjax.program import Layer, Product
->>>>>>> sens
 
 # Positions of a depthwise convolution's output in one step of the sum. 16 to 64 are equally fast; with fewer terms XLA:CPU
 # fuses the loop's slicing into them and is ten times slower.
@@ -40,20 +34,11 @@ _POSITIONS = 32
 def matrix_gradients(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
     """An override that changes no value, only how the gradient with respect to the weights is computed.
 
-<<<<<<< HEAD
-    Covered are convolutions of any rank, stride, padding and kernel dilation in Flax's layout, with one group or depthwise
-    (any multiplier), in float32 or float64, run by `lax.conv_general_dilated` or a kernel of ours. Everything else (other
-    groups, dots, whose own gradients are matrix products already) is left as it is.
-
-    Gradients with respect to activations are the product's own; but those of 1x1 convolutions are matrix products, too, and
-    those of 2-D depthwise ones are `kernels.shift`'s.
-=======
     Covered are convolutions of any rank, stride, padding and kernel dilation in Flax's layout, with one group or depthwise (any
-    multiplier), in float32 or float64, run by `lax.conv_general_dilated` or `depthwise_conv`. Everything else (other groups,
+    multiplier), in float32 or float64, run by `lax.conv_general_dilated` or a kernel of ours. Everything else (other groups,
     dots, whose gradients are matrix products already) is left as it is. Gradients with respect to activations are the
     product's own; but those of 1x1 convolutions are matrix products, too, and those of 2-D depthwise ones are
-    `depthwise_conv`'s.
->>>>>>> sens
+    `kernels.shift`'s.
 
     Memory beside the gradient itself: the padded activations, and a tap's slice of them.
     """
@@ -70,12 +55,8 @@ def scored(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
 
 
 def _covers(product: Product, lhs: Array, rhs: Array) -> bool:
-<<<<<<< HEAD
     known = product.function is lax.conv_general_dilated or isinstance(product.function, Implemented)
-    if product.kind != "conv" or not known or product.extra:
-=======
-    if product.function not in (lax.conv_general_dilated, depthwise_conv) or product.extra:
->>>>>>> sens
+    if not known or product.extra:
         return False
     if lhs.dtype != rhs.dtype or lhs.dtype not in (jnp.float32, jnp.float64) or set(product.lhs_dilation) != {1}:
         return False
@@ -209,14 +190,10 @@ def _multiply_wrt_lhs(cotangent: Array, rhs: Array, aval: Any, *, product: Produ
     # Of a window of one, "SAME" and "VALID" pad nothing.
     pads = () if isinstance(product.padding, str) else product.padding
     if product.feature_group_count > 1:
-<<<<<<< HEAD
         product = implemented(product, "shift")
-=======
-        product = replace(product, function=depthwise_conv)
     elif math.prod(rhs.shape[:-2]) == 1 and set(product.window_strides) == {1} and not any(map(any, pads)):
         contracted = (((cotangent.ndim - 1,), (1,)), ((), ()))
         return lax.dot_general(cotangent, rhs.reshape(rhs.shape[-2:]), contracted, precision=product.precision)
->>>>>>> sens
     return jax.linear_transpose(lambda lhs: product.multiply(lhs, rhs), aval)(cotangent)[0]
 
 

@@ -56,12 +56,7 @@ CASES = {
     "3x3 cut": (conv(2, padding=((-1, 2), (0, -2))), (1, 7, 8, 2), (3, 3, 2, 3)),
     "three dimensions": (conv(3), (1, 3, 4, 3, 2), (2, 2, 3, 2, 3)),
     "depthwise": (conv(2, groups=4), (2, 6, 5, 4), (3, 3, 1, 4)),
-<<<<<<< HEAD
-    "depthwise fast": (implemented(conv(2, groups=4), "shift"), (2, 6, 5, 4), (3, 3, 1, 4)),
-    "depthwise strided": (implemented(conv(2, 2, "VALID", groups=3), "shift"), (1, 8, 9, 3), (3, 2, 1, 3)),
-=======
-    "depthwise fast, strided": (conv(2, 2, "VALID", groups=3, function=depthwise_conv), (1, 8, 9, 3), (3, 2, 1, 3)),
->>>>>>> sens
+    "depthwise fast, strided": (implemented(conv(2, 2, "VALID", groups=3), "shift"), (1, 8, 9, 3), (3, 2, 1, 3)),
     "depthwise dilated": (conv(2, (1, 2), "SAME", (2, 1), groups=3), (2, 7, 9, 3), (3, 3, 1, 3)),
     "depthwise multiplied": (implemented(conv(2, groups=2), "shift"), (2, 5, 5, 2), (3, 3, 1, 6)),
     "depthwise long": (conv(1, 2, padding="VALID", groups=2), (1, 101, 2), (3, 1, 2)),
