@@ -245,7 +245,7 @@ class ModelTask(Task):
 
     def ranges(self, calibration: Calibration | None) -> Calibration | None:
         """The calibration, measured on the batches where a scaled format needs it and none is given."""
-        if calibration is None and any(fmt.scaled for fmt in self.formats):
+        if calibration is None and any(fmt.needs_range for fmt in self.formats):
             self.timed.forward += self.examples
             return calibrate(self.model, [self.loss.split(batch)[0] for batch in self.batches], jit=self.timed.jit)
         return calibration
@@ -256,7 +256,7 @@ class ModelTask(Task):
             x for x in jax.tree.leaves((self.params, list(self.batches))) if jnp.issubdtype(x.dtype, jnp.floating)
         ]
         finite = all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
-        return ~np.isfinite(value) & np.array([fmt.operand == "float16" for fmt in self.formats]) & finite
+        return ~np.isfinite(value) & np.array([fmt.overflows for fmt in self.formats]) & finite
 
 
 def model_task(

@@ -209,7 +209,7 @@ def test_derivatives_are_those_of_the_product(fmt):
         return jnp.sum(stored.compute(dot(), x, storage.Stored(numbers, scale)) ** 2)
 
     def plain(x, scale):
-        return jnp.sum((x @ storage.dequantize(numbers, scale, parse(fmt), weights.shape, (0,))) ** 2)
+        return jnp.sum((x @ storage.stands_for((numbers, scale), parse(fmt), weights.shape, (0,))) ** 2)
 
     which = (0,) if scale is None else (0, 1)
     chex.assert_trees_all_close(jax.grad(loss, which)(x, scale), jax.grad(plain, which)(x, scale), rtol=1e-5, atol=1e-5)
