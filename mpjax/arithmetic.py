@@ -43,7 +43,7 @@ def check_ranges(wanted: Iterable[tuple[Layer, Format]], calibration: Calibratio
     """
     for layer, fmt in wanted:
         if fmt.scaled and None in ranges_of(calibration, layer)[: 1 if layer.kernel else 2]:
-            both = "" if layer.kernel else " of both operands (calibrate program.with_activation_products(model))"
+            both = "" if layer.kernel else " of both operands (calibrate with_activation_products(model))"
             raise ValueError(
                 f"Layer {layer.name!r} in {fmt.name} needs its activation range{both}: pass "
                 "calibration=emulation.calibrate(model, batches)."

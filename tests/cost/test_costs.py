@@ -1,5 +1,6 @@
 """Costs: bytes and FLOPs against arithmetic by hand, what is timed and what comes from the cache. No speed is asserted."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -7,39 +8,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import linen
+from toys import SmallConv
 
 from mpjax import cost
 from mpjax.cost import measuring
 from mpjax.formats import FLOAT32
-from mpjax.program import from_linen, graph
+from mpjax.program import calls, edges
 from mpjax.xla import timing
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
-KEY = jax.random.key(0)
-X = jax.random.normal(KEY, (2, 8, 8, 3), jnp.float32)
 NAMES = ("stem", "depthwise", "first", "second", "head")
 
 
-class Small(nn.Module):
-    """Conv 3x3 to half the size, depthwise 3x3, two equal Dense layers, a head without bias."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="stem")(x))
-        x = nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(x)
-        x = x.mean((1, 2))
-        x = nn.Dense(8, name="second")(nn.relu(nn.Dense(8, name="first")(x)))
-        return nn.Dense(5, use_bias=False, name="head")(x)
-
-
-def linen(module, x):
-    return from_linen(module, module.init(KEY, x), x)
-
-
-@pytest.fixture(scope="module")
+@functools.cache
 def small():
-    return linen(Small(), X)
+    model, batches = linen(SmallConv(), 2, 8, 8, 3)
+    return model, *batches[0]
+
+
+def static(*formats):
+    model, x = small()
+    return cost.static(model, formats, x)
+
+
+def measure(*formats, rounds=1, **options):
+    model, x = small()
+    return cost.measure(model, formats, x, rounds=rounds, **options)
 
 
 @pytest.fixture
@@ -60,9 +56,9 @@ def made(monkeypatch):
     return counts
 
 
-def test_bytes_and_flops_by_hand(small):
-    costs = cost.static(small, ("bfloat16", "float8_e4m3fn", "float16_acc16"), X)
-    assert costs.layers == NAMES == small.names
+def test_bytes_and_flops_by_hand():
+    costs = static("bfloat16", "float8_e4m3fn", "float16_acc16")
+    assert costs.layers == NAMES == small()[0].names
     assert costs.formats == ("float32", "bfloat16", "float8_e4m3fn", "float16_acc16")
     assert costs.examples == 2
     weights = np.array([3 * 3 * 3 * 8, 3 * 3 * 8, 64, 64, 40])
@@ -71,7 +67,7 @@ def test_bytes_and_flops_by_hand(small):
     np.testing.assert_array_equal(costs.weight_bytes, np.outer(weights, [4, 2, 1, 2]))
     np.testing.assert_array_equal(costs.activation_bytes, np.outer(read, [4, 2, 1, 2]) + 4 * written[:, None])
     np.testing.assert_array_equal(costs.flops, 2 * np.array([4 * 4 * 8 * 27, 4 * 4 * 8 * 9, 64, 64, 40]))
-    np.testing.assert_array_equal(costs.flops, [layer.flops for layer in small.layers])
+    np.testing.assert_array_equal(costs.flops, [layer.flops for layer in small()[0].layers])
     np.testing.assert_array_equal(costs.runs, 1)
     assert costs.seconds is None and costs.spread is None and costs.cast_seconds is None and costs.overhead is None
     with pytest.raises(ValueError, match=r"call cost\.measure"):
@@ -81,7 +77,7 @@ def test_bytes_and_flops_by_hand(small):
 def test_scanned_and_shared_layers_count_every_run(made):
     class Body(nn.Module):
         @nn.compact
-        def __call__(self, x, _=None):
+        def __call__(self, x):
             return jnp.tanh(nn.Dense(4, name="dense")(x)), None
 
     class Whole(nn.Module):
@@ -89,11 +85,10 @@ def test_scanned_and_shared_layers_count_every_run(made):
         def __call__(self, x):
             body = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(name="body")
             shared = nn.Dense(4, name="shared")
-            x = shared(body(x, None)[0])
+            x = shared(body(x)[0])
             return shared(jnp.stack([x, x, x, x], axis=1))
 
-    x = jnp.ones((2, 4), jnp.float32)
-    model = linen(Whole(), x)
+    model, ((x,), _) = linen(Whole(), 2, 4)
     costs = cost.measure(model, ("float32",), x, rounds=2)
     assert costs.layers == ("body/dense", "shared") and costs.formats == ("float32",)
     np.testing.assert_array_equal(costs.weight_bytes, [[4 * 3 * 16], [4 * 16]])
@@ -103,10 +98,16 @@ def test_scanned_and_shared_layers_count_every_run(made):
     np.testing.assert_allclose(costs.seconds, [[3 * 1.5e-3], [2 * 1.5e-3]])
     # starting a program, one (2, 4) product that both layers share, one (2, 4, 4) product
     assert made == {"compiled": 3, "timed": 3}
+    # "shared" has two rows of narrow operands and eight: the rule picks "rows" for the first, "xla" or "flat" for the second
+    by_rule = cost.measure(model, ("bfloat16",), x, rounds=1, implementation="rule")
+    assert by_rule.implementations[1].tolist() == ["xla", "rows"] and by_rule.notes == ()
 
 
-def test_medians_spread_and_casts(small, made):
-    costs = cost.measure(small, ("bfloat16",), X, rounds=4)
+def test_medians_spread_and_casts_of_equal_layers_timed_once(made):
+    steps = []
+    costs = measure("bfloat16", rounds=4, progress=lambda *step: steps.append(step))
+    assert steps == [(1, 4, "stem"), (2, 4, "depthwise"), (3, 4, "first"), (4, 4, "head")]
+    assert made == {"compiled": 1 + 4 * 3, "timed": 1 + 4 * 3}
     # by turns: float32 (1, 2, 3, 4 ms), bfloat16 (2, 3, 4, 5 ms), bfloat16 without its cast (3, 4, 5, 6 ms)
     np.testing.assert_allclose(costs.seconds, np.tile([2.5e-3, 3.5e-3], (5, 1)))
     np.testing.assert_allclose(costs.spread, 1.5e-3)
@@ -114,46 +115,42 @@ def test_medians_spread_and_casts(small, made):
     assert costs.overhead == pytest.approx(2.5e-3)
     assert timing.Entry(seconds=(3.0, 5.0, 4.0), product_seconds=(2.0, 4.5, 3.0)).cast == 1.0
     assert timing.Entry(seconds=(1.0,), product_seconds=()).cast == 0.0
+    at_edges = edges(*small())
+    assert costs.boundary(at_edges).shape == (4, 2, 2)
+    assert cost.predicted(costs, dict.fromkeys(NAMES, "bfloat16"), edges=at_edges) > 0
 
 
-def test_equal_layers_are_timed_once(small, made):
-    seen = []
-    cost.measure(small, ("bfloat16",), X, rounds=1, progress=lambda *each: seen.append(each))
-    assert seen == [(1, 4, "stem"), (2, 4, "depthwise"), (3, 4, "first"), (4, 4, "head")]
-    assert made == {"compiled": 1 + 4 * 3, "timed": 1 + 4 * 3}
-
-
-def test_the_cache_is_used_by_other_calls_and_other_format_sets(small, made, tmp_path):
-    first = cost.measure(small, ("bfloat16",), X, rounds=3, cache=tmp_path / "made" / "here")
-    (path,) = (tmp_path / "made" / "here").iterdir()
+def test_the_cache_is_used_by_other_calls_and_other_format_sets(made, tmp_path):
+    folder = tmp_path / "made" / "here"
+    first = measure("bfloat16", rounds=3, cache=folder)
+    (path,) = folder.iterdir()
     content = json.loads(path.read_text())
     assert {"device", "jax", "jaxlib", "cores", "entries"} <= content.keys()
     assert any(key.startswith("bfloat16: conv 2x8x8x3 * 3x3x3x8, strides 2x2") for key in content["entries"])
     before = dict(made)
-    again = cost.measure(small, ("bfloat16",), X, rounds=3, cache=path.parent)
-    assert made == before
+    again = measure("bfloat16", rounds=3, cache=folder)
+    assert made == before and again.overhead == first.overhead
     np.testing.assert_array_equal(again.seconds, first.seconds)
-    assert again.overhead == first.overhead
-    cost.measure(small, ("float16", "bfloat16"), X, rounds=2, cache=path.parent)
+    measure("float16", "bfloat16", rounds=2, cache=folder)
     assert made == {name: count + 4 * 2 for name, count in before.items()}  # float16 alone, with and without its cast
-    cost.measure(small, ("bfloat16",), X, rounds=4, cache=path.parent)  # more rounds than are kept
+    measure("bfloat16", rounds=4, cache=folder)  # more rounds than the cache has
     assert made == {name: 2 * count + 4 * 2 for name, count in before.items()}
-    cost.measure(small, ("bfloat16",), X, rounds=4, cache=path.parent, options={"xla_allow_excess_precision": True})
+    measure("bfloat16", rounds=4, cache=folder, options={"xla_allow_excess_precision": True})
     assert made == {name: 3 * count + 4 * 2 for name, count in before.items()}
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert list(folder.iterdir()) == [path]
 
 
-def test_timings_are_saved_after_each_product(small, made, tmp_path):
+def test_timings_are_saved_after_each_product(made, tmp_path):
     def stop(number, total, layer):
         if number == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cost.measure(small, ("bfloat16",), X, rounds=1, cache=tmp_path, progress=stop)
+        measure("bfloat16", cache=tmp_path, progress=stop)
     (path,) = tmp_path.iterdir()
     assert len(json.loads(path.read_text())["entries"]) == 1 + 2 * 2
     before = dict(made)
-    cost.measure(small, ("bfloat16",), X, rounds=1, cache=tmp_path)
+    measure("bfloat16", cache=tmp_path)
     assert made == {name: count + 2 * 3 for name, count in before.items()}
 
 
@@ -169,22 +166,23 @@ def test_timings_are_saved_after_each_product(small, made, tmp_path):
         lambda text: text.replace('"product_seconds"', '"other"'),
     ],
 )
-def test_a_damaged_cache_is_set_aside(small, made, tmp_path, damage):
-    cost.measure(small, ("bfloat16",), X, rounds=1, cache=tmp_path)
+def test_a_damaged_cache_is_set_aside(made, tmp_path, damage):
+    measure("bfloat16", cache=tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_text()
     assert damage(whole) != whole
     path.write_text(damage(whole))
     before = dict(made)
     with pytest.warns(UserWarning, match="is damaged .* set aside"):
-        cost.measure(small, ("bfloat16",), X, rounds=1, cache=tmp_path)
+        measure("bfloat16", cache=tmp_path)
     assert made == {name: 2 * count for name, count in before.items()}
     assert path.read_text() == whole
     assert (tmp_path / (path.name + ".damaged")).read_text() == damage(whole)
 
 
-def test_float16_acc16_has_bytes_but_no_seconds(small, made):
-    costs = cost.measure(small, ("float16_acc16",), X, rounds=1)
+def test_what_cannot_be_timed_is_noted(made, monkeypatch):
+    """float16_acc16 has bytes but no seconds; what does not compile has none, either."""
+    costs = measure("float16_acc16")
     assert np.isfinite(costs.seconds[:, 0]).all() and np.isnan(costs.seconds[:, 1]).all()
     assert np.isnan(costs.spread[:, 1]).all() and np.isnan(costs.cast_seconds[:, 1]).all()
     assert (costs.weight_bytes[:, 1] * 2 == costs.weight_bytes[:, 0]).all() and (costs.flops > 0).all()
@@ -193,9 +191,6 @@ def test_float16_acc16_has_bytes_but_no_seconds(small, made):
     with pytest.raises(ValueError, match="'stem' was not timed in float16_acc16"):
         cost.predicted(costs, {"stem": "float16_acc16"})
     assert cost.predicted(costs, {}) > 0
-
-
-def test_what_does_not_compile_is_noted(small, made, monkeypatch):
     ready = timing._ready
 
     def refusing(function, arguments, options):
@@ -204,7 +199,7 @@ def test_what_does_not_compile_is_noted(small, made, monkeypatch):
         return ready(function, arguments, options)
 
     monkeypatch.setattr(timing, "_ready", refusing)
-    costs = cost.measure(small, ("float16",), X, rounds=1)
+    costs = measure("float16")
     np.testing.assert_array_equal(np.isnan(costs.seconds), [[False, name in NAMES[:2]] for name in NAMES])
     assert costs.notes[0] == "stem in float16 was not timed: it does not compile here (no float16 convolution)"
     assert len(costs.notes) == 2
@@ -214,153 +209,122 @@ def test_programs_take_turns_and_short_ones_are_repeated(monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: 4e-4 * next(clock))  # any number of runs "takes" 0.4 ms …
     order = []
-    found = timing.in_turns([lambda: order.append("a"), lambda: order.append("b")], 3, shortest=3e-4)
-    np.testing.assert_allclose(found, 4e-4)
-    assert [len(each) for each in found] == [3, 3]
+    samples = timing.in_turns([lambda: order.append("a"), lambda: order.append("b")], 3, shortest=3e-4)
+    np.testing.assert_allclose(samples, np.full((2, 3), 4e-4))
     assert "".join(order) == "aabb" + "ab" + "ba" + "ab"  # … so one run is enough
     slow = iter([0.0, 1e-4, 0.0, 1.0, 0.0, 1.0])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(slow))
     order.clear()
-    ((each,),) = timing.in_turns([lambda: order.append("a")], 1, shortest=3e-4)
-    assert len(order) == 1 + 1 + 3 + 1 + 3 and each == pytest.approx(1 / 3)
+    assert timing.in_turns([lambda: order.append("a")], 1, shortest=3e-4) == [[pytest.approx(1 / 3)]]
+    assert len(order) == 1 + 1 + 3 + 1 + 3
 
 
-def test_it_really_times_every_format(small, tmp_path):
-    formats = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
-    costs = cost.measure(small, formats, X, rounds=2, cache=tmp_path)
+def test_it_really_times_every_format(tmp_path):
+    formats = ("bfloat16", "float16", "float8_e4m3fn")
+    costs = measure(*formats, rounds=2, cache=tmp_path)
     assert costs.notes == ()
     assert (costs.seconds > 0).all() and costs.overhead > 0
     assert (costs.cast_seconds >= 0).all() and (costs.cast_seconds <= costs.seconds).all()
     assert (costs.cast_seconds[:, 0] == 0).all()
     np.testing.assert_allclose(costs.product_seconds + costs.cast_seconds, costs.seconds)
-    again = cost.measure(small, formats, X, rounds=2, cache=tmp_path)
-    np.testing.assert_array_equal(again.seconds, costs.seconds)
+    np.testing.assert_array_equal(measure(*formats, rounds=2, cache=tmp_path).seconds, costs.seconds)
 
 
-@pytest.fixture
-def known():
-    """a -> b, a -> c, b -> c, in three formats, of which two share their operand dtype."""
-    return cost.Costs(
-        layers=("a", "b", "c"),
-        formats=("float32", "bfloat16", "float16", "float16_acc16"),
-        examples=1,
-        weight_bytes=np.ones((3, 4), np.int64),
-        activation_bytes=np.ones((3, 4), np.int64),
-        flops=np.ones(3, np.int64),
-        runs=np.array([1, 1, 2]),
-        seconds=np.array([[10.0, 6.0, 7.0, np.nan], [20.0, 12.0, 13.0, 14.0], [30.0, 20.0, 21.0, 22.0]]),
-        spread=np.zeros((3, 4)),
-        cast_seconds=np.array([[0.0, 1.0, 2.0, np.nan], [0.0, 3.0, 4.0, 5.0], [0.0, 6.0, 8.0, 9.0]]),
-        overhead=0.5,
-    )
-
-
+# a -> b, a -> c, b -> c, in four formats, of which two share their operand dtype
+KNOWN = cost.Costs(
+    layers=("a", "b", "c"),
+    formats=("float32", "bfloat16", "float16", "float16_acc16"),
+    examples=1,
+    weight_bytes=np.ones((3, 4), np.int64),
+    activation_bytes=np.ones((3, 4), np.int64),
+    flops=np.ones(3, np.int64),
+    runs=np.array([1, 1, 2]),
+    seconds=np.array([[10.0, 6.0, 7.0, np.nan], [20.0, 12.0, 13.0, 14.0], [30.0, 20.0, 21.0, 22.0]]),
+    spread=np.zeros((3, 4)),
+    cast_seconds=np.array([[0.0, 1.0, 2.0, np.nan], [0.0, 3.0, 4.0, 5.0], [0.0, 6.0, 8.0, 9.0]]),
+    overhead=0.5,
+)
 EDGES = (("a", "b"), ("a", "c"), ("b", "c"))
 
 
-def test_casts_at_boundaries(known):
-    found = known.boundary(EDGES)
-    assert found.shape == (3, 4, 4)
-    np.testing.assert_array_equal(found[0], [[0, 3, 4, 5], [0, 0, 4, 5], [0, 3, 0, 0], [0, 3, 0, 0]])
-    np.testing.assert_array_equal(found[1], found[2])  # c reads two layers, and casts their sum once
-    np.testing.assert_array_equal(found[1][0], [0, 3, 4, 4.5])
-    assert known.boundary(()).shape == (0, 4, 4)
+def test_casts_at_boundaries():
+    casts = KNOWN.boundary(EDGES)
+    assert casts.shape == (3, 4, 4)
+    np.testing.assert_array_equal(casts[0], [[0, 3, 4, 5], [0, 0, 4, 5], [0, 3, 0, 0], [0, 3, 0, 0]])
+    np.testing.assert_array_equal(casts[1], casts[2])  # c reads two layers, and casts their sum once
+    np.testing.assert_array_equal(casts[1][0], [0, 3, 4, 4.5])
+    assert KNOWN.boundary(()).shape == (0, 4, 4)
     with pytest.raises(KeyError, match="Unknown layer 'd'"):
-        known.boundary([("a", "d")])
+        KNOWN.boundary([("a", "d")])
 
 
-def test_predicted_totals(known):
+def test_predicted_totals():
     start = 0.5 * 3
-    assert cost.predicted(known, {}) == 60 - start
-    assert cost.predicted(known, {}, edges=EDGES) == 60 - start
+    assert cost.predicted(KNOWN, {}) == cost.predicted(KNOWN, {}, edges=EDGES) == 60 - start
     mixed = {"a": "bfloat16", "b": "float16"}
-    assert cost.predicted(known, mixed) == 6 + 13 + 30 - start
-    assert cost.predicted(known, mixed, edges=EDGES) == 6 + 13 + 30 - start  # formats meet everywhere: nothing is saved
+    assert cost.predicted(KNOWN, mixed) == 6 + 13 + 30 - start
+    assert cost.predicted(KNOWN, mixed, edges=EDGES) == 6 + 13 + 30 - start  # formats meet everywhere: nothing is saved
     same = dict.fromkeys("abc", "bfloat16")
-    assert cost.predicted(known, same) == 38 - start
-    assert cost.predicted(known, same, edges=EDGES) == 38 - 3 - 6 - start  # only the model's input is cast
+    assert cost.predicted(KNOWN, same) == 38 - start
+    assert cost.predicted(KNOWN, same, edges=EDGES) == 38 - 3 - 6 - start  # only the model's input is cast
     with pytest.raises(KeyError, match="Unknown layer 'z'"):
-        cost.predicted(known, {"z": "bfloat16"})
+        cost.predicted(KNOWN, {"z": "bfloat16"})
     with pytest.raises(ValueError, match="No costs for float8_e5m2; these are for float32, bfloat16"):
-        cost.predicted(known, {"a": "float8_e5m2"})
+        cost.predicted(KNOWN, {"a": "float8_e5m2"})
 
 
-def test_table(known, small):
-    rows = cost.table(known)
+def test_table():
+    rows = cost.table(KNOWN)
     assert len(rows) == 12
-    assert rows[1] == {
-        "layer": "a",
-        "format": "bfloat16",
-        "weight_bytes": 1,
-        "activation_bytes": 1,
-        "flops": 1,
-        "runs": 1,
-        "seconds": 6.0,
-        "spread": 0.0,
-        "cast_seconds": 1.0,
-        "product_seconds": 5.0,
-        "vs_float32": 0.6,
-    }
+    counts = dict.fromkeys(("weight_bytes", "activation_bytes", "flops", "runs"), 1)
+    times = {"seconds": 6.0, "spread": 0.0, "cast_seconds": 1.0, "product_seconds": 5.0, "vs_float32": 0.6}
+    assert rows[1] == {"layer": "a", "format": "bfloat16", **counts, **times}
     assert rows[3]["seconds"] is None and rows[3]["vs_float32"] is None
-    static = cost.table(cost.static(small, ("bfloat16",), X))
-    assert static[0]["seconds"] is None and static[0]["flops"] == small.layers[0].flops
-    json.dumps(rows + static, allow_nan=False)
-
-
-def test_costs_fit_the_graph(small, made):
-    costs = cost.measure(small, ("bfloat16",), X, rounds=1)
-    edges = graph.edges(small, X)
-    assert costs.boundary(edges).shape == (4, 2, 2)
-    assert cost.predicted(costs, dict.fromkeys(NAMES, "bfloat16"), edges=edges) > 0
+    counted = cost.table(static("bfloat16"))
+    assert counted[0]["seconds"] is None and counted[0]["flops"] == small()[0].layers[0].flops
+    json.dumps(rows + counted, allow_nan=False)
 
 
 @pytest.mark.parametrize("function", [cost.static, cost.measure])
-def test_misuse_is_refused_before_anything_runs(small, made, function):
-    with pytest.raises(ValueError, match="Did you mean 'bfloat16'"):
-        function(small, ("bfloat",), X)
-    with pytest.raises(ValueError, match="more than once: float16"):
-        function(small, ("float16", "float16"), X)
-    with pytest.raises(ValueError, match=r"found none: pass one batch"):
-        function(small, ("float16",))
-    with pytest.raises(ValueError, match="leading axis"):
-        function(small, ("float16",), X, X[:1])
-    with pytest.raises(Exception, match="shape"):
-        function(small, ("float16",), X[..., :2])
+def test_misuse_is_refused_before_anything_runs(made, function):
+    model, x = small()
+    for formats, inputs, match in (
+        (("bfloat",), (x,), "Did you mean 'bfloat16'"),
+        (("float16", "float16"), (x,), "more than once: float16"),
+        (("float16",), (), "found none: pass one batch"),
+        (("float16",), (x, x[:1]), "leading axis"),
+        (("float16",), (x[..., :2],), "shape"),
+    ):
+        with pytest.raises(Exception, match=match):
+            function(model, formats, *inputs)
     if function is cost.measure:
         with pytest.raises(ValueError, match="at least one round, found rounds=0"):
-            function(small, ("float16",), X, rounds=0)
+            measure("float16", rounds=0)
+        with pytest.raises(ValueError, match="implementation must be one of xla, rule, auto; found 'fast'"):
+            measure("bfloat16", implementation="fast")
     assert made == {"compiled": 0, "timed": 0}
 
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Seconds by the program's name: of the first entry whose start and implementation fit, else 2 ms. Returns (entries, names seen)."""
+    """Seconds by the program's name: of the first entry (start, end) that fits, else 2 ms. Returns (entries, names seen)."""
     seconds, seen = {}, []
 
-    def of(self, wanted):
-        seen.extend(each.name for each in wanted.values())
-        found = {}
-        for key, each in wanted.items():
-            fits = (
-                s
-                for (start, implementation), s in seconds.items()
-                if each.name.startswith(start) and each.name.endswith(implementation)
-            )
-            found[key] = timing.Entry(seconds=(next(fits, 0.002),), product_seconds=())
-        return found
+    def entry(name):
+        seen.append(name)
+        fits = (s for (start, end), s in seconds.items() if name.startswith(start) and name.endswith(end))
+        return timing.Entry(seconds=(next(fits, 0.002),), product_seconds=())
 
-    monkeypatch.setattr(timing.Timings, "of", of)
+    monkeypatch.setattr(timing.Timings, "of", lambda self, wanted: {key: entry(p.name) for key, p in wanted.items()})
     return seconds, seen
 
 
-STEM = "conv 2x8x8x3 * 3x3x3x8"
-
-
-def test_auto_times_every_way_and_leaves_the_rule_only_for_a_clearly_faster_one(small, made_up):
+def test_auto_times_every_implementation_and_leaves_the_rule_only_for_a_clearly_faster_one(made_up):
     """Rule: terms for the stem, shift for the depthwise convolution."""
     seconds, seen = made_up
-    seconds |= {(f"float32: {STEM}", " as im2col"): 0.00185, (f"bfloat16: {STEM}", " as im2col"): 0.001}
-    costs = cost.measure(small, ("bfloat16",), X, implementation="auto", rounds=1)
+    stem = "conv 2x8x8x3 * 3x3x3x8"
+    seconds |= {(f"float32: {stem}", " as im2col"): 0.00185, (f"bfloat16: {stem}", " as im2col"): 0.001}
+    costs = measure("bfloat16", implementation="auto")
     np.testing.assert_array_equal(costs.implementations[:2], [["terms", "im2col"], ["shift", "shift"]])
     np.testing.assert_allclose(costs.seconds[:2], [[0.002, 0.001], [0.002, 0.002]])
     assert costs.gain["stem", "float32"] == pytest.approx(0.00015)  # faster, but not clearly
@@ -373,22 +337,20 @@ def test_auto_times_every_way_and_leaves_the_rule_only_for_a_clearly_faster_one(
     assert any(name.endswith("as im2col") for name in seen) and not any(name.endswith("as dot") for name in seen)
 
 
-def test_each_word_of_lowering_is_timed_as_it_says(small, made_up):
+def test_each_choice_is_timed_as_it_says(made_up):
     _, seen = made_up
-    plain = cost.measure(small, ("bfloat16",), X, rounds=1)  # "xla" by default
+    plain = measure("bfloat16")  # "xla" by default
     assert (plain.implementations == "xla").all() and not any(" as " in name for name in seen)
     assert plain.implementation({"stem": "bfloat16"}) == dict.fromkeys(NAMES, "xla")
-    by_rule = cost.measure(small, ("bfloat16",), X, implementation="rule", rounds=1)
+    by_rule = measure("bfloat16", implementation="rule")
     assert by_rule.implementations[0, 0] == "terms" and by_rule.implementations[1, 0] == "shift"
-    with pytest.raises(ValueError, match="implementation must be one of xla, rule, auto; found 'fast'"):
-        cost.measure(small, ("bfloat16",), X, implementation="fast")
     with pytest.raises(ValueError, match=r"static ones: call cost\.measure"):
-        cost.static(small, ("bfloat16",), X).implementation({})
+        static("bfloat16").implementation({})
 
 
-def test_a_way_is_what_is_timed(small):
-    """Really compiled: the lowered program of each implementation is its own."""
-    (stem,) = (call for call in graph.calls(small, X) if call.layer == "stem")
+def test_an_implementation_is_what_is_timed():
+    """Really compiled: the program of each implementation differs."""
+    (stem,) = (call for call in calls(*small()) if call.layer == "stem")
     texts = {}
     for implementation in ("xla", "im2col", "terms"):
         function, arguments = measuring._programs(FLOAT32, stem, implementation, False).whole
