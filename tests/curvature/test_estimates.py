@@ -23,6 +23,7 @@ from mpjax.curvature.estimates import (
 from mpjax.ledger import Ledger
 
 SEEDS = (0, 1, 2)
+EACH_SPECTRUM = pytest.mark.parametrize(("seed", "spectrum"), list(enumerate(("decay", "indefinite", "outliers"))))
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 N = 40
 SPECTRA = {
@@ -112,10 +113,9 @@ def test_signs_have_no_variance_on_a_diagonal_matrix() -> None:
     np.testing.assert_allclose([got.stderr, got.residual], np.zeros((2, 200, N)), atol=1e-12)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("spectrum", SPECTRA)
-def test_hutchinson_has_the_mean_and_the_variance_of_theory(spectrum: str, seed: int) -> None:
-    """E = tr A and Var = 2 (‖A‖² - Σ aᵢᵢ²) / num_probes for sign probes."""
+@EACH_SPECTRUM
+def test_trace_and_diagonal_have_the_mean_and_the_variance_of_theory(spectrum: str, seed: int) -> None:
+    """E = tr A, Var = 2 (‖A‖² - Σ aᵢᵢ²) / num_probes for sign probes; E = aᵢᵢ, Var = Σ_{j ≠ i} aᵢⱼ² / num_probes."""
     matrix = reference.symmetric_with_eigenvalues(SPECTRA[spectrum], seed)
     got = runs(trace, operator(matrix), seed, **HUTCHINSON)
     variance = 2 * (np.sum(matrix**2) - np.sum(np.diag(matrix) ** 2)) / 16
@@ -123,22 +123,12 @@ def test_hutchinson_has_the_mean_and_the_variance_of_theory(spectrum: str, seed:
     np.testing.assert_allclose(np.mean(np.asarray(got.stderr) ** 2), variance, rtol=0.25)
     np.testing.assert_allclose(np.var(got.value, ddof=1), variance, rtol=0.5)
 
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_diagonal_has_the_mean_and_the_variance_of_theory(seed: int) -> None:
-    """E = aᵢᵢ and Var = Σ_{j ≠ i} aᵢⱼ² / num_probes for sign probes."""
-    matrix = reference.symmetric_with_eigenvalues(SPECTRA["outliers"], seed)
     got = runs(diagonal, operator(matrix), seed, **DIAGONAL)
     variance = (np.sum(matrix**2, axis=1) - np.diag(matrix) ** 2) / 16
     z = (np.mean(got.value, axis=0) - np.diag(matrix)) / (variance / 200) ** 0.5
     assert np.abs(z).max() < 4
     np.testing.assert_allclose(np.mean(np.asarray(got.stderr) ** 2, axis=0), variance, rtol=0.3)
 
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("spectrum", SPECTRA)
-def test_xtrace_is_unbiased(spectrum: str, seed: int) -> None:
-    matrix = reference.symmetric_with_eigenvalues(SPECTRA[spectrum], seed)
     got = runs(trace, operator(matrix), seed, **XTRACE)
     assert abs(np.mean(got.value) - np.trace(matrix)) < 4 * np.std(got.value) / 200**0.5
     assert 0.6 < np.sqrt(np.mean(np.asarray(got.stderr) ** 2)) / np.std(got.value) < 1.3
@@ -157,31 +147,24 @@ def test_xtrace_is_that_of_matfree_with_the_unbiased_standard_error(seed: int) -
     np.testing.assert_allclose(got.stderr, sem * (m / (m - 1)) ** 0.5, **TIGHT)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("rank", [0, 1, 3, 7])
-def test_xtrace_is_exact_on_low_rank(rank: int, seed: int) -> None:
-    factor = np.random.default_rng(seed).normal(size=(N, rank))
+def test_xtrace_is_exact_on_low_rank(rank: int) -> None:
+    factor = np.random.default_rng(rank).normal(size=(N, rank))
     matrix = factor @ np.diag((-1.0) ** np.arange(rank)) @ factor.T
     for scale in (1.0, 1e-11, 1e11):  # an operator is low-rank by its own scale
-        got = runs(trace, operator(scale * matrix), seed, **XTRACE)
+        got = runs(trace, operator(scale * matrix), rank, **XTRACE)
         np.testing.assert_allclose(got.value / scale, np.full(200, np.trace(matrix)), **TIGHT)
         np.testing.assert_allclose(got.stderr / scale, np.zeros(200), atol=1e-10)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_xtrace_does_not_take_a_small_operator_for_low_rank(seed: int) -> None:
-    matrix = reference.symmetric_with_eigenvalues(np.linspace(0, 2, N), seed)
-    small = run(trace, operator(1e-11 * matrix, dtype=jnp.float32), seed, **XTRACE)
-    large = run(trace, operator(matrix, dtype=jnp.float32), seed, **XTRACE)
-    np.testing.assert_allclose(small.value * 1e11, large.value, rtol=1e-4)
-    np.testing.assert_allclose(small.stderr * 1e11, large.stderr, rtol=1e-3)
-    assert large.stderr > 0.1
-
-
-def test_xtrace_of_a_small_operator_is_exact() -> None:
-    matrix = reference.symmetric_with_eigenvalues(np.linspace(-1, 3, 8), 0)
-    got = run(trace, operator(matrix), 0, num_probes=8, method="xtrace")
-    np.testing.assert_allclose([got.value, got.stderr], [np.trace(matrix), 0], **TIGHT)
+def test_xtrace_does_not_take_a_small_operator_for_low_rank() -> None:
+    for seed in SEEDS:
+        matrix = reference.symmetric_with_eigenvalues(np.linspace(0, 2, N), seed)
+        small = run(trace, operator(1e-11 * matrix, dtype=jnp.float32), seed, **XTRACE)
+        large = run(trace, operator(matrix, dtype=jnp.float32), seed, **XTRACE)
+        np.testing.assert_allclose(small.value * 1e11, large.value, rtol=1e-4)
+        np.testing.assert_allclose(small.stderr * 1e11, large.stderr, rtol=1e-3)
+        assert large.stderr > 0.1
 
 
 def test_xtrace_beats_hutchinson_on_decaying_eigenvalues() -> None:
@@ -271,7 +254,7 @@ def test_an_exhausted_krylov_space_is_exact(name: str) -> None:
         assert top.residual <= 1e-10 * scale
 
 
-@pytest.mark.parametrize("name", sorted(BREAKDOWNS.keys() - {"1x1"}))
+@pytest.mark.parametrize("name", ["zero", "rank 1", "reflection", "full rank"])
 def test_breakdown_in_low_precision(name: str) -> None:
     for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)):
         problem = operator(BREAKDOWNS[name], dtype=dtype)
@@ -286,7 +269,7 @@ def test_breakdown_in_low_precision(name: str) -> None:
             np.testing.assert_allclose(got.value, exact.value, atol=1e-3)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", SEEDS[:2])
 def test_slq_residual_is_the_change_from_half_the_depth_and_shrinks(seed: int) -> None:
     problem = recorded(reference.symmetric_with_eigenvalues(np.linspace(0, 3, N), seed))
     at = {d: run(abs_logdet, problem, seed, num_probes=3, depth=d, damping=0.1) for d in (4, 8, 16, N)}
@@ -298,21 +281,16 @@ def test_slq_residual_is_the_change_from_half_the_depth_and_shrinks(seed: int) -
         assert abs(value[depth] - value[N]) < residual[depth]
 
 
-@pytest.mark.parametrize("factory", [pytest.param(abs_logdet, marks=pytest.mark.slow), logdet_score])
-def test_slq_is_unbiased_up_to_its_residual(factory) -> None:
-    for seed, spectrum in enumerate(SPECTRA.values()):
-        got = runs(factory, operator(reference.symmetric_with_eigenvalues(spectrum, seed)), seed, **SLQ)
-        error = np.mean(got.value) - FUNCTIONS[factory](spectrum, 0.1).sum()
-        assert abs(error) < 4 * np.std(got.value) / 200**0.5 + np.mean(got.residual)
+def test_slq_is_unbiased_up_to_its_residual_and_its_error_calibrated() -> None:
+    """Coverage on "outliers", observed: .960 (in 2000 runs .955)."""
+    for seed, (name, spectrum) in enumerate(SPECTRA.items()):
+        got = runs(logdet_score, operator(reference.symmetric_with_eigenvalues(spectrum, seed)), seed, **SLQ)
+        truth = FUNCTIONS[logdet_score](spectrum, 0.1).sum()
+        assert abs(np.mean(got.value) - truth) < 4 * np.std(got.value) / 200**0.5 + np.mean(got.residual)
         np.testing.assert_allclose(np.mean(np.asarray(got.stderr) ** 2), np.var(got.value), rtol=0.4)
-
-
-def test_slq_standard_error_is_calibrated() -> None:
-    """Observed: .960 (in 2000 runs .955)."""
-    got = runs(logdet_score, operator(reference.symmetric_with_eigenvalues(SPECTRA["outliers"], 0)), 0, **SLQ)
-    truth = FUNCTIONS[logdet_score](SPECTRA["outliers"], 0.1).sum()
-    assert float(np.max(got.residual)) < 0.01 * np.min(got.stderr)
-    assert 0.92 <= covered(got.value, got.stderr, truth, 16) <= 0.98
+        if name == "outliers":
+            assert float(np.max(got.residual)) < 0.01 * np.min(got.stderr)
+            assert 0.92 <= covered(got.value, got.stderr, truth, 16) <= 0.98
 
 
 def test_damping_may_be_traced() -> None:
@@ -348,10 +326,9 @@ def test_top_eigenvalue_is_exact_at_full_depth_and_bounded_by_its_residual_befor
     assert typical[1] < typical[0] / 4
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_residual_of_one_step_is_that_of_the_rayleigh_quotient(seed: int) -> None:
-    matrix = reference.symmetric_with_eigenvalues(SPECTRA["outliers"], seed)
-    got = run(top_eigenvalue, recorded(matrix), seed, depth=1)
+def test_residual_of_one_step_is_that_of_the_rayleigh_quotient() -> None:
+    matrix = reference.symmetric_with_eigenvalues(SPECTRA["outliers"], 0)
+    got = run(top_eigenvalue, recorded(matrix), 0, depth=1)
     (q,) = VECTORS
     np.testing.assert_allclose(got.value, q @ matrix @ q, **TIGHT)
     np.testing.assert_allclose(got.residual, np.linalg.norm(matrix @ q - (q @ matrix @ q) * q), **TIGHT)
@@ -372,8 +349,7 @@ def test_several_starts_take_the_best_and_show_the_spread() -> None:
 DENSITY = {"num_probes": 200, "depth": 20, "batch_size": 200}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("spectrum", SPECTRA)
+@EACH_SPECTRUM
 def test_density_has_the_mass_and_the_moments_of_the_spectrum(spectrum: str, seed: int) -> None:
     eigenvalues = SPECTRA[spectrum]
     matrix = reference.symmetric_with_eigenvalues(eigenvalues, seed)
@@ -420,15 +396,7 @@ def number(result: Estimate | Density):
     return result.density if isinstance(result, Density) else result.value
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_the_ledger_counts_the_products(name: str) -> None:
-    products = ALL[name][2]
-    result = call(name, np.diag(np.arange(9.0)))
-    assert len(VECTORS) == products
-    assert result.ledger == Ledger(jvp=3 * products, vjp=5 * products)
-
-
-def test_an_exact_trace_costs_what_it_costs() -> None:
+def test_the_exact_trace_of_a_small_operator() -> None:
     got = run(trace, recorded(np.ones((5, 5)), size=9), 0, num_probes=12, method="xtrace")
     np.testing.assert_allclose([got.value, got.stderr], [5, 0], **TIGHT)
     assert len(VECTORS) == 9 and got.ledger == Ledger(jvp=27, vjp=45)
@@ -458,15 +426,12 @@ def test_padding_is_not_seen(seed: int) -> None:
         np.testing.assert_allclose([got.value, got.stderr], [np.trace(block), 0], atol=1e-8)
 
 
-@pytest.mark.parametrize(
-    ("factory", "knobs"),
-    [(trace, HUTCHINSON), (trace, XTRACE), pytest.param(abs_logdet, SLQ, marks=pytest.mark.slow)],
-)
-def test_padding_does_not_change_the_distribution(factory, knobs) -> None:
+@pytest.mark.parametrize("knobs", [HUTCHINSON, XTRACE], ids=["hutchinson", "xtrace"])
+def test_padding_does_not_change_the_distribution(knobs) -> None:
     matrix = reference.symmetric_with_eigenvalues(SPECTRA["indefinite"], 0)
     big = 100 * np.eye(N + 25)
     big[:N, :N] = matrix
-    plain, wide = runs(factory, operator(matrix), 0, **knobs), runs(factory, operator(big, active=N), 1, **knobs)
+    plain, wide = runs(trace, operator(matrix), 0, **knobs), runs(trace, operator(big, active=N), 1, **knobs)
     deviation = np.std(plain.value)
     assert abs(np.mean(plain.value) - np.mean(wide.value)) < 4 * deviation * (2 / 200) ** 0.5
     np.testing.assert_allclose(np.std(wide.value), deviation, rtol=0.25)
@@ -475,7 +440,7 @@ def test_padding_does_not_change_the_distribution(factory, knobs) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_one_program_serves_blocks_of_all_sizes(name: str) -> None:
-    factory, knobs, _ = ALL[name]
+    factory, knobs, products = ALL[name]
     compiled = program(factory, False, **knobs)
     before = None
     for active in (1, 4, 9, 20):
@@ -495,18 +460,19 @@ def test_one_program_serves_blocks_of_all_sizes(name: str) -> None:
         else:
             np.testing.assert_allclose(result.value, expected[name], **TIGHT)
         before = before or compiled._cache_size()
-        assert compiled._cache_size() == before
+        assert compiled._cache_size() == before and len(VECTORS) == products
+        assert result.ledger == Ledger(jvp=3 * products, vjp=5 * products)
     assert np.isfinite(number(call(name, np.zeros((0, 0))))).all()
     assert np.isfinite(number(call(name, np.zeros((9, 9))))).all()
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_an_operator_that_is_not_finite_shows(name: str, bad: float) -> None:
-    matrix = np.eye(12)
-    matrix[3, 3] = bad
-    value = number(call(name, matrix))
-    assert not np.isfinite(value[3] if name == "diagonal" else value).any()
+def test_an_operator_that_is_not_finite_shows(name: str) -> None:
+    for bad in (np.nan, np.inf):
+        matrix = np.eye(12)
+        matrix[3, 3] = bad
+        value = number(call(name, matrix))
+        assert not np.isfinite(value[3] if name == "diagonal" else value).any()
 
 
 def test_one_probe_has_no_standard_error() -> None:
@@ -552,8 +518,8 @@ def test_bad_knobs_are_refused_when_the_estimator_is_made(make, message: str) ->
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(("size", "dtype"), [(0, jnp.float64), (3, jnp.int32), (3, jnp.complex128)])
-def test_unusable_operators_are_refused(name: str, size: int, dtype) -> None:
+def test_unusable_operators_are_refused(name: str) -> None:
     factory, knobs, _ = ALL[name]
-    with pytest.raises(ValueError, match=f"got {jnp.dtype(dtype)} and {size}"):
-        factory(**knobs)(Operator(matvec=lambda x: x, size=size, dtype=dtype), jax.random.key(0))
+    for size, dtype in ((0, jnp.float64), (3, jnp.int32), (3, jnp.complex128)):
+        with pytest.raises(ValueError, match=f"got {jnp.dtype(dtype)} and {size}"):
+            factory(**knobs)(Operator(matvec=lambda x: x, size=size, dtype=dtype), jax.random.key(0))
