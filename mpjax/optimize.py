@@ -43,7 +43,7 @@ class Candidate:
         error: of the compiled program on the batches, against the float32 model's outputs.
         within: whether that is within the tolerance.
         seconds: median time of a call on the first batch.
-        ratio, ratio_low, ratio_high: median and quartiles of its time over that of "float32", taken round by round.
+        ratio, ratio_spread: median and interquartile range of its time over that of "float32", taken round by round.
     """
 
     name: str
@@ -53,8 +53,7 @@ class Candidate:
     within: bool
     seconds: float = float("nan")
     ratio: float = float("nan")
-    ratio_low: float = float("nan")
-    ratio_high: float = float("nan")
+    ratio_spread: float = float("nan")
 
     @property
     def lowered(self) -> int:
@@ -128,7 +127,7 @@ class Optimized:
                     f"{candidate.lowered} of {len(candidate.program.assignment)}",
                     _interval(candidate.error) + ("" if candidate.within else " ✗"),
                     f"{1e3 * candidate.seconds:.3g}",
-                    f"{candidate.ratio:.2f} ({candidate.ratio_low:.2f}–{candidate.ratio_high:.2f})",
+                    f"{candidate.ratio:.2f} ± {candidate.ratio_spread / 2:.2f}",
                     _kib(candidate),
                     _executed(candidate.program),
                 )
@@ -257,9 +256,8 @@ def optimize(
         replace(
             c,
             seconds=times.seconds[c.name],
-            ratio=times.ratios[c.name][1],
-            ratio_low=times.ratios[c.name][0],
-            ratio_high=times.ratios[c.name][2],
+            ratio=times.ratio[c.name],
+            ratio_spread=times.ratio_spread[c.name],
         )
         for c in candidates
     )

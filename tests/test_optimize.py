@@ -84,11 +84,11 @@ def test_by_time_the_fastest_within_the_tolerance_is_chosen(problem, monkeypatch
     for ratio, mixed in ((0.5, True), (1.5, False)):
 
         def fastest(programs, *inputs, rounds, ratio=ratio):
-            ratios = {name: (ratio,) * 3 if name == "bfloat16" else (1.0,) * 3 for name in programs}
+            ratios = {name: ratio if name == "bfloat16" else 1.0 for name in programs}
+            ones, zeros = dict.fromkeys(programs, 1.0), dict.fromkeys(programs, 0.0)
             return compiled.Fastest(
-                name="", programs=programs, seconds=dict.fromkeys(programs, 1.0), spread=dict.fromkeys(programs, 0.0),
-                ratios=ratios,
-            )  # fmt: skip
+                name="", programs=programs, seconds=ones, spread=zeros, ratio=ratios, ratio_spread=zeros
+            )
 
         monkeypatch.setitem(mp.optimize.__globals__, "fastest", fastest)
         result = mp.optimize(model, batches, error=error, tolerance=0.05, rounds=2, progress=None)

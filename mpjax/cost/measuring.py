@@ -70,7 +70,7 @@ def measure(
     low, costs = with_float32(formats), static(model, formats, *inputs)
     timed = [fmt for fmt in low if arithmetic.is_executed(fmt)]
     timings = timing.Timings(None if cache is None else Path(cache), rounds=rounds, options=options)
-    overhead = timings.of({"overhead": timing.start_only()})["overhead"]
+    overhead = timings.measure({"overhead": timing.start_only()})["overhead"]
     ynn = not executable.without_ynn(options)
     as_stored = ynn and runs_narrow(model)  # else the formats of the whole model say it
     products = calls(model, *inputs)
@@ -79,7 +79,7 @@ def measure(
         distinct.setdefault(_identity(call), call)
     entries: dict[tuple, _Entries] = {}
     for number, (identity, call) in enumerate(distinct.items(), start=1):
-        entries[identity] = timings.of(
+        entries[identity] = timings.measure(
             {
                 (fmt.name, label): _programs(fmt, call, name, as_stored)
                 for fmt in timed

@@ -315,7 +315,9 @@ def made_up(monkeypatch):
         fits = (s for (start, end), s in seconds.items() if name.startswith(start) and name.endswith(end))
         return timing.Entry(seconds=(next(fits, 0.002),), product_seconds=())
 
-    monkeypatch.setattr(timing.Timings, "of", lambda self, wanted: {key: entry(p.name) for key, p in wanted.items()})
+    monkeypatch.setattr(
+        timing.Timings, "measure", lambda self, wanted: {key: entry(p.name) for key, p in wanted.items()}
+    )
     return seconds, seen
 
 

@@ -63,7 +63,7 @@ def product_of(x, weights, fmt, product=None):
     product = product or dot()
     small = storage.Stored(*storage.quantize(weights, fmt, product.summed))
     assert stored.covers(product, x, small)
-    return stored.compute(product, x, small), float64(storage.dequantize(*small, fmt, weights.shape, product.summed))
+    return stored.compute(product, x, small), float64(storage.stands_for(small, fmt, weights.shape, product.summed))
 
 
 @pytest.mark.parametrize("name", ["int8_w", "bfloat16_w"])

@@ -30,7 +30,7 @@ def program():
 def test_seconds_by_layer(program):
     run, inputs = program
     names = tuple(layer.name for layer in run.layers)
-    text = run.program.compiled.as_text()
+    text = run.executable.compiled.as_text()
     seconds = profiling.layer_seconds(lambda: run(*inputs), text, names, repeats=5)
     if seconds is None:
         pytest.skip("this profiler names no instruction of the program")
