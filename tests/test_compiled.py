@@ -13,7 +13,7 @@ import pytest
 
 from mpjax import apply, autotune, compiled, executable, hlo, lowering, models, profiling, timing, verification
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+pytestmark = [pytest.mark.optimised, pytest.mark.usefixtures("relaxed_promotion")]
 
 
 class Small(nn.Module):

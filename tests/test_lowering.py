@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
 from mpjax import apply, lowering, models
 from mpjax.depthwise import depthwise_conv
+
+pytestmark = pytest.mark.optimised
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 CONVOLUTIONS = ("xla", "dot", "im2col", "taps", "terms", "shift")
@@ -43,7 +45,6 @@ def by_hand(lhs, rhs, strides, padding, dilation):
     return out
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     seed=st.integers(0, 99),
     batch=st.integers(1, 3),
@@ -145,7 +146,6 @@ def test_the_rule_adds_rows_where_narrow_operands_have_few():
     assert lowering.rule(each, spec(4, 24, dtype=jnp.bfloat16), narrow[1]) == "xla"
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     data=st.data(),
     seed=st.integers(0, 99),

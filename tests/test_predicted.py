@@ -56,7 +56,6 @@ problems = {
 }
 
 
-@settings(max_examples=60, deadline=None)
 @given(**problems, cost=st.booleans())
 def test_linear_equals_brute_force(seed, size, objective, edges, share, cost) -> None:
     p = made(seed, *size, objective, cost=cost or objective == "cost_min", edges=edges, gram=False)
@@ -72,7 +71,7 @@ def test_linear_equals_brute_force(seed, size, objective, edges, share, cost) ->
 
 
 @pytest.mark.slow
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 2**32 - 1), share=st.floats(0.05, 0.9))
 def test_linear_equals_brute_force_of_eight_layers_and_four_formats(seed, share) -> None:
     p = made(seed, 8, 4, "cost_min", cost=True, edges=False, gram=False)
@@ -84,7 +83,6 @@ def test_linear_equals_brute_force_of_eight_layers_and_four_formats(seed, share)
     assert predicted.linear(p, limit).objective == pytest.approx(cost[penalty <= limit].min(), rel=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
 @given(**problems)
 def test_quadratic_equals_brute_force(seed, size, objective, edges, share) -> None:
     p = made(seed, *size, objective, cost=objective == "cost_min", edges=edges, gram=True)
@@ -95,7 +93,6 @@ def test_quadratic_equals_brute_force(seed, size, objective, edges, share) -> No
     assert found.bound <= best[0] + 1e-6
 
 
-@settings(max_examples=25, deadline=None)
 @given(seed=problems["seed"], size=problems["size"], edges=problems["edges"], share=st.floats(0.0, 1.0))
 def test_budget_equals_brute_force(seed, size, edges, share) -> None:
     p = made(seed, *size, "cost_min", cost=True, edges=edges, gram=False)

@@ -7,7 +7,7 @@ import pytest
 
 from mpjax import compiled, hlo, models, profiling
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+pytestmark = [pytest.mark.optimised, pytest.mark.usefixtures("relaxed_promotion")]
 
 
 class Small(nn.Module):

@@ -1,6 +1,7 @@
 """README's examples run as they stand, each in an interpreter of its own."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,10 @@ def test_each_kind_of_model_has_one():
 def test_an_example_runs(name, tmp_path):
     script = tmp_path / "example.py"
     script.write_text(EXAMPLES[name], encoding="utf-8")
-    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=here, cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "of weights" in done.stdout and "differs from its definition" in done.stdout
     assert ("int8_w" if name == "nnx" else "bfloat16") in done.stdout

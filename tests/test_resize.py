@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mpjax import resize
@@ -21,7 +21,6 @@ def by_hand(x):
     return x
 
 
-@settings(max_examples=15, deadline=None)
 @given(
     shape=st.tuples(*(st.integers(1, 5) for _ in range(4))), seed=st.integers(0, 99), way=st.sampled_from(resize.WAYS)
 )

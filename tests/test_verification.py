@@ -275,7 +275,7 @@ def faulty(model, mixed, ranges, formats, fault):
 
 
 @pytest.mark.parametrize("fmt", ["bfloat16", "float8_e4m3fn", "int8_w"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param("images", marks=pytest.mark.optimised), "words", "recurrent"])
 def test_every_injected_fault_is_caught_and_the_right_program_is_not(name, fmt):
     module, shape = MODELS[name]
     model, batches = linen(module, *shape)
@@ -306,6 +306,7 @@ class Block(nn.Module):
         return nn.max_pool(y, (2, 2), (2, 2), "SAME")
 
 
+@pytest.mark.optimised
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a miscompile of XLA:CPU")
 def test_a_miscompile_of_xla_is_caught_and_compiled_otherwise(monkeypatch):
     model, batches = linen(Block(), 4, 16, 16, 16)
