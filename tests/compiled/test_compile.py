@@ -17,7 +17,7 @@ from mpjax.compiled import building, tuning
 from mpjax.program import with_output
 from mpjax.xla import executable, timing
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+pytestmark = [pytest.mark.optimised, pytest.mark.usefixtures("relaxed_promotion")]
 FLOAT32_BYTES = 4 * (27 * 8 + 8 + 9 * 8 + 8 + 8 * 16 + 16 + 16 * 3 + 3)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mpjax.xla import executable, profiling
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+pytestmark = [pytest.mark.optimised, pytest.mark.usefixtures("relaxed_promotion")]
 HEADER = "layer requested executed by implementation KiB MFLOP share weights"
 
 

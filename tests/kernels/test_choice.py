@@ -12,6 +12,8 @@ from mpjax import kernels
 from mpjax.kernels import im2col
 from mpjax.program import Product
 
+pytestmark = pytest.mark.optimised
+
 NHWC = ("NHWC", "HWIO", "NHWC")
 CONVOLUTIONS = ("dot", "im2col", "taps", "terms")
 PADS = st.one_of(

@@ -453,6 +453,7 @@ def test_measured_under_a_labelled_loss_is_its_growth(classifier):
         assert found.value[row, 0] == pytest.approx(float(np.mean(growth)), rel=1e-2, abs=1e-7)
 
 
+@pytest.mark.optimised  # changes of 1e-7, so another order of sums shows
 def test_local_rounding_under_kl_predicts_measured_kl(classifier):
     model, batches = classifier
     batches = strip(batches, losses.OUTPUT)

@@ -9,7 +9,7 @@ from mpjax import compiled
 from mpjax.program import from_linen
 from mpjax.xla import hlo, profiling
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+pytestmark = [pytest.mark.optimised, pytest.mark.usefixtures("relaxed_promotion")]
 
 
 class Small(nn.Module):
