@@ -98,18 +98,16 @@ class Optimized:
     @property
     def reason(self) -> str:
         """Why this program and not another, in one sentence."""
-        chosen, mixes = self.chosen, [c for c in self.candidates if c.search is not None]
-        inside = [c for c in mixes if c.within and c.lowered]
+        chosen = self.chosen
+        inside = [c for c in self.candidates if c.search is not None and c.within]
         by_bytes = self.objective == "bytes"
         if chosen.search is not None:
             gain = f"{_kib(chosen)} KiB of weights" if by_bytes else f"{chosen.ratio:.2f} of float32's time"
             return (
                 f"{chosen.name} is the {'smallest' if by_bytes else 'fastest'} program within the tolerance ({gain})."
             )
-        if not mixes:
-            return "No mixed program could be compiled here; see the notes."
         if not inside:
-            return "No layer can be lowered within the tolerance: the program stays in float32."
+            return "No layer can be lowered within the tolerance: float32 stays."
         best = min(inside, key=lambda c: c.ratio)
         return (
             f"{chosen.name} is used: the mixed program {best.name} is within the tolerance but takes {best.ratio:.2f} of "
@@ -237,18 +235,19 @@ def optimize(
                 confidence=confidence,
                 known=known,
             )
+            if not result.assignment.lowered:
+                break
             mixed = apply(model, result.assignment, calibration=calibration, implementation="rule")
             try:
                 candidate = add(label, compile(mixed, batches), result)
             except MiscompiledError as failure:
                 notes.append(f"{label} was left out: {failure}")
                 break
-            if candidate.within or not candidate.lowered:
+            if candidate.within:
                 break
             candidates.pop()
             notes.append(f"{label}: {candidate.lowered} layers were within the tolerance emulated, but not compiled.")
             limit *= 0.9 * tolerance / _bound(candidate.error, confidence)
-    candidates = [c for c in candidates if c.search is None or c.lowered]
 
     report(f"optimize 4/4: timing {len(candidates)} programs")
     times = fastest({c.name: c.program for c in candidates}, *batches[0], rounds=rounds)
@@ -341,14 +340,15 @@ def _plan(
 
 def _interval(measurement: Measurement) -> str:
     text = f"{measurement.value:.3g}"
-    return text if measurement.low is None else f"{text} ({measurement.low:.2g}–{measurement.high:.2g})"
+    exact = measurement.low is None or measurement.low == measurement.high
+    return text if exact else f"{text} ({measurement.low:.2g}–{measurement.high:.2g})"
 
 
 def _kib(candidate: Candidate) -> str:
-    return f"{candidate.program.weight_bytes / 1024:.3g}"
+    return f"{candidate.program.weight_bytes / 1024:,.0f}"
 
 
 def _executed(program: Compiled) -> str:
     """Operand dtypes in the optimised program, with the number of layers."""
     counts = Counter(str(executed.operands) for executed in program.executed.values())
-    return ", ".join(f"{dtype}: {count}" for dtype, count in counts.most_common())
+    return ", ".join(f"{count} × {dtype}" for dtype, count in counts.most_common())
