@@ -9,6 +9,8 @@ import pytest
 from mpjax import formats
 from mpjax.formats import storage
 
+pytestmark = pytest.mark.optimised
+
 LOW = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
 

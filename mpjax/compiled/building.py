@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpjax import kernels
-from mpjax.apply import as_mixed, chooser, runs_narrow
+from mpjax.apply import as_mixed, picked, runs_narrow
 from mpjax.program import Array, Model, calls, spec
 from mpjax.xla.executable import Executable
 
@@ -91,13 +90,13 @@ def as_function(
 def implementations_of(model: Model, *inputs: Array) -> dict[str, str]:
     """Layer -> implementation in `model` for these inputs; of a layer that runs several times, the first run's."""
     mixed = as_mixed(model)
-    choose = chooser(mixed.original, mixed.implementation, narrow=runs_narrow(mixed))
+    narrow = runs_narrow(mixed)
     implementations: dict[str, str] = {}
     for call in sorted(calls(mixed, *inputs), key=lambda call: call.product.kind == "lookup"):  # lookups have only one
         dtype = np.dtype(mixed.formats[call.layer].operand)
         lhs, rhs = (jax.ShapeDtypeStruct(operand.shape, dtype) for operand in (call.lhs, call.rhs))
-        name = choose(model.layer(call.layer), call.product, lhs, rhs)
-        implementations.setdefault(call.layer, kernels.effective(call.product, name, lhs, rhs))
+        name = picked(mixed.implementation, model.layer(call.layer), call.product, lhs, rhs, narrow=narrow)
+        implementations.setdefault(call.layer, name)
     return implementations
 
 

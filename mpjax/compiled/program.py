@@ -23,6 +23,7 @@ from mpjax.compiled.building import Program, as_function, failure, implementatio
 from mpjax.compiled.report import Report, report
 from mpjax.compiled.tuning import Tuning
 from mpjax.compiled.verification import MiscompiledError, Verification, check_inputs, reference
+from mpjax.cost import Progress
 from mpjax.program import Array, Batches, Layer, Model, with_output
 from mpjax.xla import executable, hlo, timing
 
@@ -95,7 +96,7 @@ def compile(  # noqa: A001 - the design's name
     implementation: str | Mapping[str, str] | Tuning | None = None,
     outputs: Sequence[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
-    progress: tuning.Progress | None = None,
+    progress: Progress | None = None,
 ) -> Compiled:
     """Compile a model ahead of time for the shapes of these real inputs, and verify it on each of them.
 

@@ -25,12 +25,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mpjax import kernels
+from mpjax import cost, kernels
 from mpjax.apply import MixedModel, runs_narrow, with_implementation
 from mpjax.compiled import verification
 from mpjax.compiled.building import as_function, failure, implementations_of
 from mpjax.compiled.verification import MiscompiledError
-from mpjax.cost import costs as cost
+from mpjax.cost import Progress
 from mpjax.files import Checkpoint, source_digest
 from mpjax.formats import FLOAT32
 from mpjax.plan import Plan
@@ -38,7 +38,6 @@ from mpjax.program import Array, Batches, Model, calls
 from mpjax.xla import executable, timing
 from mpjax.xla.executable import Options
 
-Progress = Callable[[int, int, str], None]  # (done, of how many in this phase, what)
 _MOST_CHANGES = 16  # single layers that are tried in the whole program
 _FINALISTS = 4  # programs that are timed once more, together
 

@@ -28,7 +28,7 @@ def round_to(x: Float[Array, ...], dtype: str) -> Float[Array, ...]:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _rounded(dtype: str, x: Array) -> Array:
     if dtype == "bfloat16":
-        return _round_bfloat16(x)
+        return jax.lax.bitcast_convert_type(_bfloat16_bits(x), jnp.float32)
     if dtype == "float16":
         return _round_float16(x)
     info = jnp.finfo(dtype)
@@ -50,10 +50,7 @@ def narrowed(x: Float[Array, ...], dtype: str) -> Array:
 
 @jax.custom_jvp
 def _bfloat16(x: Array) -> Array:
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    quiet = bits | jnp.uint32(0x400000)  # a NaN stays one, whatever bits are cut off
-    upper = jnp.where(jnp.isnan(x), quiet, _nearest_upper_half(bits)) >> jnp.uint32(16)
-    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)
+    return jax.lax.bitcast_convert_type((_bfloat16_bits(x) >> jnp.uint32(16)).astype(jnp.uint16), jnp.bfloat16)
 
 
 @_bfloat16.defjvp
@@ -61,29 +58,23 @@ def _bfloat16_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array,
     return _bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
 
 
+def _bfloat16_bits(x: Array) -> Array:
+    """Bits of the nearest bfloat16 number, ties to even, as float32; NaN stays NaN, whatever bits are cut off."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    nearest = bits + jnp.uint32(0x7FFF) + ((bits >> jnp.uint32(16)) & jnp.uint32(1))
+    return jnp.where(jnp.isnan(x), bits | jnp.uint32(0x400000), nearest) & jnp.uint32(0xFFFF0000)
+
+
 def amax_scale(amax: Float[Array, ...], fmt: Format) -> Float[Array, ...]:
     """The scale that maps a largest magnitude `amax` onto the format's largest value; 1 where amax is 0.
 
-    Formats that are neither scaled nor weight-only get 1.
+    Formats without scales get 1.
     """
     amax = jnp.asarray(amax, jnp.float32)
     if not (fmt.scaled or fmt.weight_only):
         return jnp.ones_like(amax)
-    usable = jnp.isfinite(amax) & (amax > 0)
-    # A scale below the smallest normal float32 would be flushed to zero, so it stops there.
-    tiny = float(np.finfo(np.float32).tiny)
-    return jnp.where(usable, jnp.maximum(amax / fmt.max, tiny), jnp.float32(1.0))
-
-
-def _round_bfloat16(x: Array) -> Array:
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    upper = _nearest_upper_half(bits) & jnp.uint32(0xFFFF0000)
-    return jnp.where(jnp.isnan(x), x, jax.lax.bitcast_convert_type(upper, jnp.float32))
-
-
-def _nearest_upper_half(bits: Array) -> Array:
-    """Bits of float32 numbers, so that cutting off the lower 16 rounds to nearest, ties to even; not for NaN."""
-    return bits + jnp.uint32(0x7FFF) + ((bits >> jnp.uint32(16)) & jnp.uint32(1))
+    tiny = float(np.finfo(np.float32).tiny)  # a smaller scale would be flushed to zero
+    return jnp.where(jnp.isfinite(amax) & (amax > 0), jnp.maximum(amax / fmt.max, tiny), jnp.float32(1.0))
 
 
 def _round_float16(x: Array) -> Array:

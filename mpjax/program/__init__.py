@@ -2,17 +2,9 @@
 
 from mpjax.program.flax import from_linen, from_nnx, merged
 from mpjax.program.graph import Call, calls, edges
-from mpjax.program.model import (
-    Batches,
-    Model,
-    ModelError,
-    check_batches,
-    from_function,
-    spec,
-    with_activation_products,
-    with_output,
-)
+from mpjax.program.model import Batches, Model, check_batches, from_function, with_activation_products, with_output
 from mpjax.program.product import Array, Layer, OtherParameter, Override, Params, Product
+from mpjax.program.traced import ModelError, spec
 
 __all__ = [
     "Array",

@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 from jax.interpreters import partial_eval
 
-from mpjax.program.model import Model, ModelError, build
+from mpjax.program.model import Model, build
 from mpjax.program.product import Array, Params
+from mpjax.program.traced import ModelError
 
 
 def from_linen(module: nn.Module, variables: Mapping[str, Any], *example: Any, **kwargs: Any) -> Model:
@@ -22,19 +23,18 @@ def from_linen(module: nn.Module, variables: Mapping[str, Any], *example: Any, *
         module: any linen module.
         variables: as `module.init` returns them, boxed or not; everything beside "params" is held constant.
         *example: inputs, leading axis = example; only shapes and dtypes are used.
-        **kwargs: handed to `module.apply` at each call (`train=False`, `deterministic=True`, say).
+        **kwargs: passed to `module.apply` at each call (`train=False`, `deterministic=True`, say).
 
     Raises:
         ValueError: no "params", no example input, a keyword that has the examples' axis, or no layer that a format could lower.
-        ModelError: the module cannot be called so; the message gives Flax's own words.
+        ModelError: the module cannot be called so; the message repeats Flax's.
     """
-    _check_module(module, nn.Module, "a linen module", "from_nnx")
+    _check_arguments(module, nn.Module, "a linen module", "from_nnx", example, kwargs)
     variables = dict(nn.meta.unbox(variables))
     if "params" not in variables:
         raise ValueError(
             f"Expected variables with a 'params' collection, found {sorted(variables)}. Pass what module.init returned."
         )
-    _check_keywords(example, kwargs)
     params = variables.pop("params")
     modules: dict[str, str] = {}
 
@@ -57,26 +57,24 @@ def from_nnx(module: nnx.Module, *example: Any, **kwargs: Any) -> Model:
 
     Raises:
         ValueError: no example input, a keyword that has the examples' axis, or no layer that a format could lower.
-        ModelError: the module cannot be called so (the message gives Flax's own words), or it runs as for training: its outputs
+        ModelError: the module cannot be called so (the message repeats Flax's), or it runs as for training: its outputs
             depend on random numbers, or its batch norms on the batch.
     """
-    _check_module(module, nnx.Module, "an NNX module", "from_linen")
-    _check_keywords(example, kwargs)
+    _check_arguments(module, nnx.Module, "an NNX module", "from_linen", example, kwargs)
     graphdef, state, rest = nnx.split(module, nnx.Param, ...)  # type: ignore[misc]
     rest = _copied(rest)  # as it is now: what the module's variables become later is not this model's
-    params = nnx.to_pure_dict(state)
     if example:
         _check_inference(module, example, kwargs)
 
     def function(params: Params, *inputs: Any) -> Any:
         return merged(graphdef, state, rest, params)(*inputs, **kwargs)
 
-    modules = {"/".join(map(str, path)): type(each).__name__ for path, each in nnx.iter_modules(module)}
-    return build(function, params, example, modules, type(module).__name__)
+    modules = {"/".join(map(str, path)): type(part).__name__ for path, part in nnx.iter_modules(module)}
+    return build(function, nnx.to_pure_dict(state), example, modules, type(module).__name__)
 
 
 def merged(graphdef: Any, state: Any, rest: Any, params: Params) -> Any:
-    """An NNX module of this graph with these params; nothing that is given is changed, or shared with it."""
+    """An NNX module of this graph with these params; the arguments are not changed, or shared with it."""
     copy = _copied(state)
     nnx.replace_by_pure_dict(copy, params)
     return nnx.merge(graphdef, copy, _copied(rest))
@@ -87,51 +85,49 @@ def _copied(state: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf, state)
 
 
-def _check_module(module: Any, kind: type, expected: str, other: str) -> None:
+def _check_arguments(
+    module: Any, kind: type, expected: str, other: str, example: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Refuses a wrong module, and keyword arrays that have the examples' axis: taking examples apart would not split them."""
     if not isinstance(module, kind):
         raise TypeError(
             f"Expected {expected}, found {type(module).__name__}. The other kind of Flax module goes through mpjax.{other}; any "
             "other JAX code through mpjax.from_function(function, params, *example)."
         )
-
-
-def _check_keywords(example: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Refuses keyword arrays that have the examples' axis: they would stay whole where examples are taken apart."""
-    sizes = {np.shape(each)[0] for each in jax.tree.leaves(example) if np.shape(each)} - {1}
+    sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(example) if np.shape(leaf)} - {1}
     for name, value in kwargs.items():
-        shapes = [np.shape(each) for each in jax.tree.leaves(value) if hasattr(each, "shape")]
-        if name != "rngs" and any(shape and shape[0] in sizes for shape in shapes):
-            raise ValueError(
-                f"The keyword {name!r} holds an array of the examples' leading axis, {shapes[0]}: pass it as an input, "
-                f"mpjax.from_function(lambda params, x, {name}: module.apply({{'params': params}}, x, {name}={name}), …)."
-            )
+        for leaf in jax.tree.leaves(value) if name != "rngs" else ():
+            if hasattr(leaf, "shape") and leaf.shape and leaf.shape[0] in sizes:
+                raise ValueError(
+                    f"The keyword {name!r} holds an array of the examples' leading axis, {leaf.shape}: pass it as an input, "
+                    f"mpjax.from_function(lambda params, x, {name}: module.apply({{'params': params}}, x, {name}={name}), …)."
+                )
 
 
 def _check_inference(module: nnx.Module, example: tuple[Array, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuses an NNX module in training mode, which would be called without a word from Flax."""
+    """Refuses an NNX module in training mode, which Flax would run without a warning."""
     graphdef, random, statistics, rest = nnx.split(module, nnx.RngState, nnx.BatchStat, ...)  # type: ignore[misc]
-    held = [jax.tree.leaves(random), jax.tree.leaves(statistics)]
-    if not any(held):
+    if not jax.tree.leaves((random, statistics)):
         return
 
-    def call(both: Any, *inputs: Array) -> Any:
-        copy = nnx.merge(graphdef, *_copied((*both, rest)))
+    def call(states: Any, *inputs: Array) -> Any:
+        copy = nnx.merge(graphdef, *_copied((*states, rest)))
         return copy(*inputs, **kwargs), jax.tree.leaves(nnx.state(copy, nnx.BatchStat))
 
     try:
         closed, (_, after) = jax.make_jaxpr(call, return_shape=True)((random, statistics), *example)
     except Exception:  # the tracing of the model explains it
         return
-    outputs, count = closed.jaxpr.outvars, len(held[0])
-    given = len(outputs) - len(after)  # by the model; the others are its statistics
-    _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * given + [False] * len(after))
-    before = closed.jaxpr.invars[count : count + len(held[1])]
+    jaxpr, count = closed.jaxpr, len(jax.tree.leaves(random))
+    before = jaxpr.invars[count : count + len(jax.tree.leaves(statistics))]
+    first = len(jaxpr.outvars) - len(after)  # the others are the statistics
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * first + [False] * len(after))
     if any(used[:count]):
         raise ModelError(
             "The module's outputs depend on random numbers (dropout, say): turn them off with module.eval(), or "
             "deterministic=True."
         )
-    written = [a is not b for a, b in zip(before, outputs[given:], strict=True)]
+    written = [old is not new for old, new in zip(before, jaxpr.outvars[first:], strict=True)]
     if any(new and not read for new, read in zip(written, used[count:], strict=False)):
         raise ModelError(
             "The module's batch norms use the statistics of the batch: call module.eval(), or pass use_running_average=True."

@@ -11,8 +11,10 @@ from typing import Any
 
 import jax
 
-from mpjax.program.model import Array, Model, Product
-from mpjax.program.steps import Block, Loop, Multiply, Nested, Program, reaching
+from mpjax.program.model import Model
+from mpjax.program.product import Array, Product
+from mpjax.program.reaching import reaching
+from mpjax.program.steps import Multiply, Program, products_of
 
 Edges = tuple[tuple[str, str], ...]
 
@@ -21,9 +23,9 @@ Edges = tuple[tuple[str, str], ...]
 class Call:
     """One place in the program where a layer's product stands.
 
-    `lhs`, `rhs`, `out`: what one run takes and gives; `rhs` is the weight as the product multiplies it, and `product` the product
+    `lhs`, `rhs`, `out`: shapes and dtypes of one run; `rhs` is the weight as the product multiplies it, and `product` the product
     of these. `runs`: how often the program runs it: under a scan its length times; in a `cond` as if its branch were taken, in a
-    `while_loop` as if it turned once.
+    `while_loop` as for one iteration.
     """
 
     layer: str
@@ -46,29 +48,24 @@ def edges(model: Model, *inputs: Array) -> Edges:
         inputs is no pair's consumer. A layer that runs several times (shared, or under a scan) is paired with itself where one
         of its runs reads another one's output.
 
-    The walk follows whole arrays: what is written to one part of an array counts as in all of it, and a predicate counts as
-    reaching what it selects. What is not known of a primitive with a program inside it is assumed to depend on all of its inputs.
+    Whole arrays are followed: what is written to one part of an array counts as in all of it, and a predicate counts as reaching
+    what it selects. A loop without products counts as running any number of times, and a primitive with an unknown program inside
+    as depending on all of its inputs.
 
     Raises:
         ValueError: no inputs.
     """
-    program = _program(model, inputs)
     order = {name: number for number, name in enumerate(model.names)}
-    direct: dict[Multiply, set[Multiply]] = {}
-
-    def seen(step: Multiply, lhs: frozenset[Multiply], rhs: frozenset[Multiply]) -> None:
-        direct.setdefault(step, set()).update(lhs | rhs)
-
-    reaching(program.block, seen)
+    direct = reaching(_program(model, inputs).block)
 
     def producers(step: Multiply, met: set[Multiply]) -> Iterator[str]:
-        """Names of the nearest layers; through products that are none."""
-        for each in direct.get(step, ()):
-            if each.layer in order:
-                yield each.layer
-            elif each not in met:
-                met.add(each)
-                yield from producers(each, met)
+        """Names of the nearest layers, through products of no layer."""
+        for source in direct[step]:
+            if source.layer in order:
+                yield source.layer
+            elif source not in met:
+                met.add(source)
+                yield from producers(source, met)
 
     pairs = {(name, step.layer) for step in direct if step.layer in order for name in producers(step, {step})}
     return tuple(sorted(pairs, key=lambda pair: (order[pair[1]], order[pair[0]])))
@@ -86,18 +83,9 @@ def calls(model: Model, *inputs: Array) -> tuple[Call, ...]:
             out=step.out_spec,
             runs=runs,
         )
-        for step, runs in _runs(_program(model, inputs).block, 1)
+        for step, runs in products_of(_program(model, inputs).block)
         if step.layer in names
     )
-
-
-def _runs(block: Block, times: int) -> Iterator[tuple[Multiply, int]]:
-    for step in block.steps:
-        if isinstance(step, Multiply):
-            yield step, times
-        elif isinstance(step, Nested):
-            for inner in step.blocks:
-                yield from _runs(inner, times * (step.equation.params["length"] if isinstance(step, Loop) else 1))
 
 
 def _program(model: Model, inputs: Sequence[Any]) -> Program:

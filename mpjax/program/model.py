@@ -17,12 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, TypeVar
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax.partition import Block
+from mpjax.partition import Block, named_leaves
 from mpjax.program import running
 from mpjax.program.product import Array as Array
 from mpjax.program.product import Layer as Layer
@@ -30,9 +29,10 @@ from mpjax.program.product import OtherParameter as OtherParameter
 from mpjax.program.product import Override as Override
 from mpjax.program.product import Params as Params
 from mpjax.program.product import Product as Product
-from mpjax.program.steps import WIDE, Multiply, Program, named_leaves, steps_of, values
+from mpjax.program.steps import Program, products_of, values
 from mpjax.program.summary import UNUSED, summary
-from mpjax.program.tracing import trace
+from mpjax.program.traced import Traced, dtype_of
+from mpjax.program.traced import spec as spec
 
 Batches = Sequence[tuple[Array, ...]]
 
@@ -42,9 +42,6 @@ _PLAIN = frozenset(
     "scan while cond remat2".split()
 )
 _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, bool, int, float, complex)
-# What a function raises that cannot be called so.
-_USERS = (flax.errors.FlaxError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-_NO_PRODUCT = "not a product's weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +74,7 @@ class Model:
     @property
     def lowerable(self) -> tuple[Layer, ...]:
         """The layers, and the products of two activations that are not among them."""
-        return (*self.layers, *(each for each in self.activation_products if each not in self.layers))
+        return (*self.layers, *(layer for layer in self.activation_products if layer not in self.layers))
 
     @property
     def partition(self) -> tuple[Block, ...]:
@@ -90,11 +87,11 @@ class Model:
         Raises:
             KeyError: no layer has that name; the message gives the nearest ones.
         """
-        names = [layer.name for layer in self.lowerable]
-        if name in names:
-            return self.lowerable[names.index(name)]
-        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
-        raise KeyError(f"Unknown layer {name!r}. Nearest known names: {', '.join(near or names[:3])}.")
+        layers = {layer.name: layer for layer in self.lowerable}
+        if name in layers:
+            return layers[name]
+        near = difflib.get_close_matches(name, layers, n=3, cutoff=0.3) or list(layers)[:3]
+        raise KeyError(f"Unknown layer {name!r}. Nearest known names: {', '.join(near)}.")
 
     def with_call(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Self:
         """The model with `wrap(call)` in place of its `call`."""
@@ -108,88 +105,6 @@ class Model:
 ModelT = TypeVar("ModelT", bound=Model)
 
 
-class ModelError(ValueError):
-    """A function or module that cannot be called with the given inputs, or not be taken as a model."""
-
-
-class Traced:
-    """A function of parameters and inputs, and its programs: one for each set of shapes and dtypes of inputs."""
-
-    def __init__(
-        self, function: Callable[..., Any], params: Params, *, modules: Mapping[str, str], root: str, count: int
-    ) -> None:
-        self.function, self.modules, self.root, self.count = function, modules, root, count
-        self.specs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)), params)
-        self.identities: dict[str, tuple] = {}
-        self._programs: dict[Any, Program] = {}
-
-    def program(self, inputs: Sequence[Any], params: Mapping[str, Any] | None = None) -> Program:
-        """The program for inputs of these shapes; traced the first time.
-
-        Args:
-            inputs: arrays or specs; more than the function takes are ignored.
-            params: of which dtypes, where they are not the function's own (float64, for a test).
-
-        Raises:
-            ModelError: for these inputs something is computed otherwise from the parameters.
-        """
-        specs = jax.tree.map(spec, tuple(inputs[: self.count]))
-        changed = self._changed(params or {})
-        leaves, structure = jax.tree.flatten(specs)
-        shapes = tuple((leaf.shape, str(leaf.dtype), leaf.weak_type) for leaf in leaves)
-        precision = jax.config.values["jax_default_matmul_precision"]  # it is part of what is traced
-        key = (structure, shapes, tuple(sorted(changed.items())), precision)
-        if key not in self._programs:
-            self._programs[key] = self._trace(specs, changed)
-        return self._programs[key]
-
-    @property
-    def first(self) -> Program:
-        """The program of the example inputs."""
-        return next(iter(self._programs.values()))
-
-    def _changed(self, params: Mapping[str, Any]) -> dict[str, str]:
-        """Parameter -> dtype, where weights are given in another one than the function was made with."""
-        if not self._programs:
-            return {}
-        found: dict[str, str] = {}
-        for weight in self.first.weights:
-            dtype = str(getattr(params.get(weight.name), "dtype", ""))
-            if dtype in map(str, WIDE) and dtype != str(weight.value.dtype):  # narrow: stored so, in a mixed model
-                found |= dict.fromkeys(weight.value.sources, dtype)
-        return found
-
-    def _trace(self, inputs: Sequence[Any], changed: Mapping[str, str]) -> Program:
-        named = iter(named_leaves(self.specs))
-        specs = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, changed.get(next(named)[0], leaf.dtype)), self.specs
-        )
-        again = bool(self.identities) and not changed
-        folds = frozenset(self.identities.values()) if again else None
-        held = frozenset(each.identity for each in self.first.weights if each.layer) if again else frozenset()
-        try:
-            program = trace(self.function, specs, inputs, modules=self.modules, root=self.root, folds=folds, held=held)
-        except _USERS as error:
-            raise ModelError(_explained(error, inputs)) from error
-        found = {weight.name: weight.identity for weight in program.weights}
-        self.identities = self.identities or found
-        other = [name for name, each in found.items() if self.identities.get(name) != each]
-        there = {each.identity for each in program.weights if each.layer}
-        other += [
-            each.name
-            for each in (self.first.weights if again else ())
-            if each.layer and each.identity not in there and each.value.sources & program.used
-        ]
-        if other and again:
-            shapes = [tuple(each.shape) for each in jax.tree.leaves(inputs)]
-            raise ModelError(
-                f"For inputs of shapes {shapes} the model computes {', '.join(list(dict.fromkeys(other))[:3])} otherwise from "
-                "its parameters than for those that it was made with: make another Model with such inputs as the example (of at "
-                "least two examples)."
-            )
-        return program
-
-
 def from_function(function: Callable[..., Any], params: Params, *example: Any) -> Model:
     """Any JAX code as a Model.
 
@@ -201,7 +116,7 @@ def from_function(function: Callable[..., Any], params: Params, *example: Any) -
 
     Raises:
         ValueError: no example input, or no layer that a format could lower.
-        ModelError: the function cannot be called so; the message gives its own words.
+        ModelError: the function cannot be called so; the message repeats its own error.
     """
     if not callable(function):
         raise TypeError(f"Expected a function of (params, *inputs), found {type(function).__name__}.")
@@ -234,8 +149,8 @@ def with_activation_products(model: Model) -> Model:
     if type(model) is not Model or model.traced is None:
         raise TypeError("Expected a traced float32 model, found one made by apply: pass its .original.")
     layers = {layer.name: layer for layer in model.lowerable}
-    order = [step.layer for step in steps_of(model.traced.first.block) if isinstance(step, Multiply)]
-    every = tuple(layers[name] for name in dict.fromkeys(order) if name in layers)
+    order = dict.fromkeys(step.layer for step, _ in products_of(model.traced.first.block))
+    every = tuple(layers[name] for name in order if name in layers)
 
     def call(params: Params, *inputs: Any, **options: Any) -> Any:
         return model.call(params, *inputs, **{"layers": every, **options})
@@ -251,34 +166,31 @@ def check_batches(batches: Batches) -> Batches:
     """
     if not isinstance(batches, Sequence) or not batches:
         raise ValueError("Expected a non-empty sequence of batches, each a tuple of arrays.")
-    shapes = []
     for number, batch in enumerate(batches):
         if not isinstance(batch, tuple) or not batch:
             raise ValueError(f"Batch {number} is a {type(batch).__name__}: expected a tuple of arrays, (x,) for one.")
-        for position, each in enumerate(batch):
-            where = f"Batch {number}, input {position}"
-            if isinstance(each, Mapping | tuple | list) or not hasattr(each, "shape"):
+        for position, array in enumerate(batch):
+            where = f"Batch {number}, input {position} is a"
+            if isinstance(array, Mapping | tuple | list) or not hasattr(array, "shape"):
                 raise ValueError(
-                    f"{where} is a {type(each).__name__}: scores take examples apart along the leading axis of arrays. Pass its "
-                    "arrays one by one: models.from_function(lambda params, a, b: …, params, a, b) puts them together."
+                    f"{where} {type(array).__name__}: scores take examples apart along the leading axis of arrays. Pass its "
+                    "arrays one by one: mpjax.from_function(lambda params, a, b: …, params, a, b) puts them together."
                 )
-            if not np.shape(each):
+            if not np.shape(array):
                 raise ValueError(
-                    f"{where} is a scalar: a leading axis of examples is expected. Broadcast it (jnp.full((N,), value)), or make "
-                    "it a constant of the function."
+                    f"{where} scalar: a leading axis of examples is expected. Broadcast it (jnp.full((N,), value)), or make it a "
+                    "constant of the function."
                 )
-        sizes = {np.shape(each)[:1] for each in batch}
-        if len(sizes) != 1 or sizes == {(0,)}:
-            found = ", ".join(f"input {position}: {np.shape(each)}" for position, each in enumerate(batch))
+        shapes, first = ([np.shape(array) for array in arrays] for arrays in (batch, batches[0]))
+        if len({shape[0] for shape in shapes}) != 1 or shapes[0][0] == 0:
+            listed = ", ".join(f"input {position}: {shape}" for position, shape in enumerate(shapes))
             raise ValueError(
-                f"Batch {number}: arrays of one equal, non-zero leading axis expected, found {found}. What is one example as a "
+                f"Batch {number}: arrays of one equal, non-zero leading axis expected, found {listed}. What is one example as a "
                 "whole (a graph) takes a leading axis of one."
             )
-        shapes.append(tuple(np.shape(each) for each in batch))
-        if shapes[-1] != shapes[0]:
+        if shapes != first:
             raise ValueError(
-                f"Batch {number} has shapes {shapes[-1]}, batch 0 {shapes[0]}: make all batches of equal shape "
-                "(drop or pad the last)."
+                f"Batch {number} has shapes {shapes}, batch 0 {first}: make all batches of equal shape (drop or pad the last)."
             )
     return batches
 
@@ -291,37 +203,31 @@ def build(
         raise ValueError(
             "Expected at least one example input after the module or params: the program is traced with it."
         )
-    leaves = dict(named_leaves(params))
-    if len(leaves) != len(jax.tree.leaves(params)):
-        raise ValueError("Two parameters share one slash path (a key contains '/'): rename one of them.")
+    leaves = named_leaves(params)
     if wrong := [path for path, leaf in leaves.items() if not isinstance(leaf, _ARRAYS)]:
         raise TypeError(f"Expected params of arrays, found {type(leaves[wrong[0]]).__name__} at {wrong[0]!r}.")
-    dtypes = {_dtype(leaf) for leaf in leaves.values()}
-    if not any(jax.dtypes.issubdtype(each, jnp.floating) for each in dtypes):
-        found = f"only {', '.join(sorted(map(str, dtypes)))}" if dtypes else "none at all"
-        raise ValueError(f"Expected a model with float32 weights, found {found}: there is nothing to lower.")
+    dtypes = {dtype_of(leaf) for leaf in leaves.values()}
+    if not any(jax.dtypes.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        listed = f"only {', '.join(sorted(map(str, dtypes)))}" if dtypes else "none at all"
+        raise ValueError(f"Expected a model with float32 weights, found {listed}: there is nothing to lower.")
     traced = Traced(function, params, modules=modules, root=root, count=len(example))
     program = traced.program(example)
     others = _others(program, leaves, modules)
-    left = [each for each in others if each.weight]
+    left = [other for other in others if other.weight]
     if not program.layers:
-        why = "".join(f" {each.path}: {each.reason}." for each in left[:5])
+        seen = f"; modules seen: {sorted(set(modules.values()))}." if modules else "."
+        why = "".join(f" {other.path}: {other.reason}." for other in left[:5])
         raise ValueError(
-            "Found no layer that multiplies its own weights with activations"
-            + (f"; modules seen: {sorted(set(modules.values()))}." if modules else ".")
-            + f"{why} Nothing here can be lowered."
+            f"Found no layer that multiplies its own weights with activations{seen}{why} Nothing here can be lowered."
         )
     if left:
-        warnings.warn(
-            f"{len(left)} weights stay as they are: "
-            f"{'; '.join(f'{each.path} ({each.owner}: {each.reason})' for each in left[:5])}{' …' if len(left) > 5 else ''}.",
-            stacklevel=3,
-        )
+        listed = "; ".join(f"{other.path} ({other.owner}: {other.reason})" for other in left[:5])
+        warnings.warn(f"{len(left)} weights stay as they are: {listed}{' …' if len(left) > 5 else ''}.", stacklevel=3)
     every = program.layers
 
     def call(params: Params, *inputs: Any, override: Override | None = None, layers: Sequence[Layer] = every) -> Any:
-        found = traced.program(inputs, params)
-        return running.run(found, params, inputs[: traced.count], override, {layer.name: layer for layer in layers})
+        by_name = {layer.name: layer for layer in layers}
+        return running.run(traced.program(inputs, params), params, inputs[: traced.count], override, by_name)
 
     return Model(
         params=values(program, leaves),
@@ -335,72 +241,45 @@ def build(
 
 def _others(program: Program, leaves: Mapping[str, Any], modules: Mapping[str, str]) -> tuple[OtherParameter, ...]:
     """The parameters that are no layer's weight, and why."""
-    layers = {layer.kernel for layer in program.layers}
-    weights = {weight.name: weight for weight in program.weights}
-    folds: dict[str, list[str]] = {}
+    whole = {weight.name: weight for weight in program.weights if not weight.folded}
+    refused: dict[str, str] = {}
+    folds: dict[str, dict[str, None]] = {}
     for weight in program.weights:
-        if weight.folded:
-            for path in weight.value.sources:
-                folds.setdefault(path, []).append(weight.layer or weight.name)
-    found = []
+        for path in weight.value.sources:
+            if weight.reason:
+                refused.setdefault(path, weight.reason)
+            if weight.folded:
+                folds.setdefault(path, {})[weight.layer or weight.name] = None
+    others = []
     for path, leaf in leaves.items():
-        whole = weights.get(path)
-        if whole is not None and not whole.folded and path in layers:
+        taken = whole.get(path)
+        if taken is not None and taken.layer:
             continue
-        last, shape = path.rpartition("/")[2], tuple(np.shape(leaf))
-        matrix, reason = False, _NO_PRODUCT
-        left = [each for each in program.weights if path in each.value.sources and each.reason]
-        if left:
-            matrix, reason = True, left[0].reason
-        elif whole is not None and not whole.folded:
-            opaque = sorted(whole.taken_by - _PLAIN)
+        (owner, _, last), shape = path.rpartition("/"), tuple(np.shape(leaf))
+        matrix, reason = path in refused, "not a product's weights"
+        if matrix:
+            reason = refused[path]
+        elif taken is not None:
+            opaque = sorted(taken.taken_by - _PLAIN)
             matrix = bool(opaque) and sum(size > 1 for size in shape) > 1 and last not in ("scale", "bias")
-            reason = f"taken by {', '.join(opaque)}, which is no product" if matrix else reason
-            reason = "bias" if reason == _NO_PRODUCT and last in ("bias", "b") else reason
+            if matrix:
+                reason = f"taken by {', '.join(opaque)}, which is no product"
+            elif last in ("bias", "b"):
+                reason = "bias"
         elif path in folds:
-            reason = f"computed into {', '.join(dict.fromkeys(folds[path]))}"
+            reason = f"computed into {', '.join(folds[path])}"
         elif path not in program.used:
             reason = UNUSED
-        owner = modules.get(path.rpartition("/")[0], "")
-        found.append(
+        others.append(
             OtherParameter(
                 path=path,
                 shape=shape,
-                owner=owner,
+                owner=modules.get(owner, ""),
                 reason=reason,
                 weight=matrix,
-                folded=path in folds and (whole is None or whole.folded),
+                folded=path in folds and taken is None,
             )
         )
-    for shape in dict.fromkeys(program.constants):
-        found.append(
-            OtherParameter(path="(constant)", shape=shape, owner="", reason="held constant: it is not among the params")
-        )
-    return tuple(found)
-
-
-def _explained(error: Exception, example: Sequence[Any]) -> str:
-    """Why a module cannot be called with these inputs, and what to do."""
-    said = str(error).strip().splitlines()
-    words = said[0] if said else type(error).__name__
-    shapes = ", ".join(f"{np.shape(each)} {_dtype(each)}" for each in jax.tree.leaves(tuple(example)))
-    hint = "Pass the inputs and keyword arguments with which the model can be called"
-    if "rng" in words.lower():
-        hint = (
-            "It asks for random numbers: turn them off (deterministic=True, train=False), or pass rngs={'dropout': key}"
-        )
-    elif "mutable" in words.lower() or "modify" in words.lower():
-        hint = "It writes to a collection: run it as for inference (train=False, use_running_average=True)"
-    return f"The model cannot be called with ({shapes}): {words} {hint}."
-
-
-def spec(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Of an input; a Python number leaves the dtype to what it meets."""
-    weak = isinstance(leaf, bool | int | float | complex) or getattr(leaf, "weak_type", False)
-    return jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf), weak_type=weak)
-
-
-def _dtype(leaf: Any) -> Any:
-    """A leaf's dtype as jax has it."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    return dtype if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) else jax.dtypes.canonicalize_dtype(dtype)
+    reason = "held constant: it is not among the params"
+    constants = dict.fromkeys(program.constants)
+    return (*others, *(OtherParameter(path="(constant)", shape=shape, owner="", reason=reason) for shape in constants))

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from mpjax.partition import Block
@@ -17,6 +16,7 @@ from mpjax.partition import Block
 Array = jax.Array
 Params = Any
 Override = Callable[["Layer", "Product", Array, Any], Array]
+Axes = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,13 @@ class Layer:
         module: class of the module that owns the weight; "" where it is not known.
         kernel: path of the weight in the model's params; "" for a product of two activations.
         sources: paths of the user's parameters that the weight is computed from.
+        folded: the weight is computed from its sources when the model is made, and not a parameter as it is.
         kernel_shape, input_shape, output_shape: of the weight, and of the operands and output of the first product.
         groups: feature groups of a convolution.
-        calls: how often its products run: under a scan its length times; in a `cond` as if the dearest branch were taken, in a
-            `while_loop` as if it turned once.
+        calls: how often its products run: under a scan its length times; in a `cond` the most that a branch runs, in a
+            `while_loop` as for one iteration.
         flops: per example (first axis) and over all calls, two per multiply-add.
-        summed: axes of the weight that the product sums over, which share a scale; None: not known, one scale for all.
+        summed: axes of the weight that the product sums over, which share a scale; None: unknown, one scale for all.
         stacked: axes along which the weight is a stack of separate weights (scanned, mapped, or taken one by one): in every
             format each has a scale of its own.
         levels: how many leading axes are consumed by scans, so that a product sees a slice.
@@ -45,14 +46,15 @@ class Layer:
     module: str = ""
     kernel: str = ""
     sources: tuple[str, ...] = ()
+    folded: bool = False
     kernel_shape: tuple[int, ...] = ()
     input_shape: tuple[int, ...] = ()
     output_shape: tuple[int, ...] = ()
     groups: int = 1
     calls: int = 1
     flops: int = 0
-    summed: tuple[int, ...] | None = None
-    stacked: tuple[int, ...] = ()
+    summed: Axes | None = None
+    stacked: Axes = ()
     levels: int = 0
 
     @property
@@ -63,7 +65,7 @@ class Layer:
     @property
     def weights(self) -> int:
         """Number of weights in the kernel."""
-        return int(np.prod(self.kernel_shape)) if self.kernel else 0
+        return math.prod(self.kernel_shape) if self.kernel else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,16 @@ class Move:
         return f"{self.primitive.name}({', '.join(f'{k}={v}' for k, v in self.params.items())})"
 
 
+CONV_PARAMS = (
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "feature_group_count",
+    "batch_group_count",
+)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Product:
     """One dot, convolution, ragged dot or lookup of the program; bias is no part of it.
@@ -110,7 +122,7 @@ class Product:
         extra: more arguments of `function`.
         weighted: whether the second operand is a weight, and not a second activation.
         dtype: in which the program has the weight operand; None: as it is.
-        shared: (summed, stacked) of the weight, as `Layer` says, without the axes that scans consume; None: the product's own.
+        shared: (summed, stacked) of the weight, as in `Layer`, without the axes that scans consume; None: the product's own.
     """
 
     kind: str
@@ -129,36 +141,37 @@ class Product:
     view: tuple[Move, ...] = ()
     operands: tuple[Any, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
-    shared: tuple[tuple[int, ...] | None, tuple[int, ...]] | None = None
+    shared: tuple[Axes | None, Axes] | None = None
 
     @property
-    def summed(self) -> tuple[int, ...] | None:
+    def summed(self) -> Axes | None:
         """Axes of the weight that the product sums over; None where they are not known."""
-        return self.shared[0] if self.shared is not None else operand_summed(self)
+        return operand_summed(self) if self.shared is None else self.shared[0]
 
     @property
-    def stacked(self) -> tuple[int, ...]:
+    def stacked(self) -> Axes:
         """Axes of the weight along which it is a stack of weights."""
-        return self.shared[1] if self.shared is not None else operand_stacked(self)
+        return operand_stacked(self) if self.shared is None else self.shared[1]
 
     @property
     def bare(self) -> Product:
-        """The product of an operand that `viewed` has given."""
-        return replace(self, view=(), operands=self._own_operands, shared=None)
+        """The product of an operand that `viewed` returned."""
+        return replace(self, view=(), operands=self._group_sizes, shared=None)
 
     @property
-    def _own_operands(self) -> tuple[Any, ...]:
+    def _group_sizes(self) -> tuple[Any, ...]:
+        """The operands that no move takes."""
         return self.operands[sum(move.operands for move in self.view) :]
 
     def viewed(self, weights: Array) -> Array:
         """The weight as the product takes it: transposed, sliced, reshaped."""
-        rest = list(self.operands)
+        rest = self.operands
         for move in self.view:
-            taken, rest = rest[: move.operands], rest[move.operands :]
+            positions, rest = rest[: move.operands], rest[move.operands :]
             params = move.params
             if move.primitive.name == "gather" and params["fill_value"] is not None:  # of the weight's dtype, as stored
                 params = {**params, "fill_value": None}
-            weights = move.primitive.bind(weights, *taken, **params)
+            weights = move.primitive.bind(weights, *positions, **params)
         return weights
 
     def __call__(self, lhs: Array, rhs: Array) -> Array:
@@ -167,56 +180,35 @@ class Product:
 
     def multiply(self, lhs: Array, rhs: Array, *, accumulate: str | None = None) -> Array:
         """The same; `accumulate`: dtype of accumulation and result where the operands are narrower."""
-        rhs = self.viewed(rhs)
+        rhs, numbers, extra = self.viewed(rhs), self.dimension_numbers, dict(self.extra)
         if self.kind == "lookup":
-            rows = self.function(rhs, lhs, self.dimension_numbers, **self._lookup_extra(rhs))
+            if not jnp.issubdtype(rhs.dtype, jnp.floating):
+                extra["fill_value"] = None  # a number of the table's dtype in the program
+            rows = self.function(rhs, lhs, numbers, **extra)
             return rows if accumulate is None else rows.astype(accumulate)
-        if accumulate is None and self.dtype is not None and rhs.dtype.itemsize < self.dtype.itemsize:
-            rhs = rhs.astype(self.dtype)  # narrower as it is stored, or as a format rounds it
-        extra = dict(self.extra)
+        extra["precision"] = self.precision
         if accumulate is not None:
             extra["preferred_element_type"] = jnp.dtype(accumulate)
+        elif self.dtype is not None and rhs.dtype.itemsize < self.dtype.itemsize:
+            rhs = rhs.astype(self.dtype)  # narrower as it is stored, or as a format rounds it
         if self.kind == "ragged":
-            return self.function(lhs, rhs, *self._own_operands, self.dimension_numbers, self.precision, **extra)
-        if self.kind == "dot":
-            if not self.weights_first:
-                return self.function(lhs, rhs, self.dimension_numbers, precision=self.precision, **extra)
-            # Narrow operands the usual way round: XLA:CPU (jaxlib 0.10.2) cannot run some of their batched products.
-            if self.function is not lax.dot_general or lhs.dtype.itemsize < 4:
-                out = self.function(lhs, rhs, self.dimension_numbers, precision=self.precision, **extra)
-                return self.in_program_order(out, rhs.ndim)
-            (contract, over), (batch, batch_rhs) = self.dimension_numbers
-            numbers = ((over, contract), (batch_rhs, batch))
-            return self.function(rhs, lhs, numbers, precision=self.precision, **extra)
-        return self.function(
-            lhs,
-            rhs,
-            self.window_strides,
-            self.padding,
-            lhs_dilation=self.lhs_dilation,
-            rhs_dilation=self.rhs_dilation,
-            dimension_numbers=self.dimension_numbers,
-            feature_group_count=self.feature_group_count,
-            batch_group_count=self.batch_group_count,
-            precision=self.precision,
-            **extra,
-        )
+            return self.function(lhs, rhs, *self._group_sizes, numbers, **extra)
+        if self.kind == "conv":
+            extra |= {name: getattr(self, name) for name in CONV_PARAMS}
+            return self.function(lhs, rhs, dimension_numbers=numbers, **extra)
+        # Narrow operands with the activations first: XLA:CPU (jaxlib 0.10.2) cannot run some of their batched products.
+        if self.weights_first and self.function is lax.dot_general and lhs.dtype.itemsize >= 4:
+            (contract, over), (batch, batch_rhs) = numbers
+            return self.function(rhs, lhs, ((over, contract), (batch_rhs, batch)), **extra)
+        return self.in_program_order(self.function(lhs, rhs, numbers, **extra), rhs.ndim)
 
     def in_program_order(self, out: Array, rank: int) -> Array:
         """The output of a dot with the activations first, as the program has it; `rank`: of the weight operand."""
         if not self.weights_first:
             return out
         (_, over), (batch, _) = self.dimension_numbers
-        free = rank - len(over) - len(batch)
-        first = out.ndim - free
+        first = out.ndim - (rank - len(over) - len(batch))
         return out.transpose(*range(len(batch)), *range(first, out.ndim), *range(len(batch), first))
-
-    def _lookup_extra(self, table: Array) -> dict[str, Any]:
-        """A gather's arguments; what fills rows outside of the table is a number of the table's dtype."""
-        extra = dict(self.extra)
-        if not jnp.issubdtype(table.dtype, jnp.floating):
-            extra["fill_value"] = None
-        return extra
 
 
 def flops(product: Product, lhs: Any, rhs: Any, out: Any) -> int:
@@ -231,31 +223,25 @@ def row_count(lhs: Any, contract: Sequence[int]) -> int:
     return math.prod(size for axis, size in enumerate(lhs.shape) if axis not in contract)
 
 
-def operand_summed(product: Product) -> tuple[int, ...]:
+def operand_summed(product: Product) -> Axes:
     """Axes of the viewed weight that the product sums over; of a table, those along a row."""
     numbers = product.dimension_numbers
     if product.kind == "lookup":
         return tuple(axis for axis, size in enumerate(product.extra["slice_sizes"]) if size > 1)
-    if product.kind == "ragged":
-        (_, over), _ = numbers.dot_dimension_numbers
-        return tuple(over)
-    if product.kind == "dot":
-        (_, over), _ = numbers
-        return tuple(over)
-    rank = len(product.window_strides) + 2
-    features = numbers.rhs_spec[0] if isinstance(numbers, lax.ConvDimensionNumbers) else numbers[1].index("O")
-    return tuple(axis for axis in range(rank) if axis != features)
+    if product.kind == "conv":
+        rank = len(product.window_strides) + 2
+        features = numbers.rhs_spec[0] if isinstance(numbers, lax.ConvDimensionNumbers) else numbers[1].index("O")
+        return tuple(axis for axis in range(rank) if axis != features)
+    (_, over), _ = numbers if product.kind == "dot" else numbers.dot_dimension_numbers
+    return tuple(over)
 
 
-def operand_stacked(product: Product) -> tuple[int, ...]:
+def operand_stacked(product: Product) -> Axes:
     """Axes of the viewed weight along which the product has one weight each: batch axes, ragged groups."""
     numbers = product.dimension_numbers
     if product.kind == "lookup":
         return tuple(numbers.operand_batching_dims)
-    if product.kind == "ragged":
-        _, (_, batch) = numbers.dot_dimension_numbers
-        return (*numbers.rhs_group_dimensions, *batch)
-    if product.kind == "dot":
-        _, (_, batch) = numbers
-        return tuple(batch)
-    return ()
+    if product.kind == "conv":
+        return ()
+    _, (_, batch) = numbers if product.kind == "dot" else numbers.dot_dimension_numbers
+    return tuple(batch) if product.kind == "dot" else (*numbers.rhs_group_dimensions, *batch)

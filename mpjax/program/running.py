@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from jax import lax
 
+from mpjax.program.folding import bind
 from mpjax.program.product import Array, Layer, Override
-from mpjax.program.steps import Bind, Block, Branch, Constant, Loop, Multiply, Program, Ref, Remat, While, bind
+from mpjax.program.steps import Block, Branch, Constant, Loop, Multiply, Nested, Program, Ref, Remat, While
 
 _Reads = Callable[[Ref], Any]
 
@@ -27,24 +28,21 @@ def run(
 
     Args:
         weights: by name. What is no plain array (a weight as a format stores it) may be any pytree, which a scan slices along
-            the first axis of its leaves; only an override that expects it may meet it.
+            the first axis of its leaves; the override must expect it.
         inputs: as the function takes them.
-        override: called as `override(layer, product, activations, weights)` in place of each product of the layers; what it gives
+        override: called as `override(layer, product, activations, weights)` in place of each product of the layers; its result
             is cast to the dtype that the program has there. None: the products as they are.
         layers: by name.
     """
-    state = _State(weights=weights, override=override, layers=layers)
-    outputs = state.block(program.block, jax.tree.leaves(inputs), {})
+    outputs = _Run(weights, override, layers).block(program.block, jax.tree.leaves(inputs), {})
     return jax.tree.unflatten(program.tree, outputs)
 
 
-class _State:
-    def __init__(self, weights: Mapping[str, Any], override: Override | None, layers: Mapping[str, Layer]) -> None:
-        self.weights, self.override, self.layers = weights, override, layers
-
-    def inside(self, slices: Mapping[str, Any]) -> _State:
-        """The same, in the body of a scan."""
-        return _State({**self.weights, **slices}, self.override, self.layers)
+@dataclass(frozen=True)
+class _Run:
+    weights: Mapping[str, Any]
+    override: Override | None
+    layers: Mapping[str, Layer]
 
     def block(self, block: Block, inputs: Sequence[Any], outer: Mapping[int, Any]) -> list[Any]:
         values = {**outer, **dict(zip(block.inputs, inputs, strict=True))}
@@ -55,72 +53,57 @@ class _State:
             return ref.value if isinstance(ref, Constant) else self.weights[ref.name]
 
         for step in block.steps:
-            if isinstance(step, Multiply):
-                values[step.output] = self.multiply(step, read)
-                continue
-            with scope(step.scope):
-                if isinstance(step, Bind) or step.whole:
-                    found = bind(step.equation, [read(each) for each in step.operands])
-                elif isinstance(step, Loop):
-                    found = self.loop(step, read, values)
-                elif isinstance(step, While):
-                    found = self.repeat(step, read, values)
-                elif isinstance(step, Branch):
-                    found = self.branch(step, read, values)
+            with _scope(step.scope):
+                if isinstance(step, Multiply):
+                    results: Sequence[Any] = [self.multiply(step, read)]
+                elif isinstance(step, Nested):
+                    results = self.nested(step, [read(ref) for ref in step.operands], values)
                 else:
-                    found = self.remat(step, read, values)
-            values.update(zip(step.outputs, found, strict=True))
-        return [read(each) for each in block.outputs]
+                    results = bind(step.equation, map(read, step.operands))
+            values.update(zip(step.outputs, results, strict=True))
+        return [read(ref) for ref in block.outputs]
 
     def multiply(self, step: Multiply, read: _Reads) -> Array:
-        layer = self.layers.get(step.layer) if self.override is not None else None
-        product = step.product
+        product, lhs, rhs = step.product, read(step.lhs), read(step.rhs)
         if step.operands:
-            product = replace(product, operands=tuple(read(each) for each in step.operands))
-        lhs, rhs = read(step.lhs), read(step.rhs)
-        with scope(step.scope):
+            product = replace(product, operands=tuple(map(read, step.operands)))
+        layer = self.layers.get(step.layer)
+        with _scope(step.layer):
             if layer is None or self.override is None:
-                with jax.named_scope(step.layer) if step.layer else nullcontext():
-                    return product(lhs, rhs).astype(step.out_spec.dtype)
-            with jax.named_scope(layer.name):
-                return self.override(layer, product, lhs, rhs).astype(step.out_spec.dtype)
+                out = product(lhs, rhs)
+            else:
+                out = self.override(layer, product, lhs, rhs)
+            return out.astype(step.out_spec.dtype)
 
-    def loop(self, step: Loop, read: _Reads, outer: Mapping[int, Any]) -> list[Any]:
-        (block,), operands = step.blocks, [read(each) for each in step.operands]
-        carry, xs = operands[: step.carry], operands[step.carry :]
+    def nested(self, step: Nested, operands: list[Any], outer: Mapping[int, Any]) -> Sequence[Any]:
+        if isinstance(step, Loop):
+            return self.loop(step, operands, outer)
+        functions = [lambda *values, block=block: self.block(block, values, outer) for block in step.blocks]
+        if isinstance(step, Branch):
+            return lax.switch(operands[0], functions, *operands[1:])
+        if isinstance(step, While):
+            test, body = functions
+            return lax.while_loop(lambda carry: test(*carry)[0], lambda carry: body(*carry), operands)
+        assert isinstance(step, Remat)
+        params = step.equation.params
+        options = {name: params[name] for name in ("prevent_cse", "policy") if name in params}
+        return jax.checkpoint(functions[0], **options)(*operands)
+
+    def loop(self, step: Loop, operands: list[Any], outer: Mapping[int, Any]) -> Sequence[Any]:
+        (block,), count = step.blocks, step.carry
         stacks = {weight.name: self.weights[weight.name] for weight in block.sliced.values()}
 
-        def body(carry: list[Any], each: Any) -> tuple[list[Any], list[Any]]:
-            values, slices = each
-            found = self.inside(slices).block(block, [*carry, *values], outer)
-            return found[: step.carry], found[step.carry :]
+        def body(carry: list[Any], xs: Any) -> tuple[list[Any], list[Any]]:
+            values, slices = xs
+            inside = replace(self, weights={**self.weights, **slices})
+            results = inside.block(block, [*carry, *values], outer)
+            return results[:count], results[count:]
 
-        params = step.equation.params
-        options = {name: params[name] for name in ("length", "reverse", "unroll")}
-        last, stacked = lax.scan(body, carry, (xs, stacks), **options)
-        return [*last, *stacked]
-
-    def repeat(self, step: While, read: _Reads, outer: Mapping[int, Any]) -> list[Any]:
-        test, body = step.blocks
-        return lax.while_loop(
-            lambda carry: self.block(test, carry, outer)[0],
-            lambda carry: self.block(body, carry, outer),
-            [read(each) for each in step.operands],
-        )
-
-    def branch(self, step: Branch, read: _Reads, outer: Mapping[int, Any]) -> list[Any]:
-        index, *operands = (read(each) for each in step.operands)
-        branches = [lambda *each, block=block: self.block(block, each, outer) for block in step.blocks]
-        return lax.switch(index, branches, *operands)
-
-    def remat(self, step: Remat, read: _Reads, outer: Mapping[int, Any]) -> list[Any]:
-        (block,), params = step.blocks, step.equation.params
-        options = {name: params[name] for name in ("prevent_cse", "policy") if name in params}
-        return jax.checkpoint(lambda *each: self.block(block, each, outer), **options)(
-            *(read(each) for each in step.operands)
-        )
+        options = {name: step.equation.params[name] for name in ("length", "reverse", "unroll")}
+        last, outputs = lax.scan(body, operands[:count], (operands[count:], stacks), **options)
+        return [*last, *outputs]
 
 
-def scope(name: str) -> AbstractContextManager[Any]:
-    """The scope that a step was traced in, so that a program that it is put into still names it."""
+def _scope(name: str) -> AbstractContextManager[Any]:
+    """A named scope: of a step as it was traced, so that a program that it is put into still names it."""
     return jax.named_scope(name) if name else nullcontext()

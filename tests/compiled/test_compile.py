@@ -17,7 +17,7 @@ from mpjax.compiled import building, tuning
 from mpjax.program import with_output
 from mpjax.xla import executable, timing
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+pytestmark = [pytest.mark.optimised, pytest.mark.usefixtures("relaxed_promotion")]
 FLOAT32_BYTES = 4 * (27 * 8 + 8 + 9 * 8 + 8 + 8 * 16 + 16 + 16 * 3 + 3)
 
 
@@ -109,7 +109,7 @@ def test_layers_that_the_kept_outputs_do_not_need_are_dropped(small, mixed_progr
     rows = {row["layer"]: row for row in program.report().rows}
     assert rows["head"]["dropped"] and not rows["stem"]["dropped"]
     assert (rows["head"]["weight_bytes"], rows["head"]["flops"], rows["head"]["executed"]) == (0, 0, None)
-    assert "dropped" in str(program.report()) and "dropped in 1" in program.report().summary
+    assert "dropped" in str(program.report())
 
 
 def test_outputs_that_cannot_be_kept_are_refused(small):
@@ -226,10 +226,10 @@ class Shared(nn.Module):
 def test_a_shared_layer_has_its_first_runs_implementation(few_first):
     model, (inputs, _) = linen(Shared(few_first=few_first), 2, 4)
     mixed = apply(model, {"shared": "bfloat16"}, implementation="rule")
-    assert building.implementations_of(mixed, *inputs) == {"shared": "rows" if few_first else "xla"}
+    by_layer = with_implementation(model, {"shared": "rows"})  # covers products of few rows only
+    for variant in (mixed, by_layer):
+        assert building.implementations_of(variant, *inputs) == {"shared": "rows" if few_first else "xla"}
     assert building.implementations_of(model, *inputs) == {"shared": "xla"}
-    rows = with_implementation(model, {"shared": "rows"})
-    assert building.implementations_of(rows, *inputs) == {"shared": "rows"}
 
 
 class Vectors(nn.Module):

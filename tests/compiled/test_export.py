@@ -11,7 +11,7 @@ from mpjax import compiled
 from mpjax.compiled import export
 from mpjax.xla import executable
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+pytestmark = [pytest.mark.optimised, pytest.mark.usefixtures("relaxed_promotion")]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from mpjax.compiled import building, tuning
 from mpjax.xla import executable, timing
 
 pytestmark = [
+    pytest.mark.optimised,
     pytest.mark.usefixtures("relaxed_promotion"),
     pytest.mark.skipif(jax.default_backend() != "cpu", reason="the rule and the sets of options of a CPU"),
 ]
