@@ -103,7 +103,7 @@ def apply(
             f"known to the first: {', '.join(near or list(layers)[:3])}."
         )
     for name, fmt in formats.items():
-        if fmt.needs_range and None in ranges_of(calibration, layers[name])[: 1 if layers[name].kernel else 2]:
+        if fmt.scaled and None in ranges_of(calibration, layers[name])[: 1 if layers[name].kernel else 2]:
             what = "" if layers[name].kernel else " of both operands (calibrate models.with_activation_products(model))"
             raise ValueError(
                 f"Layer {name!r} in {fmt.name} needs its activation range{what}: pass "
@@ -251,5 +251,5 @@ def _narrow_kernels(layers: Sequence[Layer], formats: Mapping[str, Format]) -> b
     if products_only(layers):
         return True
     counted = [(layer.flops, formats.get(layer.name, FLOAT32)) for layer in layers]
-    narrow = sum(flops for flops, fmt in counted if fmt.narrow)
+    narrow = sum(flops for flops, fmt in counted if fmt.operand != "float32" and fmt.accumulate == "float32")
     return 0 < narrow >= _ENOUGH * sum(flops for flops, _ in counted)

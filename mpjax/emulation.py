@@ -118,7 +118,7 @@ def emulated(
 
 
 def _require_calibration(model: Model, formats: Sequence[Format], calibration: Calibration | None) -> None:
-    scaled = [fmt.name for fmt in formats if fmt.needs_range]
+    scaled = [fmt.name for fmt in formats if fmt.scaled]
     missing = [name for name in model.names if name not in (calibration or {})]
     if scaled and missing:
         raise ValueError(

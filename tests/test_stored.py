@@ -60,7 +60,7 @@ def product_of(x, weights, fmt, product=None):
     product = product or dot()
     numbers, scale = storage.quantize(weights, fmt, product.summed)
     assert stored.readable(fmt, product, x, weights.ndim)
-    truth = float64(storage.stands_for((numbers, scale), fmt, weights.shape, product.summed))
+    truth = float64(storage.dequantize(numbers, scale, fmt, weights.shape, product.summed))
     return stored.multiply(fmt, product, x, numbers, scale), truth
 
 
@@ -203,7 +203,7 @@ def test_derivatives_are_those_of_the_product(fmt):
         return jnp.sum(stored.multiply(parse(fmt), dot(), x, numbers, scale) ** 2)
 
     def plain(x, scale):
-        return jnp.sum((x @ storage.stands_for((numbers, scale), parse(fmt), weights.shape, (0,))) ** 2)
+        return jnp.sum((x @ storage.dequantize(numbers, scale, parse(fmt), weights.shape, (0,))) ** 2)
 
     which = (0,) if scale is None else (0, 1)
     found, expected = (jax.grad(each, which)(x, scale) for each in (loss, plain))

@@ -173,7 +173,7 @@ class Compiled:
                     "weights": layer.weights,
                     "weight_bytes": 0 if dropped else weight_bytes(layer, parse(self.assignment[name])),
                     "full_copy": None
-                    if dropped or not (layer.kernel and parse(self.assignment[name]).multiplied_out)
+                    if dropped or not (layer.kernel and parse(self.assignment[name]).weight_only)
                     else name in copies,
                     "flops": 0 if dropped else layer.flops * batch,
                     "share": seconds.get(name, 0.0) / total if seconds and total else None,

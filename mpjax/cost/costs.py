@@ -176,7 +176,7 @@ def measure(
     low = _with_float32(formats)
     calls = _calls(model, inputs)
     costs = _static(model, low, inputs, calls)
-    timed = [fmt for fmt in low if not fmt.emulated_only]
+    timed = [fmt for fmt in low if fmt.accumulate != "float16"]
     kept = timing.Timings(None if cache is None else Path(cache), rounds=rounds, options=options)
     overhead = kept.of({"overhead": timing.start_only()})["overhead"]
     ynn = not executable.without_ynn(options)
@@ -399,7 +399,7 @@ def _programs(fmt: Format, call: graph.Call, candidate: str, as_stored: bool) ->
         lhs = rng.integers(0, rows, call.lhs.shape).astype(call.lhs.dtype)
     else:
         lhs = rng.standard_normal(call.lhs.shape).astype(np.float32)
-    ranges = (fmt.max, fmt.max) if fmt.needs_range else (None, None)  # a scale of one
+    ranges = (fmt.max, fmt.max) if fmt.scaled else (None, None)  # a scale of one
 
     def whole(lhs: Array, rhs: Any) -> Array:
         return arithmetic.executed(

@@ -45,7 +45,7 @@ def readable(fmt: Format, product: Product, lhs: Array, rank: int) -> bool:
     """
     if product.kind != "dot" or product.function is not lax.dot_general or product.summed is None:
         return False
-    if fmt.storage not in _PARTS or not fmt.multiplied_out or jax.default_backend() != "cpu":
+    if fmt.storage not in _PARTS or not fmt.weight_only or jax.default_backend() != "cpu":
         return False
     transposes = [move for move in product.view if move.primitive.name == "transpose"]
     if len(transposes) != len(product.view) or (transposes and rank != 2):

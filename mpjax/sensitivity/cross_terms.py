@@ -109,7 +109,7 @@ def interactions(
     samples = tap_samples(model, batches, low, loss, key, num_probes, ranges, timed)
     total, variance, bad = accumulate(samples, exact=num_probes is None)
     examples = examples_in(batches)
-    half = np.tile([fmt.overflows for fmt in low], len(model.layers))
+    half = np.tile([fmt.operand == "float16" for fmt in low], len(model.layers))
     overflowed = half & all_finite(model.params, batches)
     return Interactions(
         gram=(total + total.T) / (2 * examples),

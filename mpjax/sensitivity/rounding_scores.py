@@ -205,7 +205,7 @@ def ranges_for(
     timed: Timed,
 ) -> Calibration | None:
     """The calibration, measured on the batches where a scaled format needs it and none is given."""
-    if calibration is None and any(fmt.needs_range for fmt in formats):
+    if calibration is None and any(fmt.scaled for fmt in formats):
         timed.forward += examples_in(batches)
         return calibrate(model, [loss.split(batch)[0] for batch in batches], jit=timed.jit)
     return calibration

@@ -355,7 +355,7 @@ def _per_format(array: np.ndarray | None, layers: int, formats: int) -> np.ndarr
 
 def overflows(value: np.ndarray, formats: Sequence[Format], *, finite: bool) -> np.ndarray:
     """(L, F): where a score is not finite because of the format's range: float16 alone overflows, from finite data only."""
-    half = np.array([fmt.overflows for fmt in formats])
+    half = np.array([fmt.operand == "float16" for fmt in formats])
     return ~np.isfinite(value) & half[None, :] & finite
 
 
