@@ -7,14 +7,10 @@ program = mp.compile(mp.apply(model, result.assignment), batches)
 """
 
 from mpjax import (
-    arithmetic,
     compiled,
     cost,
     curvature,
-    emulation,
-    evaluation,
     formats,
-    kernels,
     losses,
     metrics,
     partition,
@@ -26,28 +22,31 @@ from mpjax import (
 )
 from mpjax.apply import MixedModel, apply, with_implementation
 from mpjax.compiled import compile, load
+from mpjax.emulation import calibrate
+from mpjax.evaluation import Evaluation
+from mpjax.optimize import Optimized, optimize
 from mpjax.program import from_function, from_linen, from_nnx
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "Evaluation",
     "MixedModel",
+    "Optimized",
     "apply",
-    "arithmetic",
+    "calibrate",
     "compile",
     "compiled",
     "cost",
     "curvature",
-    "emulation",
-    "evaluation",
     "formats",
     "from_function",
     "from_linen",
     "from_nnx",
-    "kernels",
     "load",
     "losses",
     "metrics",
+    "optimize",
     "partition",
     "plan",
     "program",

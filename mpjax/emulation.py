@@ -1,4 +1,4 @@
-"""Layers in formats, emulated (`arithmetic`), as an override; and the traced choice of a format per layer."""
+"""Layers in formats, emulated (`arithmetic`), as an override; and the traced format of each layer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 
 from mpjax import arithmetic
 from mpjax.arithmetic import Calibration, ranges_of
-from mpjax.formats import FLOAT32, Format, parse_all
-from mpjax.program.model import Array, Batches, Layer, Model, Override, Params, Product, check_batches
+from mpjax.formats import FLOAT32, Format
+from mpjax.program import Array, Batches, Layer, Model, Override, Product, check_batches
 
 
 def calibrate(
@@ -21,9 +21,9 @@ def calibrate(
 ) -> dict[str, float]:
     """The largest magnitude at each layer's input over the batches: the static activation scales of float8.
 
-    Shape of the result: layer name -> amax; of a product of two activations also name/rhs -> amax of the second. Works through
-    scan, remat and shared layers (the numbers leave the program through a host callback). A non-finite activation is kept as it
-    is: `amax_scale` then uses 1. `jit` compiles the program, and may time it.
+    Returns layer name -> amax; of a product of two activations also name/rhs -> amax of the second. A non-finite activation is
+    recorded as it is: `amax_scale` then uses 1. Works through scan, remat and shared layers (the numbers leave the program
+    through a host callback). `jit` compiles the program, and may time it.
     """
     largest: dict[str, float] = dict.fromkeys(model.names, 0.0)
     largest |= {f"{layer.name}/rhs": 0.0 for layer in model.layers if not layer.kernel}
@@ -32,7 +32,7 @@ def calibrate(
         largest[name] = float(np.maximum(largest[name], value))  # NaN stays
         return np.asarray(value, np.float32)
 
-    def noted(name: str, x: Array) -> Array:
+    def observed(name: str, x: Array) -> Array:
         amax = jnp.max(jnp.abs(x), initial=0.0).astype(jnp.float32)
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         seen = jax.pure_callback(functools.partial(receive, name), scalar, amax, vmap_method="sequential")
@@ -42,7 +42,7 @@ def calibrate(
     def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
         if product.kind == "lookup":
             return product(lhs, rhs)
-        return product(noted(layer.name, lhs), rhs if layer.kernel else noted(f"{layer.name}/rhs", rhs))
+        return product(observed(layer.name, lhs), rhs if layer.kernel else observed(f"{layer.name}/rhs", rhs))
 
     run = jit(lambda params, *inputs: model.call(params, *inputs, override=override))
     for batch in check_batches(batches):
@@ -51,7 +51,7 @@ def calibrate(
 
 
 def in_format(assignment: Mapping[str, Format], *, calibration: Calibration | None = None) -> Override:
-    """The override that emulates each layer in its assigned format; float32, where none is named, in the fast way for it."""
+    """The override that emulates each layer in its assigned format, and in float32 where none is named."""
 
     def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
         fmt = assignment.get(layer.name, FLOAT32)
@@ -60,20 +60,19 @@ def in_format(assignment: Mapping[str, Format], *, calibration: Calibration | No
     return override
 
 
-def choose(
-    index: Array, layers: Sequence[str], formats: Sequence[Format], *, calibration: Calibration | None = None
+def in_formats(
+    numbers: Array, layers: Sequence[str], formats: Sequence[Format], *, calibration: Calibration | None = None
 ) -> Override:
     """The override that picks each layer's format by a traced number: one compilation for every assignment.
 
     Args:
-        index: (L,) int32; 0 is float32, 1 + f is `formats[f]`. Only the branch that is picked is computed, so a layer
-            in float32 costs nothing extra (under `jax.vmap` over `index` all branches would be computed).
-        layers: the L names, in the order of `index`.
+        numbers: (L,) int32; 0 is float32, 1 + f is `formats[f]`. Only the branch that is picked is computed, so a layer
+            in float32 costs nothing extra (under `jax.vmap` over `numbers` all branches would be computed).
+        layers: the L names, in the order of `numbers`.
         formats: the low formats.
         calibration: needed by scaled formats.
     """
     position = {name: number for number, name in enumerate(layers)}
-    options = (FLOAT32, *formats)
 
     def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
         ranges = ranges_of(calibration, layer)
@@ -81,47 +80,22 @@ def choose(
         def branch(fmt: Format) -> Callable[[Array, Array], Array]:
             return lambda x, w: arithmetic.emulated(fmt, product, x, w, ranges=ranges).astype(jnp.float32)
 
-        return jax.lax.switch(index[position[layer.name]], [branch(fmt) for fmt in options], lhs, rhs)
+        return jax.lax.switch(numbers[position[layer.name]], [branch(fmt) for fmt in (FLOAT32, *formats)], lhs, rhs)
 
     return override
 
 
-def choice(assignment: Mapping[str, str], layers: Sequence[str], formats: Sequence[Format]) -> Array:
-    """The (L,) int32 index that `choose` takes, from an assignment layer -> format name.
+def format_numbers(assignment: Mapping[str, str], layers: Sequence[str], formats: Sequence[Format]) -> Array:
+    """The (L,) int32 that `in_formats` takes, from an assignment layer -> format name.
 
     Raises:
         ValueError: an unknown layer, or a format that is not among `formats`.
     """
-    unknown = [name for name in assignment if name not in layers]
-    if unknown:
+    known = {FLOAT32.name: 0, **{fmt.name: number for number, fmt in enumerate(formats, start=1)}}
+    if unknown := [name for name in assignment if name not in layers]:
         raise ValueError(
             f"The assignment names unknown layers: {', '.join(unknown[:5])}. Known: {', '.join(layers[:3])} …"
         )
-    known = {FLOAT32.name: 0, **{fmt.name: number for number, fmt in enumerate(formats, start=1)}}
-    wrong = sorted({name for name in assignment.values() if name not in known})
-    if wrong:
-        raise ValueError(f"The assignment uses {', '.join(wrong)}; this program was built for {', '.join(known)}.")
+    if other := sorted(set(assignment.values()) - set(known)):
+        raise ValueError(f"The assignment uses {', '.join(other)}; this program was built for {', '.join(known)}.")
     return jnp.asarray([known[assignment.get(name, FLOAT32.name)] for name in layers], jnp.int32)
-
-
-def emulated(
-    model: Model, formats: Sequence[str | Format], *, calibration: Calibration | None = None
-) -> Callable[..., Any]:
-    """`run(params, index, *inputs) -> outputs`: the model with each layer in the format that `index` picks. Jit it once."""
-    low = parse_all(formats)
-    _require_calibration(model, low, calibration)
-
-    def run(params: Params, index: Array, *inputs: Array) -> Any:
-        return model.call(params, *inputs, override=choose(index, model.names, low, calibration=calibration))
-
-    return run
-
-
-def _require_calibration(model: Model, formats: Sequence[Format], calibration: Calibration | None) -> None:
-    scaled = [fmt.name for fmt in formats if fmt.scaled]
-    missing = [name for name in model.names if name not in (calibration or {})]
-    if scaled and missing:
-        raise ValueError(
-            f"Formats {', '.join(scaled)} need a calibrated activation range for every layer; {len(missing)} are missing "
-            f"(first: {missing[0]!r}). Pass calibration=emulate.calibrate(model, batches)."
-        )

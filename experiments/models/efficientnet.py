@@ -6,7 +6,7 @@ every scale (tensorflow/tpu, models/official/efficientnet/lite).  Layers, in exe
 ``classifier``.  Each convolution ``X`` has a batch norm ``X_norm`` beside it where norms are kept.  SAME padding is
 TensorFlow's, uneven at stride 2.
 
-The weights: `load_efficientnet` of the checkpoint in ``experiments.assets``.
+The weights: `load_efficientnet` of the checkpoint in ``experiments.lib.assets``.
 """
 
 from collections.abc import Iterator, Mapping
@@ -138,7 +138,7 @@ def load_efficientnet(path: Path | str, *, batch_norm: BatchNorm) -> tuple[Effic
     """The module and its variables from the PyTorch checkpoint, float32.
 
     Args:
-        path: of the checkpoint (`experiments.assets.fetch("efficientnet_lite0")`).
+        path: of the checkpoint (`experiments.lib.assets.fetch("efficientnet_lite0")`).
         batch_norm: "kept" for a norm after each convolution (its statistics in "batch_stats"), "folded" for a bias instead.
 
     Raises:

@@ -21,8 +21,8 @@ from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from experiments.lib import report
 from experiments.models.pretrained import TextError, filled
-from mpjax import report
 
 __all__ = [
     "Generated",

@@ -1,6 +1,8 @@
 """A model compiled to one XLA program that is verified against its definition, exported, and loaded again."""
 
-from mpjax.compiled.program import Compiled, ExportError, Fastest, Loaded, Report, compile, fastest, load
+from mpjax.compiled.export import ExportError, Loaded, load
+from mpjax.compiled.program import Compiled, Fastest, compile, fastest
+from mpjax.compiled.report import Report
 from mpjax.compiled.tuning import Candidate, Tuning, from_plan, into_plan, tune
 from mpjax.compiled.verification import MiscompiledError, Verification
 

@@ -1,13 +1,12 @@
 """Exact second-order products and log-determinants of a loss with respect to blocks of its parameters.
 
-Everything takes a plain `loss(params) -> scalar`, or `function(params) -> outputs`, with the data already
-closed over. A Hessian is reached by forward-over-reverse products (Pearlmutter 1994, doi
-10.1162/neco.1994.6.1.147), a Gauss-Newton matrix JᵀHJ by J and its transpose (Schraudolph 2002, doi
-10.1162/08997660260028683). Nothing is jitted here: wrap what you call in `jax.jit`.
+All functions take a plain `loss(params) -> scalar`, or `function(params) -> outputs`, with the data closed over. Hessians by
+forward-over-reverse products (Pearlmutter 1994, doi 10.1162/neco.1994.6.1.147), Gauss-Newton matrices JᵀHJ by J and its
+transpose (Schraudolph 2002, doi 10.1162/08997660260028683). Nothing is jitted here: wrap what you call in `jax.jit`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -24,7 +23,6 @@ from mpjax.partition import Block, Params, paths, replace, select
 Loss: TypeAlias = Callable[[Params], Array]
 Outputs: TypeAlias = Any  # a pytree of floating-point arrays
 LossHessianVp: TypeAlias = Callable[[Outputs, Outputs], Outputs]  # (outputs, tangent) -> H · tangent
-Unravel: TypeAlias = Callable[[Array], dict[str, Array]]
 
 
 @partial(
@@ -34,17 +32,16 @@ Unravel: TypeAlias = Callable[[Array], dict[str, Array]]
 class Operator:
     """A symmetric n × n matrix, known only by its product with a vector.
 
-    A pytree when `matvec` is one (`jax.tree_util.Partial`; the operators made here are), so that it can be an
-    argument of a jitted function instead of a constant of it.
+    A pytree when `matvec` is one (`jax.tree_util.Partial`; the operators made here are), so that it can be an argument of a
+    jitted function instead of a constant of it.
 
     Attributes:
         matvec: (n,) -> (n,), of `dtype`.
         size: n.
         dtype: of the vectors.
-        matvec_cost: passes that one product takes.
-        active: how many leading coordinates are not padding; None where all are. A padded operator (blocks of
-            different sizes that share one program) is zero outside them, and an estimate must not see the padding:
-            its trace, eigenvalues and so on are those of the leading `active` × `active` matrix.
+        matvec_cost: passes of one product.
+        active: number of leading coordinates that are not padding; None: all. A padded operator (blocks of different sizes
+            that share one program) is estimated as its leading `active` × `active` matrix.
     """
 
     matvec: Callable[[Float[Array, " n"]], Float[Array, " n"]]
@@ -83,9 +80,8 @@ def hvp(loss: Loss, params: Params, vector: Params) -> Params:
     Raises:
         ValueError: a non-scalar loss, an empty or integer tree, a vector that does not match the parameters.
     """
-    check_floating(params, "params")
-    _check_matches(vector, params)
-    return jax.jvp(jax.grad(_scalar(loss)), (params,), (vector,))[1]
+    _check_pair(params, vector)
+    return jax.jvp(jax.grad(_checked(loss, scalar=True)), (params,), (vector,))[1]
 
 
 def ggn_vp(
@@ -99,17 +95,15 @@ def ggn_vp(
 
     Args:
         function: params -> outputs, a pytree of floating-point arrays.
-        params: pytree of floating-point arrays.
-        vector: pytree with the structure, shapes and dtypes of `params`.
-        loss_hessian_vp: (outputs, tangent) -> H · tangent, H the Hessian of the loss with respect to the
-            outputs. None is ½‖·‖², whose H is the identity: JᵀJ, the Hessian of the output loss.
+        params, vector: as in `hvp`.
+        loss_hessian_vp: (outputs, tangent) -> H · tangent, H the Hessian of the loss with respect to the outputs. None: the
+            identity, for JᵀJ, the Hessian of the output loss ½‖·‖².
 
     Raises:
         ValueError: an empty or integer tree (parameters or outputs), a vector that does not match.
     """
-    check_floating(params, "params")
-    _check_matches(vector, params)
-    outputs, jvp = jax.linearize(_floating(function), params)
+    _check_pair(params, vector)
+    outputs, jvp = jax.linearize(_checked(function, scalar=False), params)
     return _gauss_newton(loss_hessian_vp, jvp, outputs, vector)
 
 
@@ -121,12 +115,8 @@ def block_hessian(loss: Loss, params: Params, block: Block) -> Operator:
     Raises:
         ValueError: a non-scalar loss, an unknown path, a block that is integer or has no elements.
     """
-    flat, unravel = _flat_block(params, block)
-
-    def restricted(x: Array) -> Array:
-        return loss(replace(params, unravel(x)))
-
-    _, matvec = jax.linearize(jax.grad(_scalar(restricted)), flat)
+    flat, restricted = _restricted(loss, params, block)
+    _, matvec = jax.linearize(jax.grad(_checked(restricted, scalar=True)), flat)
     return Operator(matvec=matvec, size=flat.size, dtype=flat.dtype)
 
 
@@ -141,12 +131,8 @@ def block_ggn(
 
     Arguments as in `ggn_vp`, vectors and errors as in `block_hessian`.
     """
-    flat, unravel = _flat_block(params, block)
-
-    def restricted(x: Array) -> Outputs:
-        return function(replace(params, unravel(x)))
-
-    outputs, jvp = jax.linearize(_floating(restricted), flat)
+    flat, restricted = _restricted(function, params, block)
+    outputs, jvp = jax.linearize(_checked(restricted, scalar=False), flat)
     matvec = Partial(partial(_gauss_newton, loss_hessian_vp), jvp, outputs)
     return Operator(matvec=matvec, size=flat.size, dtype=flat.dtype, matvec_cost=Ledger(jvp=1, vjp=1))
 
@@ -162,25 +148,25 @@ def dense(operator: Operator, *, batch_size: int | None = None, max_bytes: int =
     Raises:
         ValueError: the matrix exceeds `max_bytes`, or batch_size is not positive.
     """
-    n, item = operator.size, jnp.dtype(operator.dtype).itemsize
+    n, dtype = operator.size, jnp.dtype(operator.dtype)
     check_batch_size(batch_size)
-    if n * n * item > max_bytes:
+    if n * n * dtype.itemsize > max_bytes:
         raise ValueError(
-            f"a dense {n} x {n} matrix of {jnp.dtype(operator.dtype)} takes {n * n * item:,} bytes, over "
-            f"max_bytes={max_bytes:,}; take a smaller block, grams.output_grams, or a stochastic estimate"
+            f"a dense {n} x {n} matrix of {dtype} takes {n * n * dtype.itemsize:,} bytes, over max_bytes={max_bytes:,}; "
+            "take a smaller block, grams.output_grams, or a stochastic estimate"
         )
 
     def column(i: Array) -> Array:
         return operator.matvec(jax.nn.one_hot(i, n, dtype=operator.dtype))
 
-    return lax.map(column, jnp.arange(n), batch_size=n if batch_size is None else min(batch_size, n)).T
+    return lax.map(column, jnp.arange(n), batch_size=min(batch_size or n, n)).T
 
 
 def eigenvalues(matrix: Float[Array, "n n"]) -> Float[Array, " n"]:
-    """Eigenvalues of a symmetric matrix in ascending order (of its symmetric part, `eigh`).
+    """Eigenvalues of a symmetric matrix in ascending order (of its symmetric part).
 
-    A matrix that is not finite gives NaN. So does one that is not symmetric, where it is traced and cannot be
-    refused; symmetric means max |A - Aᵀ| ≤ 10 √eps max |A| (0.35 % in float32, 1.5e-7 in float64).
+    A matrix that is not finite gives NaN. So does one that is not symmetric, where it is traced and cannot be refused;
+    symmetric means max |A - Aᵀ| ≤ 10 √eps max |A| (0.35 % in float32, 1.5e-7 in float64).
 
     Raises:
         ValueError: not square, empty, not floating, or not symmetric (outside a trace).
@@ -188,8 +174,7 @@ def eigenvalues(matrix: Float[Array, "n n"]) -> Float[Array, " n"]:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
         raise ValueError(f"expected a square matrix (n, n) with n > 0; got shape {matrix.shape}")
     check_floating(matrix, "matrix")
-    if jnp.finfo(matrix.dtype).bits < 32:
-        matrix = matrix.astype(jnp.float32)
+    matrix = matrix.astype(wide(matrix.dtype))
     tolerance = 10 * float(jnp.finfo(matrix.dtype).eps) ** 0.5
     finite = jnp.isfinite(matrix).all()
     asymmetry, scale = jnp.abs(matrix - matrix.T).max(), jnp.abs(matrix).max()
@@ -206,7 +191,7 @@ def eigenvalues(matrix: Float[Array, "n n"]) -> Float[Array, " n"]:
 def logdet(matrix: Float[Array, "n n"], *, damping: float | Array) -> LogDet:
     """Exact log |det(H + damping · I)| of a symmetric, possibly indefinite matrix, by its eigenvalues.
 
-    Not to be confused with Σ log(|λ| + damping), which is another number where H is indefinite.
+    Not Σ log(|λ| + damping) (`estimates.abs_logdet`), which is another number where H is indefinite.
 
     Args:
         matrix: H, (n, n). A matrix that is not finite gives NaN.
@@ -233,24 +218,31 @@ def _gauss_newton(loss_hessian_vp: LossHessianVp | None, jvp: Callable, outputs:
     return jax.linear_transpose(jvp, vector)(tangent)[0]
 
 
-def _flat_block(params: Params, block: Block) -> tuple[Array, Unravel]:
-    """A block's leaves as one vector of their widest dtype, and the way back."""
+def _restricted(
+    function: Callable[[Params], Any], params: Params, block: Block
+) -> tuple[Array, Callable[[Array], Any]]:
+    """A block's leaves as one vector of their widest dtype, and the function of that vector."""
     leaves = checked_block(params, block)
     dtype = max((leaf.dtype for leaf in leaves.values()), key=lambda d: d.itemsize)
     flat = jnp.concatenate([leaf.ravel().astype(dtype) for leaf in leaves.values()])
+    return flat, lambda x: function(replace(params, unravel(x, leaves)))
 
-    def unravel(x: Array) -> dict[str, Array]:
-        parts, start = {}, 0
-        for path, leaf in leaves.items():
-            parts[path] = x[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype)
-            start += leaf.size
-        return parts
 
-    return flat, unravel
+def unravel(x: Array, leaves: Mapping[str, Array]) -> dict[str, Array]:
+    """The front of a vector as values of the leaves' shapes and dtypes, by path, in their order."""
+    values, start = {}, 0
+    for path, leaf in leaves.items():
+        values[path] = x[start : start + leaf.size].reshape(leaf.shape).astype(leaf.dtype)
+        start += leaf.size
+    return values
 
 
 def checked_block(params: Params, block: Block) -> dict[str, Array]:
-    """The leaves of a block by path, as arrays, refused where one is not floating-point or all are empty."""
+    """The leaves of a block by path, as arrays.
+
+    Raises:
+        ValueError: a leaf that is not floating-point, or no elements.
+    """
     leaves = select(params, block)
     check_floating(leaves, f"block {block.name!r}")
     leaves = {path: jnp.asarray(leaf) for path, leaf in leaves.items()}
@@ -259,44 +251,35 @@ def checked_block(params: Params, block: Block) -> dict[str, Array]:
     return leaves
 
 
-def _scalar(loss: Loss) -> Loss:
-    """The loss, refused as soon as it is traced where it is not a floating-point scalar."""
-
-    def checked(params: Params) -> Array:
-        value = loss(params)
-        shape = jax.tree.map(jnp.shape, value)
-        if shape != ():
-            raise ValueError(f"loss must return one scalar, without aux (take the mean or sum); got {shape}")
-        check_floating(value, "the loss")
-        return jnp.asarray(value)
-
-    return checked
-
-
-def _floating(function: Callable[[Params], Outputs]) -> Callable[[Params], Outputs]:
-    """The function, refused as soon as it is traced where its outputs are not floating-point arrays."""
+def _checked(function: Callable[[Params], Outputs], *, scalar: bool) -> Callable[[Params], Outputs]:
+    """The function, refused when it is traced if its outputs are not floating-point arrays, or one scalar."""
 
     def checked(params: Params) -> Outputs:
         outputs = function(params)
-        check_floating(outputs, "the outputs")
+        shape = jax.tree.map(jnp.shape, outputs)
+        if scalar and shape != ():
+            raise ValueError(f"loss must return one scalar, without aux (take the mean or sum); got {shape}")
+        check_floating(outputs, "the loss" if scalar else "the outputs")
         return outputs
 
     return checked
 
 
-def check_floating(tree: Any, what: str) -> None:
-    """Refuse a pytree without leaves, or with a leaf that is not floating-point; `what` names it in the message."""
+def check_floating(tree: Any, subject: str) -> None:
+    """Refuse a pytree without leaves, or with a leaf that is not floating-point; `subject` names it in the message."""
     if not jax.tree.leaves(tree):
-        raise ValueError(f"{what}: expected a pytree of floating-point arrays, got one without leaves: {tree!r}")
+        raise ValueError(f"{subject}: expected a pytree of floating-point arrays, got one without leaves: {tree!r}")
     for name, leaf in zip(paths(tree), jax.tree.leaves(tree), strict=True):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
-                f"{what}: expected floating-point arrays, but {name!r} is {jnp.result_type(leaf)}; "
+                f"{subject}: expected floating-point arrays, but {name!r} is {jnp.result_type(leaf)}; "
                 "cast it, or close over it"
             )
 
 
-def _check_matches(vector: Params, params: Params) -> None:
+def _check_pair(params: Params, vector: Params) -> None:
+    """Refuse parameters that are not floating-point, and a vector that does not match them."""
+    check_floating(params, "params")
     got: Any = jax.tree.structure(vector)
     expected: Any = jax.tree.structure(params)
     if got != expected:
@@ -307,6 +290,11 @@ def _check_matches(vector: Params, params: Params) -> None:
             raise ValueError(f"vector at {name!r} must have shape and dtype {expected}; got {got}")
 
 
+def wide(dtype: Any) -> Any:
+    """The floating-point dtype, at least float32."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
 def check_batch_size(batch_size: int | None) -> None:
     """Refuse a batch size below 1."""
     if batch_size is not None and batch_size < 1:
@@ -314,8 +302,10 @@ def check_batch_size(batch_size: int | None) -> None:
 
 
 def check_damping(damping: float | Array, *, positive: bool) -> None:
-    """Refuse a damping that is no finite scalar, or negative (or 0, where it must be positive)."""
+    """Refuse a damping that is no finite scalar, or negative (or 0, where it must be positive); one that is traced passes."""
+    if jnp.ndim(damping) != 0:
+        raise ValueError(f"damping must be a scalar; got shape {jnp.shape(damping)}")
     if isinstance(damping, jax.core.Tracer):
         return
-    if jnp.ndim(damping) != 0 or not math.isfinite(damping) or damping < 0 or (positive and damping == 0):
+    if not math.isfinite(damping) or damping < 0 or (positive and damping == 0):
         raise ValueError(f"damping must be a finite scalar {'> 0' if positive else '>= 0'}; got {damping}")

@@ -6,8 +6,8 @@ taken apart instead, into numbers of the weights' own kind, which are rows of on
 
 | weights | activations | sums | error, of the largest activation in a row |
 | --- | --- | --- | --- |
-| `int8_w` | four int8: the digits, to base 128, of the number over a power of two | int32, exact | 2^-27 |
-| `bfloat16_w` | three bfloat16: what the ones before leave | float32 | none: 2^-24 of each activation |
+| int8, a scale a channel | four int8: the digits, to base 128, of the number over a power of two | int32, exact | 2^-27 |
+| bfloat16 | three bfloat16, each the rest that the ones before leave | float32 | none: 2^-24 of each activation |
 
 So in int8 a row's small activations keep fewer digits than in float32 where others are very much larger.
 
@@ -17,7 +17,6 @@ Yokota, "DGEMM on Integer Matrix Multiplication Unit", arXiv 2306.11975 (integer
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mpjax.formats import Format, narrowed
+from mpjax.formats import narrowed
+from mpjax.formats.storage import Stored
 from mpjax.program.product import Array, Product, operand_summed, row_count
 
 # Rows of activations: above, arithmetic weighs more than memory, and this is three or four times as much of it. With AMX it is
@@ -36,19 +36,20 @@ _BFLOAT16_MAX = float(jnp.finfo(jnp.bfloat16).max)
 _MOST_SUMMED = 2**31 // 127**2  # products of int8 that an int32 holds
 
 
-def readable(fmt: Format, product: Product, lhs: Array, rank: int) -> bool:
-    """Whether `multiply` takes this product of float32 activations and weights of this rank, stored in a format, on this backend.
+def covers(product: Product, lhs: Array, weights: Stored) -> bool:
+    """Whether `compute` takes this product of float32 activations and weights that stand for float32 ones, on this backend.
 
     A dot without batch axes, of at most 128 rows in int8 and 256 in bfloat16, on a CPU, that sums over the axes for which its
     weights were stored, and takes them as they are (a matrix: also transposed). An axis that vmap maps is not seen, nor counted.
     Its kernels are YNN's; without them it would be slow.
     """
+    numbers, scale = weights
     if product.kind != "dot" or product.function is not lax.dot_general or product.summed is None:
         return False
-    if fmt.storage not in _PARTS or not fmt.weight_only or jax.default_backend() != "cpu":
+    if numbers.dtype.name not in _PARTS or jax.default_backend() != "cpu":
         return False
     transposes = [move for move in product.view if move.primitive.name == "transpose"]
-    if len(transposes) != len(product.view) or (transposes and rank != 2):
+    if len(transposes) != len(product.view) or (transposes and numbers.ndim != 2):
         return False
     over = operand_summed(product)
     if len(transposes) % 2:
@@ -57,39 +58,41 @@ def readable(fmt: Format, product: Product, lhs: Array, rank: int) -> bool:
         return False
     (contract, _), (batch, _) = product.dimension_numbers
     count = row_count(lhs, contract)
-    return not len(batch) and 0 < count <= _MOST_ROWS[fmt.storage] and 0 < lhs.size // count <= _MOST_SUMMED
+    if len(batch) or not 0 < count <= _MOST_ROWS[numbers.dtype.name] or not 0 < lhs.size // count <= _MOST_SUMMED:
+        return False
+    return scale is None or scale.size * (lhs.size // count) == numbers.size
 
 
-def multiply(fmt: Format, product: Product, lhs: Array, stored: Array, scale: Array | None) -> Array:
-    """A float32 product without bias; `stored` and `scale` as `quantized.quantize` made them of the weights.
+def compute(product: Product, lhs: Array, weights: Stored) -> Array:
+    """The float32 product that it covers.
 
     Rows that hold a NaN or an infinity give NaN in int8. Activations below 2^-100 lose digits. Derivatives are the float32
     product's.
     """
+    numbers, scale = weights
     (contract, over), _ = product.dimension_numbers
     in_order = [contract[list(over).index(axis)] for axis in sorted(over)]
-    kept = [axis for axis in range(lhs.ndim) if axis not in contract]
-    x = lhs.astype(jnp.float32).transpose(*kept, *in_order).reshape(-1, math.prod(lhs.shape[axis] for axis in contract))
-    channels = stored.shape[: stored.ndim - len(over)]
-    out = _of_rows(fmt.storage, x, stored.reshape(-1, x.shape[1]), scale)
-    out = out.reshape(*(lhs.shape[axis] for axis in kept), *channels)
-    return product.in_program_order(out, stored.ndim)
+    free = [axis for axis in range(lhs.ndim) if axis not in contract]
+    x = lhs.astype(jnp.float32).transpose(*free, *in_order).reshape(-1, math.prod(lhs.shape[axis] for axis in contract))
+    channels = numbers.shape[: numbers.ndim - len(over)]
+    out = _of_rows(x, numbers.reshape(-1, x.shape[1]), scale).reshape(*(lhs.shape[axis] for axis in free), *channels)
+    return product.in_program_order(out, numbers.ndim)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _of_rows(storage: str, x: Array, weights: Array, scale: Array | None) -> Array:
-    return _PARTS[storage](x, weights, scale)
+@jax.custom_jvp
+def _of_rows(x: Array, weights: Array, scale: Array | None) -> Array:
+    return _PARTS[weights.dtype.name](x, weights, scale)
 
 
 @_of_rows.defjvp
-def _of_rows_jvp(storage: str, primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _of_rows_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     """Roundings have no derivative, the product that they compute together has."""
 
     def plain(x: Array, weights: Array, scale: Array | None) -> Array:
         out = x @ weights.astype(jnp.float32).T
-        return out if scale is None else out * scale.reshape(1, -1)
+        return out if scale is None else out * scale.astype(jnp.float32).reshape(1, -1)
 
-    return _of_rows(storage, *primals), jax.jvp(plain, primals, tangents)[1]
+    return _of_rows(*primals), jax.jvp(plain, primals, tangents)[1]
 
 
 def _in_bfloat16(x: Array, weights: Array, scale: None) -> Array:
@@ -114,9 +117,9 @@ def _in_int8(x: Array, weights: Array, scale: Array) -> Array:
         parts.append(digit.astype(jnp.int8))
         rest = (rest - digit) * 128
     out: Array = jnp.zeros((), jnp.float32)
-    for each in reversed(_rows(parts, weights, jnp.int32)):
-        out = each.astype(jnp.float32) + out / 128
-    return jnp.where(jnp.isfinite(largest), out * scale.reshape(1, -1) * (power / 32), jnp.nan)
+    for part in reversed(_rows(parts, weights, jnp.int32)):
+        out = part.astype(jnp.float32) + out / 128
+    return jnp.where(jnp.isfinite(largest), out * scale.astype(jnp.float32).reshape(1, -1) * (power / 32), jnp.nan)
 
 
 def _rows(parts: list[Array], weights: Array, dtype: Any) -> list[Array]:

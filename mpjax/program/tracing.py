@@ -180,7 +180,9 @@ class _Tracer:
         if isinstance(value, View):
             start: Ref = self._weight(value.base, taken=True)
             for equation, positions in value.moves:
-                (start,) = self._bind(equation, [start, *(self.ref(each, block) for each in positions)], block, "")
+                (start,) = self._bind(
+                    equation, [start, *(self.ref(position, block) for position in positions)], block, ""
+                )
             return start
         if value.equation is None and not value.sources:
             return Constant(value.constant)
@@ -372,7 +374,7 @@ class _Tracer:
                 arguments.append(slots[-1])
         inner.inputs = tuple(slots)
         results = self.walk(program, arguments, inner, "")
-        changed = [*(not each for each in fixed), *(True for _ in results[carry:])]
+        changed = [*(not constant for constant in fixed), *(True for _ in results[carry:])]
         inner.outputs = tuple(self.ref(v, inner) for v, new in zip(results, changed, strict=True) if new)
         outputs = iter(
             self._step(

@@ -1,41 +1,35 @@
 """From scores to an assignment that was measured: budget, memory, trail. NumPy and SciPy only, no jax.
 
-    problem = Problem(layers=scores.layers, formats=("bfloat16",), penalty=scores.value)
+    problem = Problem.from_scores(scores)
     result = solve(problem, ilp(), evaluate=my_metric, tolerance=0.01)
 
 A strategy proposes assignments; `solve` measures each of them with the user's metric, once, and returns the best one, by the
-problem's own objective, that was within the tolerance. The scores only say where to look: a predicted assignment is never
-returned.
+problem's objective, that was within the tolerance. An assignment that was only predicted is never returned.
 
-Where to look: `problem` (assignments, penalties, costs), `strategies` (what is tried in which order), `predicted` (the best by
-prediction alone).
+`problem`: assignments, penalties, costs. `strategies`: which assignments are tried. `optimum`: the best by prediction alone.
+`pareto`: the whole trade-off.
 """
 
-from mpjax.search import predicted
+from mpjax.search import optimum, pareto
 from mpjax.search.pareto import Point, sweep
-from mpjax.search.problem import FLOAT32, Assignment, Evaluate, Measurement, Objective, Problem
-from mpjax.search.solving import Result, SearchInterrupted, Step, ToleranceError, UnsteadyMetricError, solve
-from mpjax.search.strategies import (
-    Probe,
-    Strategy,
-    Trial,
-    binary,
-    bisect_precision,
-    exhaustive,
-    greedy,
-    ilp,
-    last_first,
-    quadratic,
-    random,
-    segments,
-)
+from mpjax.search.problem import REFERENCE, Assignment, Evaluate, Measurement, Problem
+from mpjax.search.solve import Result, SearchInterrupted, ToleranceError, UnsteadyMetricError, solve
+from mpjax.search.strategies.binary import binary
+from mpjax.search.strategies.bisect_precision import bisect_precision
+from mpjax.search.strategies.exhaustive import exhaustive
+from mpjax.search.strategies.greedy import greedy
+from mpjax.search.strategies.ilp import ilp
+from mpjax.search.strategies.iqp import iqp
+from mpjax.search.strategies.last_first import last_first
+from mpjax.search.strategies.random import random
+from mpjax.search.strategies.segments import segments
+from mpjax.search.strategies.strategy import Probe, Step, Strategy
 
 __all__ = [
-    "FLOAT32",
+    "REFERENCE",
     "Assignment",
     "Evaluate",
     "Measurement",
-    "Objective",
     "Point",
     "Probe",
     "Problem",
@@ -44,16 +38,16 @@ __all__ = [
     "Step",
     "Strategy",
     "ToleranceError",
-    "Trial",
     "UnsteadyMetricError",
     "binary",
     "bisect_precision",
     "exhaustive",
     "greedy",
     "ilp",
+    "iqp",
     "last_first",
-    "predicted",
-    "quadratic",
+    "optimum",
+    "pareto",
     "random",
     "segments",
     "solve",

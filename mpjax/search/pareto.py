@@ -1,22 +1,18 @@
 """The whole trade-off in one call: measured loss against latency, bytes, number of layers, …
 
-`sweep` lets the limit on the predicted loss run from nothing to everything, takes the best assignment within each
-(`predicted`), measures it, and says for each axis which of the measured points no other one beats.
+`sweep` lets the limit on the predicted loss run from nothing to everything, measures the best assignment within each
+(`optimum`), and marks, for each axis, the measured points that no other one beats.
 """
 
 import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mpjax import report
-from mpjax.pages import Column
-from mpjax.search import predicted
+from mpjax.search import optimum
 from mpjax.search.problem import Assignment, Evaluate, Measurement, Problem
-from mpjax.search.strategies import Choose
 
 Axis = Callable[[Assignment], float]
 
@@ -45,51 +41,49 @@ def sweep(
     count: int = 20,
     axes: Mapping[str, Axis] | None = None,
     cost: str = "cost",
-    choose: Choose = predicted.linear,
+    solver: optimum.Solver = optimum.linear,
     known: MutableMapping[Assignment, Measurement] | None = None,
 ) -> tuple[Point, ...]:
     """At most `count` measured points and all-float32, by ascending predicted loss.
 
     Args:
-        problem: penalties of kind "loss"; its objective says what is traded for the loss.
+        problem: penalties of kind "loss"; its objective is traded for the loss.
         evaluate: the user's metric.
         count: limits on the predicted loss, evenly spaced in the logarithm; those that lead to the same assignment are
             measured once.
-        axes: name -> function of the assignment; "layers in float32", and the problem's cost where it has one, are always there.
-        cost: what the problem's cost is called.
-        choose: `predicted.linear`, `predicted.greedy` or `predicted.quadratic`.
-        known: measurements that are there already, as for `search.solve`; new ones are added as soon as they are made.
+        axes: name -> function of the assignment; "layers in float32", and the problem's cost if it has one, are always there.
+        cost: name of the problem's cost.
+        solver: `optimum.linear`, `optimum.greedy` or `optimum.quadratic`.
+        known: measurements made before, as for `search.solve`; new ones are added at once.
 
     Raises:
-        ValueError: a count below 2, or a problem that `choose` cannot take.
+        ValueError: a count below 2, or a problem that the solver cannot take.
     """
     if count < 2:
         raise ValueError(f"count must be at least 2; got {count}")
-    indices = [np.zeros(len(problem.layers), np.int64)]
-    for limit in _limits(problem, choose, count):
-        index = choose(problem, limit).index
-        if not any((index == other).all() for other in indices):
-            indices.append(index)
-    indices.sort(key=problem.penalty_of)
-    assignments = [problem.assignment(index) for index in indices]
     known = {} if known is None else known
-    for each in assignments:
-        if each not in known:
-            known[each] = evaluate(each)
-    measured = [known[each] for each in assignments]
-    named = {"layers in float32": _in_float32, **_cost(problem, cost), **(axes or {})}
-    values = {name: [axis(each) for each in assignments] for name, axis in named.items()}
-    losses = [each.value for each in measured]
-    front = {name: non_dominated(losses, each) for name, each in values.items()}
+    indices = [solver(problem, limit).index.tolist() for limit in _limits(problem, solver, count)]
+    distinct = dict.fromkeys([(0,) * len(problem.layers), *map(tuple, indices)])
+    ordered = sorted(map(np.array, distinct), key=problem.penalty_of)
+    assignments = [problem.assignment(index) for index in ordered]
+    for assignment in assignments:
+        if assignment not in known:
+            known[assignment] = evaluate(assignment)
+    values = {"layers in float32": [float(np.count_nonzero(index == 0)) for index in ordered]}
+    if problem.cost is not None:
+        values[cost] = [problem.cost_of(index) or 0.0 for index in ordered]
+    values |= {name: [float(axis(assignment)) for assignment in assignments] for name, axis in (axes or {}).items()}
+    losses = [known[assignment].value for assignment in assignments]
+    front = {name: non_dominated(losses, column) for name, column in values.items()}
     return tuple(
         Point(
-            assignment=assignments[i],
-            measurement=measured[i],
-            penalty=problem.penalty_of(indices[i]),
-            axes={name: float(each[i]) for name, each in values.items()},
-            best_on=tuple(name for name in named if front[name][i]),
+            assignment=assignment,
+            measurement=known[assignment],
+            penalty=problem.penalty_of(ordered[i]),
+            axes={name: column[i] for name, column in values.items()},
+            best_on=tuple(name for name in values if front[name][i]),
         )
-        for i in range(len(indices))
+        for i, assignment in enumerate(assignments)
     )
 
 
@@ -116,62 +110,11 @@ def rows(points: Sequence[Point]) -> list[dict[str, float | int | str | None]]:
     ]
 
 
-def write(folder: Path, name: str, points: Sequence[Point], *, metric: str = "measured loss") -> Path:
-    """Writes `<name>.csv`, `<name>.tex` and the figure; returns the figure's path. Needs the extra `experiments`."""
-    import matplotlib.pyplot as plt
-
-    axes = list(points[0].axes)
-    columns = [
-        Column(key="layers_low", title="layers lowered"),
-        Column(key="penalty", title="predicted", format=".4g"),
-        Column(key="loss", title=metric, format=".4g"),
-        Column(key="loss_low", title="low", format=".4g"),
-        Column(key="loss_high", title="high", format=".4g"),
-        *(Column(key=each, title=each, format=".4g") for each in axes),
-        Column(key="best_on", title="on the front of"),
-    ]
-    report.write_table(folder, name, rows(points), columns)
-    with report.style():
-        figure, plots = plt.subplots(1, len(axes), figsize=(3.6 * len(axes), 3.2), squeeze=False, layout="constrained")
-        for plot, axis in zip(plots[0], axes, strict=True):
-            for chosen, colour, label in ((False, "0.7", "beaten"), (True, report.PALETTE[0], "front")):
-                some = [point for point in points if (axis in point.best_on) == chosen]
-                plot.plot(
-                    [point.axes[axis] for point in some], [point.measurement.value for point in some],
-                    "o", color=colour, markersize=4, label=label,
-                )  # fmt: skip
-            front = sorted((p.axes[axis], p.measurement.value) for p in points if axis in p.best_on)
-            plot.step([x for x, _ in front], [y for _, y in front], where="post", color=report.PALETTE[0], linewidth=1)
-            plot.set_xlabel(axis)
-            positive = [p.measurement.value for p in points if p.measurement.value > 0]
-            if positive:
-                plot.set_yscale("symlog", linthresh=min(positive))
-        plots[0][0].set_ylabel(metric)
-        plots[0][-1].legend()
-        return report.save_figure(folder, name, figure)
-
-
-# --- helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _limits(problem: Problem, choose: Choose, count: int) -> list[float]:
-    """Evenly spaced in the logarithm, from the least single penalty to that of the unlimited choice; the last is no limit."""
-    most = choose(problem, math.inf).penalty
+def _limits(problem: Problem, solver: optimum.Solver, count: int) -> list[float]:
+    """Evenly spaced in the logarithm, from the least single penalty to that of the unlimited solution; the last is no limit."""
+    most = solver(problem, math.inf).penalty
     single = problem.penalty[problem.allowed & (problem.penalty > 0)]
     if not single.size or most <= 0:
         return [math.inf]
     least = min(float(single.min()), most)
     return [*np.geomspace(least, most, count - 1)[:-1].tolist(), math.inf]
-
-
-def _in_float32(assignment: Assignment) -> float:
-    return float(len(assignment) - len(assignment.lowered))
-
-
-def _cost(problem: Problem, name: str) -> dict[str, Axis]:
-    def total(assignment: Assignment) -> float:
-        found = problem.cost_of(problem.index(assignment))
-        assert found is not None
-        return found
-
-    return {} if problem.cost is None else {name: total}

@@ -1,4 +1,4 @@
-"""Sensitivity: one score per (layer, format), all in the one Scorer form.
+"""Sensitivity: one score per (layer, format), all in the one Scorer form; one file per estimator.
 
 A scorer is made by a factory that takes the knobs; it then takes the problem and the key:
 
@@ -10,39 +10,32 @@ The default loss is the *output loss* per example, ½ ‖f_low(x) − f(x)‖²,
 trained weights is exactly 0 and its Hessian exactly JᵀJ, so the second-order expansion ½ δᵀHδ holds without assuming that
 training reached an optimum. Others are in `losses`. Where a score predicts a loss ("kind" loss), it is the mean over examples.
 
-Where to look: `rounding_scores` (measured, local_rounding and the baselines), `output_scores` (output probes, exact spectra),
-`hessian_scores` (Hessian-vector products), `cross_terms` (interactions), `scores` (what all of them return).
+Every scorer raises ValueError for ragged or empty batches, batches without the loss's targets, unknown or repeated formats.
 """
 
 from mpjax.sensitivity import from_loss
-from mpjax.sensitivity.cross_terms import Interactions, interactions
-from mpjax.sensitivity.estimators import first_order, fisher, gauss_newton, logdet, quadratic, top_eigenvalue, trace
-from mpjax.sensitivity.output_scores import Spectra, spectra
-from mpjax.sensitivity.rounding_scores import depth, local_rounding, measured, random, rounding_norm
-from mpjax.sensitivity.scores import (
-    INDEFINITE,
-    NOT_FINITE,
-    OK,
-    OVERFLOW,
-    UNCONVERGED,
-    ZERO,
-    Scorer,
-    Scores,
-    pack,
-    unpack,
-)
+from mpjax.sensitivity.depth import depth
+from mpjax.sensitivity.first_order import first_order
+from mpjax.sensitivity.fisher import fisher
+from mpjax.sensitivity.gauss_newton import gauss_newton
+from mpjax.sensitivity.interactions import Interactions, interactions
+from mpjax.sensitivity.local_rounding import local_rounding
+from mpjax.sensitivity.logdet import logdet
+from mpjax.sensitivity.measured import measured
+from mpjax.sensitivity.quadratic import quadratic
+from mpjax.sensitivity.random import random
+from mpjax.sensitivity.rounding_norm import rounding_norm
+from mpjax.sensitivity.scores import Scorer, Scores, Status, pack, unpack
+from mpjax.sensitivity.spectra import Spectra, spectra
+from mpjax.sensitivity.top_eigenvalue import top_eigenvalue
+from mpjax.sensitivity.trace import trace
 
 __all__ = [
-    "INDEFINITE",
-    "NOT_FINITE",
-    "OK",
-    "OVERFLOW",
-    "UNCONVERGED",
-    "ZERO",
     "Interactions",
     "Scorer",
     "Scores",
     "Spectra",
+    "Status",
     "depth",
     "first_order",
     "fisher",

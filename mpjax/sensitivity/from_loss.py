@@ -1,66 +1,52 @@
-"""Curvature scores of any JAX code: nothing but `loss(params) -> scalar` is needed, the data already closed over.
+"""Curvature scores of any JAX code: only `loss(params) -> scalar` is needed, the data closed over.
 
     scores = from_loss.trace(num_probes=16)(loss, params, partition.by_module(params), ("bfloat16",), jax.random.key(0))
 
 Each factory takes the knobs and returns `(loss, params, partition, formats, key) -> Scores`. All leaves of a block are rounded.
-The loss hides its data, so the ledger counts one per call, and the Fisher score squares the gradient of the whole loss:
-with a model and batches (`sensitivity`) it squares the gradient of each example.
+The loss hides its data, so the ledger counts one per call, and the Fisher score squares the gradient of the whole loss: with a
+model and batches (`sensitivity`) it squares the gradient of each example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Literal
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mpjax import partition
-from mpjax.curvature import estimates
-from mpjax.curvature import operators as curvature
 from mpjax.formats import Format, parse_all
-from mpjax.ledger import Ledger
 from mpjax.partition import Partition
-from mpjax.program.model import Array, Params
-from mpjax.sensitivity import hessian_scores
-from mpjax.sensitivity.hessian_scores import Objective
-from mpjax.sensitivity.scores import Key, Scores, Timed, make_scores, standard_error
+from mpjax.program import Array, Params
+from mpjax.sensitivity.first_order import gradient_products
+from mpjax.sensitivity.fisher import squared_gradient
+from mpjax.sensitivity.logdet import Form, hessian_logdet
+from mpjax.sensitivity.quadratic import with_hessian
+from mpjax.sensitivity.scores import Key, Scores
+from mpjax.sensitivity.task import Task
+from mpjax.sensitivity.top_eigenvalue import Scale as EigenvalueScale
+from mpjax.sensitivity.top_eigenvalue import lanczos
+from mpjax.sensitivity.trace import Probes, hessian_trace
+from mpjax.sensitivity.trace import Scale as TraceScale
 
-LossFunction = Callable[[Params], Array]
-LossScorer = Callable[[LossFunction, Params, Partition, Sequence[str | Format], Key], Scores]
-Probes = Literal["joint", "per_layer"]
-TraceScale = Literal["noise", "none"]
-EigenvalueScale = Literal["per_parameter", "noise", "none"]
-Form = Literal["score", "raw"]
+LossFunction: TypeAlias = Callable[[Params], Array]
+LossScorer: TypeAlias = Callable[[LossFunction, Params, Partition, Sequence[str | Format], Key], Scores]
 
 
 def quadratic() -> LossScorer:
-    """½ δᵀHδ with the block's own Hessian and its real rounding error δ: one Hessian-vector product per block and format.
+    """½ δᵀHδ with the block's Hessian and its real rounding error δ: one Hessian-vector product per block and format.
 
     Source: LeCun, Denker and Solla, "Optimal brain damage", NIPS 1989; Dong et al. (HAWQ), arXiv 1905.03696.
     """
-
-    def scorer(
-        loss: LossFunction, params: Params, blocks: Partition, formats: Sequence[str | Format], key: Key
-    ) -> Scores:
-        del key
-        return hessian_scores.quadratic(_objective(loss, params, blocks), parse_all(formats), "quadratic[hessian]")
-
-    return scorer
+    return _scorer_of(partial(with_hessian, name="quadratic[hessian]"))
 
 
 def first_order() -> LossScorer:
     """|gᵀδ|, g the gradient of the loss: one gradient for all blocks and formats. Near 0 at an optimum."""
-
-    def scorer(
-        loss: LossFunction, params: Params, blocks: Partition, formats: Sequence[str | Format], key: Key
-    ) -> Scores:
-        del key
-        return hessian_scores.first_order(_objective(loss, params, blocks), parse_all(formats), "first_order")
-
-    return scorer
+    return _scorer_of(gradient_products)
 
 
 def fisher() -> LossScorer:
@@ -69,16 +55,7 @@ def fisher() -> LossScorer:
     Of a loss over a single example this is the empirical Fisher (FIT, arXiv 2210.08502); of a mean over many it is only the
     square of the mean gradient, which vanishes at an optimum.
     """
-
-    def scorer(
-        loss: LossFunction, params: Params, blocks: Partition, formats: Sequence[str | Format], key: Key
-    ) -> Scores:
-        del key
-        return hessian_scores.squared_gradient(
-            _objective(loss, params, blocks), parse_all(formats), "fisher[empirical,elementwise]"
-        )
-
-    return scorer
+    return _scorer_of(squared_gradient)
 
 
 def trace(
@@ -91,11 +68,8 @@ def trace(
 ) -> LossScorer:
     """Trace of each block of the Hessian; by default HAWQ-V2's score ½ · (trace / d) · ‖δ‖², d the block's parameters.
 
-    Joint probes cost one Hessian-vector product per probe whatever the number of blocks, and the cross terms between blocks
-    add variance (no bias); per-layer probes cost one per probe and block.
-
-    Sources: Dong et al. (HAWQ-V2), arXiv 1911.03852; Hutchinson 1990, doi 10.1080/03610919008812866; XTrace: Epperly, Tropp
-    and Webber, doi 10.1137/23M1548323.
+    Joint probes cost one Hessian-vector product per probe whatever the number of blocks, and the cross terms between blocks add
+    variance (no bias); per-layer probes cost one per probe and block. Sources as in `sensitivity.trace`.
 
     Args:
         num_probes: random vectors.
@@ -103,15 +77,9 @@ def trace(
         scale: "noise" for the score, "none" for the trace itself (kind "ranking").
         batch_size: products at a time (Hutchinson); memory grows with it.
     """
-    check_trace(num_probes, method, probes, scale)
-
-    def scorer(
-        loss: LossFunction, params: Params, blocks: Partition, formats: Sequence[str | Format], key: Key
-    ) -> Scores:
-        objective = _objective(loss, params, blocks)
-        return trace_of(objective, parse_all(formats), key, num_probes, method, probes, scale, batch_size)
-
-    return scorer
+    return _scorer_of(
+        hessian_trace(num_probes=num_probes, method=method, probes=probes, scale=scale, batch_size=batch_size)
+    )
 
 
 def top_eigenvalue(*, depth: int = 20, scale: EigenvalueScale = "per_parameter") -> LossScorer:
@@ -123,16 +91,7 @@ def top_eigenvalue(*, depth: int = 20, scale: EigenvalueScale = "per_parameter")
         depth: Lanczos steps.
         scale: "per_parameter" λ / d; "noise" ½ λ ‖δ‖², an upper bound of ½ δᵀHδ; "none" λ.
     """
-    check_scale(scale, ("per_parameter", "noise", "none"))
-    estimator = estimates.top_eigenvalue(depth=depth)
-
-    def scorer(
-        loss: LossFunction, params: Params, blocks: Partition, formats: Sequence[str | Format], key: Key
-    ) -> Scores:
-        objective = _objective(loss, params, blocks)
-        return top_eigenvalue_of(objective, parse_all(formats), key, estimator, scale)
-
-    return scorer
+    return _scorer_of(lanczos(depth=depth, scale=scale))
 
 
 def logdet(
@@ -157,201 +116,62 @@ def logdet(
         method: "exact" by the dense block (d² numbers, at most max_bytes), "slq" by `num_probes` probes of `depth` products.
         per_parameter: divide by d.
     """
-    check_logdet(damping, form)
-    check_choice("method", method, ("exact", "slq"))
+    return _scorer_of(
+        hessian_logdet(
+            damping=damping,
+            method=method,
+            form=form,
+            per_parameter=per_parameter,
+            num_probes=num_probes,
+            depth=depth,
+            max_bytes=max_bytes,
+        )
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LossTask(Task):
+    loss: LossFunction
+
+    def total(self, params: Params, *batch: Array) -> Array:
+        return self.loss(params)
+
+
+def _scorer_of(estimate: Callable[[Task], Scores]) -> LossScorer:
+    """An estimator as a scorer of plain losses.
+
+    It raises ValueError: no blocks, blocks that share a name or a leaf, unknown paths, integer leaves, a loss that is not a
+    scalar.
+    """
 
     def scorer(
         loss: LossFunction, params: Params, blocks: Partition, formats: Sequence[str | Format], key: Key
     ) -> Scores:
-        objective, low = _objective(loss, params, blocks), parse_all(formats)
-        if method == "slq":
-            return slq_of(objective, low, key, damping, form, per_parameter, num_probes, depth)
-        timed, values = Timed(), []
-        for block in blocks:
-            size = sum(leaf.size for leaf in partition.select(params, block).values())
-
-            def spectrum(p: Params, block: partition.Block = block) -> Array:
-                return curvature.eigenvalues(
-                    curvature.dense(curvature.block_hessian(loss, p, block), batch_size=16, max_bytes=max_bytes)
-                )
-
-            eigenvalues = np.abs(np.float64(timed.jit(spectrum)(params)))
-            value = np.sum(np.log1p(eigenvalues / damping)) + (size * np.log(damping) if form == "raw" else 0.0)
-            values.append((value / size if per_parameter else value, size))
-        return make_scores(
-            logdet_name("exact", form, per_parameter),
-            objective.names,
-            low,
-            np.array([value for value, _ in values]),
-            loss=objective.loss,
-            ledger=Ledger(hvp=sum(size for _, size in values), vjp=len(values), compilations=timed.compilations),
-            timed=timed,
-            kind="ranking",
+        names, leaves = [block.name for block in blocks], [path for block in blocks for path in block.paths]
+        if not names or len(set(names)) != len(names) or len(set(leaves)) != len(leaves):
+            raise ValueError(
+                f"Expected at least one block, distinct names, and every leaf in one block only; found blocks {names[:8]} with "
+                f"{len(leaves)} leaves, {len(leaves) - len(set(leaves))} of them repeated."
+            )
+        for path, leaf in partition.select_all(params, blocks).items():
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                raise ValueError(f"{path!r} is {jnp.result_type(leaf)}; leave it out of the partition.")
+        shape = jax.eval_shape(loss, params)
+        if getattr(shape, "shape", None) != () or not jnp.issubdtype(shape.dtype, jnp.floating):
+            raise ValueError(
+                f"Expected loss(params) to return one floating-point scalar, found {shape}: take the mean or sum."
+            )
+        return estimate(
+            _LossTask(
+                params=params,
+                blocks=tuple(blocks),
+                batches=((),),
+                examples=1,
+                formats=parse_all(formats),
+                key=key,
+                loss_name="user",
+                loss=loss,
+            )
         )
 
     return scorer
-
-
-# --- what the scores of a model share with these ----------------------------------------------------------------------
-
-
-def trace_of(
-    objective: Objective,
-    formats: Sequence[Format],
-    key: Key,
-    num_probes: int,
-    method: str,
-    probes: str,
-    scale: str,
-    batch_size: int,
-) -> Scores:
-    """`trace` of an objective."""
-    timed = Timed()
-    name = f"trace[{method},{probes}{_suffix(scale, 'noise')}]"
-    if method == "hutchinson":
-        samples, ledger = hessian_scores.trace(
-            objective, key, num_probes=num_probes, joint=probes == "joint", batch_size=batch_size, timed=timed
-        )
-        value, stderr, residual = samples.mean(axis=0), standard_error(samples), None
-    else:
-        estimator = estimates.trace(num_probes=num_probes, method="xtrace")
-        value, stderr, residual, ledger = hessian_scores.per_block(objective, estimator, key, timed=timed)
-    return hessian_scores.in_scale(
-        objective.params, objective.blocks, formats, name, value, stderr, residual,
-        scale=scale, loss=objective.loss, timed=timed, ledger=ledger, mean=True,
-    )  # fmt: skip
-
-
-def top_eigenvalue_of(
-    objective: Objective,
-    formats: Sequence[Format],
-    key: Key,
-    estimator: estimates.Estimator,
-    scale: str,
-) -> Scores:
-    """`top_eigenvalue` of an objective."""
-    timed = Timed()
-    value, stderr, residual, ledger = hessian_scores.per_block(objective, estimator, key, timed=timed)
-    return hessian_scores.in_scale(
-        objective.params, objective.blocks, formats, f"top_eigenvalue[lanczos{_suffix(scale, 'per_parameter')}]",
-        value, stderr, residual,
-        scale=scale, loss=objective.loss, timed=timed, ledger=ledger, mean=False,
-    )  # fmt: skip
-
-
-def slq_of(
-    objective: Objective,
-    formats: Sequence[Format],
-    key: Key,
-    damping: float,
-    form: str,
-    per_parameter: bool,
-    num_probes: int,
-    depth: int,
-) -> Scores:
-    """`logdet` by stochastic Lanczos quadrature of an objective; `damping` in the unit of its Hessian."""
-    timed = Timed()
-    estimator = estimates.logdet_score(num_probes=num_probes, depth=depth, damping=damping)
-    value, stderr, residual, ledger = hessian_scores.per_block(objective, estimator, key, timed=timed)
-    sizes = objective.sizes
-    if form == "raw":
-        value = value + sizes * np.log(damping)
-    divisor = sizes if per_parameter else 1.0
-    return make_scores(
-        logdet_name("slq", form, per_parameter),
-        objective.names,
-        formats,
-        value / divisor,
-        stderr=stderr / divisor,
-        residual=residual / divisor,
-        loss=objective.loss,
-        ledger=ledger,
-        timed=timed,
-        kind="ranking",
-    )
-
-
-def plus(scores: Scores, other: Scores) -> Scores:
-    """The scores, with what the other ones cost added."""
-    return replace(
-        scores,
-        ledger=scores.ledger + other.ledger,
-        seconds=scores.seconds + other.seconds,
-        compile_seconds=scores.compile_seconds + other.compile_seconds,
-        peak_mb=max(scores.peak_mb, other.peak_mb),
-    )
-
-
-def logdet_name(method: str, form: str, per_parameter: bool) -> str:
-    """`logdet[exact]`, `logdet[slq,raw]`, `logdet[exact,per_parameter]` …"""
-    return f"logdet[{method}{_suffix(form, 'score')}{',per_parameter' if per_parameter else ''}]"
-
-
-def check_trace(
-    num_probes: int, method: str, probes: str, scale: str, methods: Sequence[str] = ("hutchinson", "xtrace")
-) -> None:
-    """Refuse knobs that make no sense."""
-    if num_probes < 1:
-        raise ValueError(f"Expected num_probes ≥ 1, found {num_probes}.")
-    check_choice("method", method, methods)
-    check_choice("probes", probes, ("joint", "per_layer"))
-    check_scale(scale, ("noise", "none"))
-    if method == "xtrace" and probes == "joint":
-        raise ValueError("XTrace orthogonalises its probes within a block: method='xtrace' needs probes='per_layer'.")
-    if method == "xtrace" and num_probes % 2:
-        raise ValueError(
-            f"XTrace takes two products per probe vector: expected an even num_probes, found {num_probes}."
-        )
-
-
-def check_scale(scale: str, known: Sequence[str]) -> None:
-    """Refuse an unknown scale."""
-    check_choice("scale", scale, known)
-
-
-def check_logdet(damping: float, form: str) -> None:
-    """Refuse a damping that is not positive, and an unknown form."""
-    if not (np.isfinite(damping) and damping > 0):
-        raise ValueError(f"Expected damping > 0 and finite, found {damping}.")
-    check_choice("form", form, ("score", "raw"))
-
-
-def check_choice(what: str, value: str, known: Sequence[str]) -> None:
-    """Refuse what is not among the known values."""
-    if value not in known:
-        raise ValueError(f"Expected {what} to be one of {', '.join(map(repr, known))}; found {value!r}.")
-
-
-# --- helpers ----------------------------------------------------------------------------------------------------------
-
-
-def _suffix(value: str, default: str) -> str:
-    return "" if value == default else f",{value}"
-
-
-def _objective(loss: LossFunction, params: Params, blocks: Partition) -> Objective:
-    """A plain loss as an objective.
-
-    Raises:
-        ValueError: no blocks, blocks that share a name or a leaf, unknown paths, integer leaves, a loss that is not a scalar.
-    """
-    names, leaves = [block.name for block in blocks], [path for block in blocks for path in block.paths]
-    if not names or len(set(names)) != len(names) or len(set(leaves)) != len(leaves):
-        raise ValueError(
-            f"Expected at least one block, distinct names, and every leaf in one block only; found blocks {names[:8]} with "
-            f"{len(leaves)} leaves, {len(leaves) - len(set(leaves))} of them repeated."
-        )
-    for block in blocks:
-        for path, leaf in partition.select(params, block).items():
-            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-                raise ValueError(
-                    f"Block {block.name!r}: {path!r} is {jnp.result_type(leaf)}; leave it out of the partition."
-                )
-    shape = jax.eval_shape(loss, params)
-    if getattr(shape, "shape", None) != () or not jnp.issubdtype(shape.dtype, jnp.floating):
-        raise ValueError(
-            f"Expected loss(params) to return one floating-point scalar, found {shape}: take the mean or sum."
-        )
-    return Objective(
-        total=lambda p: loss(p), params=params, blocks=tuple(blocks), batches=((),), examples=1, loss="user"
-    )

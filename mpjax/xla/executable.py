@@ -1,4 +1,4 @@
-"""A jitted function under compiler options of its own, and the sets of options worth trying on a backend.
+"""A jitted function under compiler options, and the sets of options worth trying on a backend.
 
 | option | value | why |
 | --- | --- | --- |
@@ -6,7 +6,7 @@
 | `xla_cpu_experimental_ynn_fusion_type` | "" | no YNN kernels: float32 convolutions are faster without; has miscompiled |
 | `xla_cpu_prefer_vector_width` | 512 | loops use the full width of a CPU that has AVX-512; XLA's default is 256 |
 
-An option that this jaxlib does not know is left out, and said.
+An option that this jaxlib does not know is left out, and recorded as skipped.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class _Traced(Exception):
 class Executable:
     """A compiled function; call it.
 
-    `function`: the jitted function, the fastest way that jax has to call. It never compiles a second program: under other
-    settings of jax, or after `jax.clear_caches()`, `compiled`, which is the same program, runs in its place. `python`: what was
-    compiled. `options`: in force; `skipped`: what this jaxlib did not know. `seconds`: of compilation.
+    `function`: the jitted function, which jax calls fastest. It never compiles a second program: under other settings of jax, or
+    after `jax.clear_caches()`, `compiled`, which is the same program, runs in its place. `python`: the function that was
+    compiled. `options`: in force; `skipped`: unknown to this jaxlib. `seconds`: of compilation.
     """
 
     function: Any
@@ -55,29 +55,27 @@ class Executable:
 
 
 def option_sets(*, narrow: bool) -> tuple[dict[str, Any], ...]:
-    """Sets to try on this backend, the likely fastest first.
+    """Sets to try on this backend, the likely fastest first; on a CPU the last two are XLA's defaults, with and without YNN.
 
-    `narrow`: some product has narrow operands, for which XLA:CPU's fast kernels are YNN's. The last two are XLA's defaults, with
-    and without YNN.
+    `narrow`: some product has narrow operands, for which XLA:CPU's fast kernels are YNN's.
     """
     if jax.default_backend() != "cpu":
         return (EXACT,)
-    on, off = EXACT, EXACT | NO_YNN
-    likely = (on, off) if narrow else (off, on)
-    return (*(each | WIDE for each in likely), *likely)
+    likely = (EXACT, EXACT | NO_YNN) if narrow else (EXACT | NO_YNN, EXACT)
+    return (*(options | WIDE for options in likely), *likely)
 
 
 def without_ynn(options: Options) -> bool:
     """Whether YNN's kernels are off."""
-    return all(options.get(name) == value for name, value in NO_YNN.items())
+    return NO_YNN.items() <= options.items()
 
 
 def name(options: Options) -> str:
     """A set of options in two or three words."""
-    words = ["no YNN" if without_ynn(options) else "YNN"]
-    if width := options.get(next(iter(WIDE))):
-        words.append(f"vectors of {width}")
-    return ", ".join(words) if jax.default_backend() == "cpu" else "default"
+    if jax.default_backend() != "cpu":
+        return "default"
+    width = options.get("xla_cpu_prefer_vector_width")
+    return ("no YNN" if without_ynn(options) else "YNN") + (f", vectors of {width}" if width else "")
 
 
 def build(function: Callable[..., Any], arguments: Sequence[Any], wanted: Options) -> Executable:
@@ -89,24 +87,23 @@ def build(function: Callable[..., Any], arguments: Sequence[Any], wanted: Option
     options, skipped = dict(wanted), []
     sealed = False
 
-    def once(*each: Any) -> Any:
+    def once(*inputs: Any) -> Any:
         if sealed:
             raise _Traced
-        return function(*each)
+        return function(*inputs)
 
     while True:
         jitted = jax.jit(once, compiler_options=options or None)
-        lowered = jitted.lower(*arguments)
+        traced = jitted.lower(*arguments)
         start = time.perf_counter()
         try:
-            compiled = lowered.compile()
+            compiled = traced.compile()
         except jax.errors.JaxRuntimeError as error:
-            unknown = [each for each in options if f"No such compile option: '{each}'" in str(error)]
+            unknown = [option for option in options if f"No such compile option: '{option}'" in str(error)]
             if not unknown:
                 raise
-            for each in unknown:
-                del options[each]
             skipped += unknown
+            options = {option: value for option, value in options.items() if option not in unknown}
             continue
         sealed, seconds = True, time.perf_counter() - start
         return Executable(

@@ -1,7 +1,7 @@
 """Read an optimised HLO program: which dtypes each layer's arithmetic really runs in.
 
 What a compiled program runs in is only known from its optimised HLO: XLA may convert narrow operands up before a product.
-Layers are found by their named scope in the instructions' `op_name` metadata.
+Layers are recognised by their named scope in the instructions' `op_name` metadata.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 _DTYPES = {
@@ -23,33 +23,40 @@ _DTYPES = {
     "s8": "int8",
     "s32": "int32",
 }
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(?[a-z]\w*\[).*")
-_OPCODE = re.compile(r"(?:[\])}>]|\)) (?P<opcode>[a-z][\w\-]*)\(")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-_TYPE = re.compile(r"\b(pred|[suf]\d+\w*|bf16)\[")
-_SHAPE = re.compile(r"\b(?P<dtype>pred|[suf]\d+\w*|bf16)\[(?P<sizes>[\d,]*)\]")
-_OPERAND = re.compile(r"%([\w.\-]+)")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<body>\(?[a-z]\w*\[.*)")
+_TYPE = re.compile(r"\b(?P<dtype>pred|[suf]\d+\w*|bf16)\[(?P<sizes>[\d,]*)\]")
+_OPCODE = re.compile(r"[\])}>] (?P<opcode>[a-z][\w\-]*)\(")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_OPERAND = re.compile(r"%([\w.\-]+)")
 _CALLS = re.compile(r"\bcalls=%?([\w.\-]+)")
 _PRODUCTS = ("convolution", "dot")
+_INDICES = ("int32", "s64", "u32", "pred")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """One HLO instruction: its opcode, result dtype, operands' dtypes and the scope it came from."""
+    """One HLO instruction.
+
+    `dtype`, `size` (number of elements) of the result, of a tuple's first member; `scope`: its `op_name`; `computation`: where it
+    stands; `calls`: the computation that a fusion runs, or "".
+    """
 
     name: str
     opcode: str
     dtype: str
+    size: int
     operand_dtypes: tuple[str, ...]
     scope: str
+    computation: str
+    calls: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Executed:
     """How one layer's product runs: "convolution", "dot", "custom-call" (a library), "gather" or "multiply" (multiply-adds).
 
-    `operands` and `result` are dtype names joined by "+" where instructions differ; "unknown" where nothing was found.
+    `operands` and `result` are dtype names joined by "+" where instructions differ; "unknown" where there is no such instruction.
     """
 
     layer: str
@@ -59,32 +66,34 @@ class Executed:
 
 
 def instructions(text: str) -> tuple[Instruction, ...]:
-    """All instructions of an HLO module's text, of every computation in it, fused ones too."""
-    dtypes: dict[str, str] = {}  # names are unique in a module, so one table serves all computations
-    parsed: list[tuple[str, str, str, str]] = []
+    """All instructions of an HLO module's text, those inside fusions included."""
+    dtypes: dict[str, str] = {}  # names are unique in a module, and an operand stands before its use
+    result = []
+    computation = ""
     for line in text.splitlines():
+        if (head := _COMPUTATION.match(line)) is not None:
+            computation = head["name"]
         match = _INSTRUCTION.match(line)
-        if not match:
+        opcode = _OPCODE.search(match["body"]) if match else None
+        if match is None or opcode is None:
             continue
-        body = line.split(" = ", 1)[1]
-        opcode = _OPCODE.search(body)
-        if opcode is None:
-            continue
-        dtype = _dtype(_TYPE.search(body))
-        dtypes[match["name"]] = dtype
-        arguments = body[opcode.end() :].split("), ", 1)[0]
-        op_name = _OP_NAME.search(body)
-        parsed.append((match["name"], opcode["opcode"], arguments, op_name.group(1) if op_name else ""))
-    return tuple(
-        Instruction(
-            name=name,
-            opcode=opcode,
-            dtype=dtypes[name],
-            operand_dtypes=tuple(dtypes[each] for each in _OPERAND.findall(arguments) if each in dtypes),
-            scope=scope,
+        body, shape = match["body"], _TYPE.search(match["body"])
+        operands = body[opcode.end() :].split("), ", 1)[0]
+        scope, calls = _OP_NAME.search(body), _CALLS.search(body)
+        dtypes[match["name"]] = _DTYPES.get(shape["dtype"], shape["dtype"]) if shape else "unknown"
+        result.append(
+            Instruction(
+                name=match["name"],
+                opcode=opcode["opcode"],
+                dtype=dtypes[match["name"]],
+                size=math.prod(map(int, filter(None, shape["sizes"].split(",")))) if shape else 0,
+                operand_dtypes=tuple(dtypes[name] for name in _OPERAND.findall(operands) if name in dtypes),
+                scope=scope[1] if scope else "",
+                computation=computation,
+                calls=calls[1] if calls else "",
+            )
         )
-        for name, opcode, arguments, scope in parsed
-    )
+    return tuple(result)
 
 
 def executed_dtypes(text: str, layers: Sequence[str]) -> dict[str, Executed]:
@@ -94,64 +103,47 @@ def executed_dtypes(text: str, layers: Sequence[str]) -> dict[str, Executed]:
     """
     by_layer: dict[str, list[Instruction]] = {name: [] for name in layers}
     owner = _owner(layers)
-    for each in instructions(text):
-        if (name := owner(each.scope)) is not None:
-            by_layer[name].append(each)
-    return {name: _executed(name, found) for name, found in by_layer.items()}
+    for instruction in instructions(text):
+        if (name := owner(instruction.scope)) is not None:
+            by_layer[name].append(instruction)
+    return {name: _executed(name, members) for name, members in by_layer.items()}
 
 
 def copied(text: str, sizes: Mapping[str, int], scope: str) -> set[str]:
-    """Layers for which the program keeps an array of at least so many numbers in memory, made in a scope below the layer's.
+    """Layers for which the program keeps a float array of at least so many numbers in memory, made in a scope below the layer's.
 
     Args:
         text: of an optimised program.
         sizes: layer -> number of elements.
         scope: name of the scope.
     """
-    found, inside = set(), ""
-    fused = {match[1] for match in _CALLS.finditer(text)}  # what a fusion computes on the way is not kept
+    parsed = instructions(text)
+    fused = {instruction.calls for instruction in parsed}  # intermediate results of a fusion stay in registers
     patterns = {name: re.compile(rf"(?:^|/){re.escape(name)}/{re.escape(scope)}(?:/|$)") for name in sizes}
-    for line in text.splitlines():
-        if (head := _COMPUTATION.match(line)) is not None:
-            inside = head["name"]
-        match, op_name = _INSTRUCTION.match(line), _OP_NAME.search(line)
-        if match is None or op_name is None or inside in fused or scope not in op_name.group(1):
-            continue
-        shape = _SHAPE.search(line.split(" = ", 1)[1])
-        count = math.prod(int(each) for each in shape["sizes"].split(",") if each) if shape else 0
-        wide = shape is not None and shape["dtype"] in ("f32", "bf16", "f16")
-        found |= {
-            name for name, each in patterns.items() if wide and count >= sizes[name] and each.search(op_name.group(1))
-        }
-    return found
+    return {
+        name
+        for instruction in parsed
+        if instruction.computation not in fused and instruction.dtype in ("float32", "bfloat16", "float16")
+        for name, pattern in patterns.items()
+        if instruction.size >= sizes[name] and pattern.search(instruction.scope)
+    }
 
 
 def owners(text: str, layers: Sequence[str]) -> dict[str, str | None]:
     """Instruction -> the layer it works for; None outside of layers.
 
-    A fusion works for the layer that most of its multiplications and products belong to, or most of its instructions: what XLA
-    fused to it (an activation, the next layer's padding) is often its last operation, and the last one gives a fusion its scope.
+    A fusion works for the layer that most of its multiplications and products belong to, or else most of its instructions: its
+    last operation, which gives it its scope, is often another layer's (an activation, padding).
     """
-    owner = _owner(layers)
-    weights: dict[str, Counter[str]] = {}  # computation -> layer -> how much of it
-    calls: dict[str, str] = {}
-    found: dict[str, str | None] = {}
-    inside = ""
-    for line in text.splitlines():
-        if (head := _COMPUTATION.match(line)) is not None:
-            inside = head["name"]
-            continue
-        for each in instructions(line):
-            found[each.name] = name = owner(each.scope)
-            if name is not None:
-                heavy = each.opcode in (*_PRODUCTS, "multiply", "custom-call")
-                weights.setdefault(inside, Counter())[name] += 1000 if heavy else 1
-            if (called := _CALLS.search(line)) is not None:
-                calls[each.name] = called[1]
-    for name, computation in calls.items():
-        if computation in weights:
-            found[name] = weights[computation].most_common(1)[0][0]
-    return found
+    owner, parsed = _owner(layers), instructions(text)
+    result = {instruction.name: owner(instruction.scope) for instruction in parsed}
+    work: dict[str, Counter[str]] = defaultdict(Counter)  # computation -> layer -> how much of it
+    for instruction in parsed:
+        if (name := result[instruction.name]) is not None:
+            heavy = instruction.opcode in (*_PRODUCTS, "multiply", "custom-call")
+            work[instruction.computation][name] += 1000 if heavy else 1
+    fusions = {instruction.name: instruction.calls for instruction in parsed if instruction.calls in work}
+    return result | {name: work[computation].most_common(1)[0][0] for name, computation in fusions.items()}
 
 
 def _owner(layers: Sequence[str]) -> Callable[[str], str | None]:
@@ -166,27 +158,29 @@ def _owner(layers: Sequence[str]) -> Callable[[str], str | None]:
     return owner
 
 
-def _executed(name: str, found: Iterable[Instruction]) -> Executed:
-    found = [each for each in found if each.dtype in _DTYPES.values()]
-    products = [each for each in found if each.opcode in _PRODUCTS]
-    found = [each for each in found if not each.dtype.startswith("int")]  # positions and row numbers
-    # Without a product of XLA's own the layer is a library's call, or written out as multiply-adds.
-    products = products or [each for each in found if each.opcode == "custom-call"]
-    products = products or [each for each in found if each.opcode == "gather"]  # of a table's rows
-    products = products or [each for each in found if each.opcode == "multiply"]
-    if not products:
-        return Executed(layer=name, opcode="unknown", operands="unknown", result="unknown")
-    indices = {"int32", "s64", "u32", "pred"}
+def _executed(layer: str, members: Sequence[Instruction]) -> Executed:
+    # Without a dot or convolution the layer is a library's call, a lookup of rows, or written out as multiply-adds.
+    for opcodes in (_PRODUCTS, ("custom-call",), ("gather",), ("multiply",)):
+        products = [
+            instruction
+            for instruction in members
+            if instruction.opcode in opcodes
+            and instruction.dtype in _DTYPES.values()
+            and (opcodes == _PRODUCTS or not instruction.dtype.startswith("int"))  # positions and row numbers
+        ]
+        if products:
+            break
+    else:
+        return Executed(layer=layer, opcode="unknown", operands="unknown", result="unknown")
     operands = {
-        dtype for each in products for dtype in each.operand_dtypes if each.opcode != "gather" or dtype not in indices
+        dtype
+        for instruction in products
+        for dtype in instruction.operand_dtypes
+        if instruction.opcode != "gather" or dtype not in _INDICES
     }
     return Executed(
-        layer=name,
-        opcode="+".join(sorted({each.opcode for each in products})),
+        layer=layer,
+        opcode="+".join(sorted({instruction.opcode for instruction in products})),
         operands="+".join(sorted(operands)) or "unknown",
-        result="+".join(sorted({each.dtype for each in products})),
+        result="+".join(sorted({instruction.dtype for instruction in products})),
     )
-
-
-def _dtype(match: re.Match[str] | None) -> str:
-    return "unknown" if match is None else _DTYPES.get(match.group(1), match.group(1))

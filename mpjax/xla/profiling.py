@@ -1,7 +1,6 @@
 """Seconds of each layer inside a compiled program, from JAX's own profiler.
 
-A fusion counts for the layer that its last operation belongs to, so that neighbours share: an activation that XLA fused into the
-next layer's padding is that layer's. Profiling slows a program down; only the shares mean something.
+Profiling slows a program down; only the shares of the layers mean something. Which layer a fusion counts for: `hlo.owners`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import numpy as np
 from mpjax.xla import hlo
 
 OUTSIDE = "(outside of layers)"
-_HOLDS = re.compile(r"(while|conditional|call)(\.\d+)?$")  # their time is that of what they run
+_CONTAINERS = re.compile(r"(while|conditional|call)(\.\d+)?$")  # their time is that of the instructions inside
 
 
 def layer_seconds(
@@ -38,25 +37,19 @@ def layer_seconds(
     """
     owners = hlo.owners(text, layers)
     jax.block_until_ready(run())
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    times: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0
         with jax.profiler.trace(folder, profiler_options=options):
             for _ in range(repeats):
                 jax.block_until_ready(run())
-        files = sorted(Path(folder).rglob("*.xplane.pb"))
-        if not files:
-            return None
-        planes = jax.profiler.ProfileData.from_file(str(files[-1])).planes
-        times: dict[str, list[float]] = defaultdict(list)
-        for plane in planes:
-            for line in plane.lines:
-                for event in line.events:
-                    if event.name in owners and not _HOLDS.match(event.name):
+        for path in Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                for event in (event for line in plane.lines for event in line.events):
+                    if event.name in owners and not _CONTAINERS.match(event.name):
                         times[event.name].append(event.duration_ns)
-    if not times:
-        return None
     seconds: dict[str, float] = defaultdict(float)
-    for name, each in times.items():
-        seconds[owners[name] or OUTSIDE] += float(np.percentile(each, 25)) * len(each) / repeats * 1e-9
-    return dict(seconds)
+    for name, durations in times.items():
+        seconds[owners[name] or OUTSIDE] += float(np.percentile(durations, 25)) * len(durations) / repeats * 1e-9
+    return dict(seconds) or None

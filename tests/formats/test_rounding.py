@@ -9,6 +9,8 @@ import pytest
 from mpjax import formats
 from mpjax.formats import Format, storage
 
+pytestmark = pytest.mark.optimised
+
 LOW = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 SPECIALS = [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1e-45, -1e-45, 3.4e38, np.uint32(0x7F800001).view(np.float32)]
 round_to = jax.jit(formats.round_to, static_argnums=1)

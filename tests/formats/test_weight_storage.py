@@ -140,6 +140,6 @@ def test_a_full_copy_takes_memory(name):
     model, batches = linen(module, 64, 512)
     program = compiled.compile(apply(model, {"Dense": name}), batches)
     (row,) = program.report().rows
-    temporary = program.program.compiled.memory_analysis().temp_size_in_bytes
+    temporary = program.executable.compiled.memory_analysis().temp_size_in_bytes
     assert row["full_copy"] == (temporary >= size), temporary
     assert ("storage only" in str(program.report())) == row["full_copy"]

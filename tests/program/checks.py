@@ -26,7 +26,7 @@ def exactly(model, function, params, *inputs, rtol=0.0):
 def errors(model, inputs, formats=FORMATS, names=None):
     """Format -> (emulated to float32, executed to emulated): relative distances with these layers low, in one program."""
     names = names or model.names
-    ranges = emulation.calibrate(model, [inputs]) if any(parse(fmt).scaled for fmt in formats) else None
+    ranges = emulation.calibrate(model, [inputs]) if any(parse(fmt).needs_range for fmt in formats) else None
     mixed = [apply(model, dict.fromkeys(names, fmt), calibration=ranges) for fmt in formats]
     overrides = [emulation.in_format(dict.fromkeys(names, parse(fmt)), calibration=ranges) for fmt in formats]
 
@@ -45,9 +45,7 @@ def errors(model, inputs, formats=FORMATS, names=None):
     def far(a, b):
         return float(np.linalg.norm(joined(a) - joined(b)) / norm)
 
-    return {
-        fmt: (far(low, exact), far(run, low)) for fmt, low, run in zip(formats, emulated, executed, strict=True)
-    }
+    return {fmt: (far(low, exact), far(run, low)) for fmt, low, run in zip(formats, emulated, executed, strict=True)}
 
 
 def agree(model, inputs, formats=FORMATS, names=None, least=0.0, most=0.6, apart=0.1):

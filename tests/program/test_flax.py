@@ -155,7 +155,9 @@ def test_linen_modules_are_reached_and_execute_what_is_emulated(name):
         assert blocks.calls == 3 and blocks.flops == 3 * 2 * 6 * 64 and blocks.kernel_shape == (3, 8, 8)
         assert head.calls == 1 and head.flops == 2 * 6 * 16
         assert blocks.summed == (1,) and head.summed == (0,)
-        assert "1 of them run more than once (shared, or under a scan), always in one format: blocks/" in model.summary()
+        assert (
+            "1 of them run more than once (shared, or under a scan), always in one format: blocks/" in model.summary()
+        )
     if name in SCALED:  # each output channel a hundred times the one before keeps its digits
         layer, fmt = model.layers[-1], parse("int8_w")
         kernel = np.asarray(model.params[layer.kernel])
@@ -264,7 +266,9 @@ def test_an_array_as_a_keyword_is_an_input():
 
     mask = jnp.tril(jnp.ones((2, 6)))
     variables = Net().init(KEY, TOKENS, mask)
-    with pytest.raises(ValueError, match=r"keyword 'mask' holds an array of the examples' leading axis, \(2, 6\): pass"):
+    with pytest.raises(
+        ValueError, match=r"keyword 'mask' holds an array of the examples' leading axis, \(2, 6\): pass"
+    ):
         from_linen(Net(), variables, TOKENS, mask=mask)
     assert len(from_linen(Net(), variables, TOKENS, mask).layers) == 2
     assert len(from_linen(Net(), variables, TOKENS, mask=jnp.ones((1, 6))).layers) == 2

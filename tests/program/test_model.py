@@ -42,7 +42,12 @@ def test_plain_code_goes_the_whole_way(tmp_path):
     scores = sensitivity.local_rounding(num_probes=None)(model, batches, formats, KEY)
     truth = sensitivity.measured()(model, batches, formats, KEY)
     np.testing.assert_allclose(scores.value, truth.value, rtol=0.2)
-    for scorer in (sensitivity.quadratic(), sensitivity.fisher(), sensitivity.trace(num_probes=2), sensitivity.logdet()):
+    for scorer in (
+        sensitivity.quadratic(),
+        sensitivity.fisher(),
+        sensitivity.trace(num_probes=2),
+        sensitivity.logdet(),
+    ):
         assert np.isfinite(scorer(model, batches, formats, KEY).value).all()
     gram = sensitivity.interactions(model, batches, formats, KEY)
     np.testing.assert_allclose(np.diag(gram.gram).reshape(3, 2) / 2, scores.value, rtol=1e-3)

@@ -257,7 +257,10 @@ def test_a_computed_weight_is_what_a_format_rounds(kind):
     if kind == "merged":  # what fed the fold alone is not held
         assert [other.reason for other in model.others] == [f"computed into {layer.name}"] * 3
         text = model.summary()
-        assert text.startswith("1 layers hold 128 of 128 weights (100.0%)") and "are computed from parameters, once" in text
+        assert (
+            text.startswith("1 layers hold 128 of 128 weights (100.0%)")
+            and "are computed from parameters, once" in text
+        )
         assert compiled.compile(model, [(IMAGES,), (2 * IMAGES,)]).weight_bytes == 4 * 128
 
 

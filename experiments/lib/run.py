@@ -1,0 +1,238 @@
+"""One run of an experiment: its folder, finished pieces, cost, and everything it leaves behind.
+
+    run = Run("pose_landmark", config)
+    run.depends_on(seed=config.seed, data=digest)          # a finished piece is reused only where all of this is the same
+    piece = run.piece("search: bfloat16", compute)         # computed once, then read back
+    figure = run.save(figures.nme(...), "nme", alt="NME against the number of lowered layers")
+    run.finish("A pose model in mixed precision", results=Table("results", Row, rows), sections=[Section("…", figure)])
+
+`finish` writes summary.json (validated first), a CSV and a LaTeX file for each table, report.html, and docs.md, which
+`python -m experiments.publish` puts into docs/.
+"""
+
+import hashlib
+import io
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import mpjax
+from experiments.lib.contract import SCHEMA, validate
+from experiments.lib.page import Code, Picture, Section, render
+from experiments.lib.plots import Figure, plt
+from experiments.lib.rows import Table, schema
+from mpjax import sensitivity, xla
+from mpjax.files import Checkpoint, Piece, jsonable, write_bytes, write_json
+from mpjax.ledger import Ledger
+from mpjax.program import Batches, Model
+
+ROOT = Path(__file__).resolve().parents[2]
+LARGEST = 150_000  # bytes of a CSV that docs/ shows
+
+Computed = tuple[
+    Mapping[str, Any], Mapping[str, Any], Ledger
+]  # a piece's arrays, its plain-JSON notes, and what it took
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every experiment can be asked for."""
+
+    results: Path = Path("results")
+    """Folder of the results."""
+    fresh: bool = False
+    """Compute every piece anew instead of going on from what an earlier run finished."""
+
+
+class Run:
+    """See the module.
+
+    Attributes:
+        folder: `<results>/<name>`.
+        environment: versions, device, cores and date, as the summary has them.
+        ledger: what was spent; pieces count what they cost when they were computed, and what is spent outside is added by `+=`.
+    """
+
+    def __init__(self, name: str, config: Options) -> None:
+        self.name, self.config = name, config
+        self.folder = config.results / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.environment = xla.environment()
+        self.ledger = Ledger()
+        self._start, self._piece_seconds, self._reused = time.perf_counter(), 0.0, list[str]()
+        versions = {key: value for key, value in self.environment.items() if key != "date"}
+        self._key: dict[str, Any] = {"sources": source_digest(), **versions}
+
+    def depends_on(self, **key: Any) -> None:
+        """Adds to what every piece from now on depends on."""
+        self._key |= key
+
+    def piece(self, name: str, compute: Callable[[], Computed], **key: Any) -> Piece:
+        """The piece of that name under the run's key and `key`."""
+        checkpoint = Checkpoint(self.folder / "pieces", {**self._key, **key})
+        piece = None if self.config.fresh else checkpoint.load(name)
+        print(f"· {name}" + ("" if piece is None else ": finished before, reused"), flush=True)
+        if piece is None:
+            start = time.perf_counter()
+            arrays, meta, ledger = compute()
+            seconds = time.perf_counter() - start
+            checkpoint.save(name, arrays, {**meta, "piece_seconds": seconds, "piece_ledger": ledger.as_dict()})
+            piece = checkpoint.load(name)
+            assert piece is not None
+        else:
+            self._reused.append(name)
+        self._piece_seconds += float(piece.meta["piece_seconds"])
+        self.ledger += Ledger(**piece.meta["piece_ledger"])
+        return piece
+
+    def scores(
+        self,
+        name: str,
+        scorer: sensitivity.Scorer,
+        model: Model,
+        batches: Batches,
+        formats: Sequence[str],
+        key: jax.Array,
+        **more: Any,
+    ) -> sensitivity.Scores:
+        """An estimator's scores as a piece; `more` is what the scorer depends on."""
+
+        def compute() -> Computed:
+            scores = scorer(model, batches, formats, key)
+            return *sensitivity.pack(scores), scores.ledger
+
+        piece = self.piece(name, compute, formats=list(formats), **more)
+        return sensitivity.unpack(piece.arrays, piece.meta)
+
+    def save(self, figure: Figure, name: str, *, alt: str, caption: str = "") -> Picture:
+        """Writes `<name>.png` and `<name>.pdf` and closes the figure."""
+        for kind in ("png", "pdf"):
+            data = io.BytesIO()
+            figure.savefig(data, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
+            write_bytes(self.folder / f"{name}.{kind}", data.getvalue())
+        plt.close(figure)
+        return Picture(self.folder / f"{name}.png", alt, caption)
+
+    def finish(
+        self,
+        title: str,
+        *,
+        results: Table,
+        overview: Table | None = None,
+        tables: Sequence[Table] = (),
+        findings: Sequence[str] = (),
+        sections: Iterable[Section] = (),
+        lead: str = "",
+        facts: Mapping[str, Any] | None = None,
+        show: Sequence[Table] = (),
+    ) -> dict[str, Any]:
+        """Writes everything, prints the results, and returns the summary.
+
+        Args:
+            title: of the page.
+            results: the summary's "rows"; stands on the page behind the findings, and in docs/ and the terminal as a short table.
+            overview: stands there instead, where the results are many.
+            tables: the others, by their names in the summary; sections show those that the page has.
+            findings: sentences with the run's numbers, for the page and docs/.
+            sections: of the page, behind the results.
+            lead: the page's first paragraph.
+            facts: what the summary has besides.
+            show: tables printed to the terminal behind the results.
+
+        Raises:
+            SummaryError: the summary breaks the contract; no file was written.
+        """
+        shown = results if overview is None else overview
+        others = [*tables, *([] if overview is None else [overview])]
+        keys = {"rows": results, **{table.name: table for table in others}}
+        argv = shlex.join(["python", "-m", f"experiments.{self.name}", *sys.argv[1:]])
+        summary = jsonable(
+            {
+                "schema": SCHEMA,
+                "experiment": self.name,
+                "command": argv,
+                "config": self.config,
+                "environment": self.environment,
+                "seconds": time.perf_counter() - self._start,
+                "ledger": self.ledger.as_dict(),
+                **{key: table.records for key, table in keys.items()},
+                **(facts or {}),
+                "commit": commit(),
+                "reused_pieces": self._reused,
+                "pieces_seconds": self._piece_seconds,
+                "peak_rss_mb": peak_memory_mb(),
+            }
+        )
+        validate(summary, {key: schema(table.kind) for key, table in keys.items()})
+        for table in keys.values():
+            write_bytes(self.folder / f"{table.name}.csv", table.csv().encode())
+            write_bytes(self.folder / f"{table.name}.tex", table.latex().encode())
+        where = _where(summary)
+        first, last = Section("Results", *findings, shown), Section("Where and how", where, Code(argv))
+        page = render(title, [first, *sections, last], lead=lead)
+        write_bytes(self.folder / "report.html", page.encode())
+        names = [table.name for table in keys.values() if len(table.csv()) <= LARGEST]
+        links = ", ".join(f"[{name}]({self.name}/{name}.csv)" for name in names)
+        bullets = "\n".join(f"- {finding}" for finding in findings)
+        docs = [bullets, shown.markdown(), f"`{argv}`: {where} Tables: {links}."]
+        write_bytes(self.folder / "docs.md", ("\n\n".join(filter(None, docs)) + "\n").encode())
+        write_json(self.folder / "summary.json", summary)
+        for table in (shown, *show):
+            table.print(title if table is shown else table.caption)
+        print(f"{summary['seconds']:.0f} s; report: {self.folder / 'report.html'}")
+        return summary
+
+
+def _where(summary: Mapping[str, Any]) -> str:
+    """Machine, versions, date, commit and cost in a line."""
+    here = summary["environment"]
+    reused = f", {len(summary['reused_pieces'])} pieces of an earlier run" if summary["reused_pieces"] else ""
+    return (
+        f"{here['device']}, {here['cores']} cores, Python {here['python']}, jax {here['jax']}, flax {here['flax']}, "
+        f"{here['date'][:10]}, commit {summary['commit']}; {max(summary['seconds'], summary['pieces_seconds']):.0f} s{reused}, "
+        f"{summary['peak_rss_mb'] / 1e3:.1f} GB at most."
+    )
+
+
+def source_digest() -> str:
+    """A hash of the library's and the experiments' sources: other code does not reuse a finished piece."""
+    digest = hashlib.sha256()
+    for file in sorted([*Path(mpjax.__file__).parent.rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def commit() -> str:
+    """The checkout's commit, with "+" where files are changed; "unknown" outside a checkout."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def peak_memory_mb() -> float:
+    """The process's largest resident size so far."""
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest / 1e6 if sys.platform == "darwin" else largest * 1024 / 1e6  # bytes there, KiB here
+
+
+def check_names(option: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses no names, and unknown ones.
+
+    Raises:
+        SystemExit: with the names.
+    """
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise SystemExit(f"{option}: expected some of {', '.join(known)}; found {', '.join(unknown) or 'none'}.")

@@ -1,0 +1,44 @@
+"""Wall times of functions that take turns, round after round, so that whatever else the machine does falls on all alike."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mpjax.xla import timing
+
+
+class Quartiles(NamedTuple):
+    """Of some samples."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """Name -> (R,) milliseconds, one a round."""
+
+    ms: Mapping[str, np.ndarray]
+
+    def quartiles(self, name: str) -> Quartiles:
+        """In milliseconds."""
+        return Quartiles(*np.percentile(self.ms[name], (25, 50, 75)).tolist())
+
+    def fastest(self, name: str) -> float:
+        """The least, in milliseconds."""
+        return float(self.ms[name].min())
+
+    def ratio(self, name: str, reference: str) -> Quartiles:
+        """Of the ratios within each round: below 1, `name` is faster."""
+        return Quartiles(*np.percentile(self.ms[name] / self.ms[reference], (25, 50, 75)).tolist())
+
+
+def interleaved(functions: Mapping[str, Callable[[], Any]], *, rounds: int, shortest: float = 0.0) -> Times:
+    """Each function once a round; one that takes less than `shortest` seconds is repeated within its turn."""
+    runs = [lambda run=run: jax.block_until_ready(run()) for run in functions.values()]
+    samples = timing.in_turns(runs, rounds, shortest=shortest)
+    return Times({name: 1e3 * np.asarray(seconds) for name, seconds in zip(functions, samples, strict=True)})

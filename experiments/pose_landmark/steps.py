@@ -1,0 +1,278 @@
+"""The steps of the pose experiment: scores, search, curves, and rows of the emulated and of the compiled models."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.lib import assets
+from experiments.lib.progress import progress
+from experiments.lib.run import Computed, Run
+from experiments.lib.times import interleaved
+from experiments.pose_landmark.rows import EMULATED, EXECUTED, FORMATS, Executed, Program, Row
+from experiments.problems import data, pose
+from experiments.problems.benchmarks import landmark_error
+from experiments.problems.pose import Split
+from mpjax import compiled, metrics, search, sensitivity
+from mpjax.apply import apply
+from mpjax.evaluation import Evaluation
+from mpjax.ledger import Ledger
+from mpjax.program import Model
+
+CURVATURE_CROPS = 8  # of the calibration crops, for the two scores whose cost per crop is large
+CURVE_POINTS = 10
+
+
+def litert_parity(base: Model, split: Split) -> Computed:
+    """Largest difference of `Identity` to LiteRT over the largest output, on four crops."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(assets.fetch(pose.MODEL)), num_threads=1)
+    interpreter.allocate_tensors()
+    source = interpreter.get_input_details()[0]["index"]
+    target = next(output["index"] for output in interpreter.get_output_details() if output["name"] == "Identity")
+    errors = []
+    for image in split.crops.images[:: len(split.torso) // 4][:4]:
+        interpreter.set_tensor(source, image[None])
+        interpreter.invoke()
+        identity = base.call(base.params, jnp.asarray(image[None]))["Identity"]
+        errors.append(metrics.relative_error(np.asarray(identity), interpreter.get_tensor(target)))
+    return {}, {"parity": max(errors)}, Ledger(forward=len(errors))
+
+
+def all_scores(run: Run, model: Model, split: Split, *, probes: int, seed: int) -> dict[str, sensitivity.Scores]:
+    """Name -> an estimator's scores, the measured truth first."""
+    few = CURVATURE_CROPS
+    plan = {
+        "measured": (sensitivity.measured(), split.batches(), {}),
+        "local_rounding": (sensitivity.local_rounding(num_probes=probes), split.batches(1), {"probes": probes}),
+        "quadratic": (sensitivity.quadratic(), split.batches(count=few), {}),
+        "logdet": (sensitivity.logdet(), split.batches(1, few), {}),
+    }
+    scores = {}
+    with progress("sensitivity", len(plan)) as advance:
+        for name, (scorer, batches, more) in plan.items():
+            scores[name] = run.scores(
+                f"sensitivity: {name}", scorer, model, batches, FORMATS, jax.random.key(seed), **more
+            )
+            advance()
+    return scores
+
+
+def nme(xy: np.ndarray, split: Split, *, seed: int, confidence: float = 0.95) -> search.Measurement:
+    """Mean NME with its block-bootstrap interval."""
+    errors = metrics.nme(xy, split.xy, split.torso)
+    interval = metrics.bootstrap_interval(errors, split.crops.block, confidence=confidence, seed=seed)
+    return search.Measurement(
+        value=float(errors.mean()), low=interval.low, high=interval.high, confidence=confidence, per_sample=errors
+    )
+
+
+class Emulator:
+    """The emulated model in one format: one compilation, then landmarks for any assignment."""
+
+    def __init__(self, model: Model, fmt: str, split: Split) -> None:
+        self.fmt = fmt
+        self._evaluation = Evaluation(model, split.batches(), (fmt,), landmark_error(33))
+
+    def landmarks(self, assignment: Mapping[str, str], split: Split) -> np.ndarray:
+        """(N, 33, 2) in pixels of the crop."""
+        outputs = self._evaluation.over(split.batches()).outputs(assignment)
+        return outputs.reshape(-1, 33, 2) * split.torso[:, None, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a search ended with: the assignment, its NME and the limit, the all-low NME, and layers low -> NME on the way."""
+
+    assignment: search.Assignment
+    nme: float
+    limit: float
+    nme_all: float
+    evaluations: int
+    trail: Mapping[int, float]
+
+
+def search_format(
+    run: Run, scores: sensitivity.Scores, emulator: Emulator, split: Split, *,
+    tolerance: float, confidence: float | None, strategy: str, **key: Any,
+) -> Outcome:  # fmt: skip
+    """As many layers in the emulator's format as the tolerance allows, measured on the calibration crops."""
+    fmt = emulator.fmt
+
+    def compute() -> Computed:
+        @functools.cache
+        def evaluate(assignment: search.Assignment) -> search.Measurement:
+            xy = emulator.landmarks(assignment, split)
+            return nme(xy, split, seed=key["seed"], confidence=confidence or 0.95)
+
+        everything = evaluate(search.Assignment.uniform(scores.layers, fmt)).value
+        problem = search.Problem(
+            layers=scores.layers, formats=(fmt,), penalty=scores.column(fmt)[:, None], kind=scores.kind
+        )
+        way = search.binary() if strategy == "binary" else search.greedy()
+        limit = tolerance * everything
+        result = search.solve(problem, way, evaluate=evaluate, tolerance=limit, confidence=confidence)
+        measured = [(len(s.assignment.lowered), s.measurement.value) for s in result.trail if s.measurement is not None]
+        evaluations = evaluate.cache_info().currsize
+        meta = {
+            "assignment": dict(result.assignment),
+            "nme": result.measurement.value,
+            "limit": limit,
+            "nme_all": everything,
+            "evaluations": evaluations,
+            "trail": measured,
+        }
+        return {}, meta, Ledger(forward=evaluations * len(split.torso), evaluations=evaluations, compilations=1)
+
+    key |= {"tolerance": tolerance, "confidence": confidence, "strategy": strategy}
+    meta = run.piece(f"search: {fmt}", compute, **key).meta
+    names = ("nme", "limit", "nme_all", "evaluations")
+    assignment, trail = search.Assignment(meta["assignment"]), dict(meta["trail"])
+    return Outcome(assignment=assignment, trail=trail, **{name: meta[name] for name in names})
+
+
+def curve(run: Run, scores: sensitivity.Scores, emulator: Emulator, split: Split) -> dict[int, float]:
+    """Number of lowered layers -> NME, of prefixes of a ranking."""
+    counts = np.unique(np.linspace(0, len(scores.layers), CURVE_POINTS).round().astype(int)).tolist()
+
+    def compute() -> Computed:
+        ranking = scores.ranking(emulator.fmt)
+        landmarks = [emulator.landmarks(dict.fromkeys(ranking[:count], emulator.fmt), split) for count in counts]
+        values = [float(metrics.nme(xy, split.xy, split.torso).mean()) for xy in landmarks]
+        return {"nme": values}, {}, Ledger(forward=len(counts) * len(split.torso), evaluations=len(counts))
+
+    piece = run.piece(f"curve: {emulator.fmt}, ranked by {scores.estimator}", compute)
+    return dict(zip(counts, piece.arrays["nme"].tolist(), strict=True))
+
+
+def row(
+    name: str, xy: np.ndarray, split: Split, outcome: Outcome, *,
+    fmt: str, executed: str, low: int, nme_calibration: float, tolerance: float, seed: int,
+    latency_ms: float | None = None, vs_fp32: float | None = None,
+) -> Row:  # fmt: skip
+    """A model judged by its landmarks on the evaluation crops; float32 has no tolerance."""
+    error = nme(xy, split, seed=seed)
+    pck_05, pck_02 = (float(metrics.pck(xy, split.xy, split.torso, threshold=t).mean()) for t in (0.05, 0.02))
+    reference = name == "fp32"
+    return Row(
+        name=name,
+        format=fmt,
+        executed=executed,
+        layers_low=low,
+        layers=len(outcome.assignment),
+        tolerance=None if reference else tolerance,
+        tolerance_value=None if reference else outcome.limit,
+        within_tolerance=reference or bool(error.value <= outcome.limit),
+        nme=error.value,
+        nme_low=error.low,
+        nme_high=error.high,
+        pck_05=pck_05,
+        pck_02=pck_02,
+        nme_calibration=nme_calibration,
+        latency_ms=latency_ms,
+        vs_fp32=vs_fp32,
+    )
+
+
+def emulated_rows(
+    run: Run, emulator: Emulator, outcome: Outcome, split: Split, **more: Any
+) -> tuple[list[Row], dict[str, np.ndarray]]:
+    """All-low and mixed rows of the emulated format, and their landmarks."""
+    everything = search.Assignment.uniform(outcome.assignment, emulator.fmt)
+    rows, drawn = [], {}
+    for name, assignment, calibrated in (
+        ("all", everything, outcome.nme_all),
+        ("mixed", outcome.assignment, outcome.nme),
+    ):
+
+        def compute(assignment: search.Assignment = assignment) -> Computed:
+            xy = emulator.landmarks(assignment, split)
+            return {"xy": xy}, {}, Ledger(forward=len(xy), evaluations=1)
+
+        drawn[name] = run.piece(f"evaluation: {emulator.fmt}, {name}", compute, assignment=dict(assignment)).arrays[
+            "xy"
+        ]
+        facts: dict[str, Any] = {"low": len(assignment.lowered), "nme_calibration": calibrated, **more}
+        rows.append(row(name, drawn[name], split, outcome, fmt=EMULATED, executed="emulated", **facts))
+    return rows, drawn
+
+
+def executed_rows(
+    run: Run, base: Model, outcome: Outcome, calibration: Split, evaluation: Split, *, rounds: int, **more: Any
+) -> tuple[list[Row], dict[str, compiled.Compiled], list[Program]]:
+    """Float32, all-low and mixed compiled for one crop, run on every crop, and timed in turn.
+
+    Programs and latencies are made in every run, never read back: they belong to the process that reports them.
+    """
+    examples = [(jnp.asarray(evaluation.crops.images[i : i + 1]),) for i in (0, len(evaluation.torso) // 2)]
+    everything = dict.fromkeys(base.names, EXECUTED)
+    variants = {"fp32": base, "all": apply(base, everything), "mixed": apply(base, outcome.assignment)}
+    programs = {}
+    with progress("compiling and verifying", len(variants)) as advance:
+        for name, variant in variants.items():
+            programs[name] = compiled.compile(variant, examples, implementation="rule")
+            advance()
+    calls: dict[str, Callable[[], Any]] = {name: functools.partial(p, *examples[0]) for name, p in programs.items()}
+    times = interleaved(calls, rounds=rounds)
+    rows, checks = [], []
+    for name, program in programs.items():
+        on_calibration = nme(_landmarks(program, calibration), calibration, seed=0).value
+        quartiles, ratio = times.quartiles(name), times.ratio(name, "fp32").median
+        facts: dict[str, Any] = {"nme_calibration": on_calibration, "latency_ms": quartiles.median, "vs_fp32": ratio}
+        low, fmt = sum(f != "float32" for f in program.assignment.values()), "float32" if name == "fp32" else EXECUTED
+        xy = _landmarks(program, evaluation)
+        rows.append(row(name, xy, evaluation, outcome, fmt=fmt, executed="xla", low=low, **facts, **more))
+        check = program.verification
+        checks.append(
+            Program(
+                program=name,
+                error=check.error,
+                limit=check.limit,
+                distance=check.distance,
+                noise=check.noise,
+                options=" ".join(f"{k}={v!r}" for k, v in program.options.items()) or "default",
+                compile_seconds=program.compile_seconds,
+                weights_mb=program.weight_bytes / 1e6,
+                peak_mb=program.peak_bytes / 1e6,
+                ms=quartiles.median,
+                ms_low=quartiles.low,
+                ms_high=quartiles.high,
+                vs_fp32=ratio,
+            )
+        )
+    crops = len(calibration.torso) + len(evaluation.torso)
+    # To verify: float32 and the same nudged for each program, and the formats emulated for the two low ones. Then the program on
+    # these examples, on each crop and for the timing.
+    run.ledger += Ledger(
+        forward=len(examples) * (2 * 3 + 2) + len(programs) * (len(examples) + crops + rounds + 1),
+        compilations=2 * len(programs) + 2,
+        evaluations=2 * len(programs),
+    )
+    return rows, programs, checks
+
+
+def _landmarks(program: compiled.Compiled, split: Split) -> np.ndarray:
+    outputs = [np.asarray(program(jnp.asarray(image[None]))["Identity"]) for image in split.crops.images]
+    return data.landmarks_xy(np.concatenate(outputs))
+
+
+def executed_layers(programs: Mapping[str, compiled.Compiled]) -> list[Executed]:
+    """What each layer really executes, from the optimised HLO."""
+    mixed, everything = programs["mixed"], programs["all"].executed
+    return [
+        Executed(
+            layer=layer,
+            requested=mixed.assignment[layer],
+            product=product.opcode,
+            operands=product.operands,
+            result=product.result,
+            product_all=everything[layer].opcode,
+            operands_all=everything[layer].operands,
+        )
+        for layer, product in mixed.executed.items()
+    ]

@@ -1,0 +1,485 @@
+"""Person crops from a video, as a pose model sees them, and what its output means.
+
+A first crop of each person is found by tiling a frame; then the person is followed from frame to frame by the
+landmarks, as the model's own pipeline does: landmark 33 (hip centre) and 34 (on a circle around the body)
+give the next square region of interest, with its centre at k33, its side 2 · |k34 − k33| · 1.25, turned so
+that k33 → k34 points up (MediaPipe, modules/pose_landmark/pose_landmarks_to_roi.pbtxt).  A crop whose
+presence falls to 0.8 or less is dropped and the person is no longer followed; the frame is tiled anew twice a
+second.
+
+Calibration crops come from the first 40 % of the video, evaluation crops from the rest, 0.5 s between them
+left out (`pose_crops`). For statements about samples of one population, half seconds of nine videos are dealt at random
+instead (`dealt_crops`). No crop is flipped, rotated or otherwise augmented.
+
+Made twice in one environment the crops are the same bit for bit, and so they were on jax 0.10 and 0.12.
+Other versions or CPUs may differ where rounding carries a region over a step of the grid that it is snapped to.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import cv2
+import jax
+import numpy as np
+
+from experiments.lib import assets
+from experiments.lib.progress import progress
+from experiments.models.tflite_import import load_tflite
+from mpjax import emulation
+from mpjax.program import from_linen
+
+SIZE = 256  # pixels, side of a crop
+VIDEOS = (
+    "sports2d_demo",
+    *(f"pose2sim_{scene}_{camera}" for scene in ("single", "multi") for camera in (1, 2, 3, 4)),
+)
+_VERSION = 3  # part of the cache key: raise it when the crops would change
+_SCALE = 1.25  # of MediaPipe's RectTransformationCalculator
+_GRID = 8.0  # pixels that centre and side of a region snap to
+_ANGLE_GRID = 1 / 32  # radians
+_SAME_PERSON = 0.25  # centres closer than this fraction of the region's side are one person
+
+Array = TypeVar("Array", np.ndarray, jax.Array)
+
+
+class DataError(RuntimeError):
+    """The crops could not be made; the message says what was found and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropSettings:
+    """How crops are found and split.
+
+    Attributes:
+        calibration, evaluation: number of crops in each split, spread evenly over persons and time.
+        presence: a crop is kept if the model's presence is above this probability.
+        tile: side of the tiles in pixels; neighbours overlap by half.
+        retile: seconds between two searches for persons not yet followed.
+        calibration_share: fraction of the video, without the gap, that the calibration crops come from.
+        gap: seconds between the two splits.
+        block: least seconds of a block of dependent crops.
+    """
+
+    calibration: int = 24
+    evaluation: int = 48
+    presence: float = 0.8
+    tile: int = 620
+    retile: float = 0.5
+    calibration_share: float = 0.4
+    gap: float = 0.5
+    block: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropSet:
+    """Crops of one split, ordered by person and then by time (`pose_crops`), or one of each block first (`dealt_crops`); N crops.
+
+    Attributes:
+        images: (N, 256, 256, 3) float32 RGB in [0, 1].
+        frame: (N,) index of the frame in its video.
+        person: (N,) number of the track; a person who is lost and found again counts anew.
+        block: (N,) number of the person × stretch of video that the crop lies in, at least a second long where they are split
+            by time; unique over both splits.
+        presence: (N,) the model's probability that a person is present.
+        centre: (N, 2) centre of the crop in the frame, pixels.
+        side: (N,) side of the crop in the frame, pixels.
+        angle: (N,) how far the crop is turned clockwise in the frame to set the person upright, radians.
+    """
+
+    images: np.ndarray
+    frame: np.ndarray
+    person: np.ndarray
+    block: np.ndarray
+    presence: np.ndarray
+    centre: np.ndarray
+    side: np.ndarray
+    angle: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops:
+    """Two splits of the crops of videos.
+
+    Attributes:
+        calibration: what a search may look at.
+        evaluation: looked at once, at the end.
+        fps: frames per second of the first video.
+        gap: seconds without crops between the splits; 0 where they are not split by time.
+        source: names of the video files.
+    """
+
+    calibration: CropSet
+    evaluation: CropSet
+    fps: float
+    gap: float
+    source: str
+
+
+def landmarks_xy(identity: Array) -> Array:
+    """The model's output ``Identity`` (N, 195) as x, y of the 33 landmarks: (N, 33, 2), pixels."""
+    return identity.reshape(identity.shape[0], 39, 5)[:, :33, :2]
+
+
+def torso(xy: Array) -> Array:
+    """From the shoulder midpoint (landmarks 11, 12) to the hip midpoint (23, 24): (N, 33, 2) -> (N,)."""
+    trunk = (xy[:, 11] + xy[:, 12] - xy[:, 23] - xy[:, 24]) / 2
+    return (trunk**2).sum(-1) ** 0.5
+
+
+def pose_crops(*, video: Path | None = None, settings: CropSettings | None = None) -> Crops:
+    """Person crops for the pose model, from the cache or made anew (about 20 s for the default video).
+
+    Args:
+        video: a video file; None fetches the default one.
+        settings: how to find and split the crops; None means ``CropSettings()``.
+
+    Raises:
+        DataError: the video cannot be decoded, nobody was found, or there are fewer crops than asked for.
+        experiments.lib.assets.AssetError: the model or the default video could not be fetched.
+    """
+    settings = settings or CropSettings()
+    model = assets.fetch("pose_landmark_full")
+    path = Path(video) if video else assets.fetch("sports2d_demo")
+    if not path.is_file():
+        raise DataError(f"{path}: no such video file.")
+
+    def make() -> dict[str, np.ndarray]:
+        tracks, fps, frames = _follow(path, _runner(model), settings)
+        return _split(tracks, fps, frames, settings, path)
+
+    return _cached(make, asdict(settings), [path], model, gap=settings.gap)
+
+
+def dealt_crops(*, seconds: float = 0.5, per_block: int = 2, seed: int = 0) -> Crops:
+    """Person crops of nine videos, for which calibration and evaluation are samples of one population.
+
+    Each person's time in each video is cut into blocks of at least `seconds`; the blocks are dealt at random to the two splits,
+    and `per_block` crops, spread over each, are kept. The crops are ordered so that the first ones come from different blocks.
+    Neighbouring blocks, and cameras that see one moment, may fall on different sides: what is found here holds for these videos,
+    not for others.
+
+    Args:
+        seconds: least length of a block.
+        per_block: crops of a block.
+        seed: of the deal.
+
+    Raises:
+        ValueError: no time or no crops asked for.
+        DataError, experiments.lib.assets.AssetError: as `pose_crops`, or fewer frames in a block than crops wanted.
+    """
+    if not seconds > 0 or per_block < 1:
+        raise ValueError(f"Expected blocks of positive length and at least one crop; found {seconds} s, {per_block}.")
+    model, settings = assets.fetch("pose_landmark_full"), CropSettings()
+    paths = [assets.fetch(name) for name in VIDEOS]
+
+    def make() -> dict[str, np.ndarray]:
+        run = _runner(model)
+        return _deal([_follow(path, run, settings) for path in paths], seconds, per_block, seed)
+
+    key = asdict(settings) | {"seconds": seconds, "per_block": per_block, "seed": seed}
+    return _cached(make, key, paths, model, gap=0.0)
+
+
+def _cached(
+    make: Callable[[], dict[str, np.ndarray]], key: dict[str, Any], paths: list[Path], model: Path, *, gap: float
+) -> Crops:
+    """The crops of that key, made if the cache does not have them."""
+    key = key | {
+        "version": _VERSION,
+        "video": [assets.file_sha256(path) for path in paths],
+        "model": assets.file_sha256(model),
+        "packages": [jax.__version__, cv2.__version__, np.__version__],
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    cached = assets.cache_dir() / "crops" / f"pose-{name}.npz"
+    arrays = _load(cached)
+    if arrays is None:
+        arrays = make()
+        _save(cached, arrays)
+    calibration, evaluation = (
+        CropSet(
+            images=arrays[f"{split}_pixels"].astype(np.float32) / np.float32(255),
+            **{field: arrays[f"{split}_{field}"] for field in _FIELDS},
+        )
+        for split in ("calibration", "evaluation")
+    )
+    return Crops(
+        calibration=calibration,
+        evaluation=evaluation,
+        fps=float(arrays["fps"]),
+        gap=gap,
+        source=", ".join(path.name for path in paths),
+    )
+
+
+# --- finding and following ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Region:
+    """A turned square in the frame, pixels and radians."""
+
+    centre: np.ndarray
+    side: float
+    angle: float
+
+    def affine(self) -> np.ndarray:
+        """(2, 3) map from continuous coordinates of the crop, 0 to 256, to those of the frame."""
+        scale = self.side / SIZE
+        cos, sin = scale * np.cos(self.angle), scale * np.sin(self.angle)
+        turn = np.array([[cos, -sin], [sin, cos]])
+        return np.column_stack([turn, self.centre - turn @ np.full(2, SIZE / 2)])
+
+    def crop(self, frame: np.ndarray) -> np.ndarray:
+        """(256, 256, 3) uint8 out of an (H, W, 3) frame; black beyond its edges."""
+        matrix = self.affine()
+        matrix[:, 2] += matrix[:, :2] @ np.full(2, 0.5) - 0.5  # OpenCV counts from pixel centres
+        return cv2.warpAffine(frame, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
+    def same_person(self, other: "_Region") -> bool:
+        return bool(np.linalg.norm(self.centre - other.centre) < _SAME_PERSON * max(self.side, other.side))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sighting:
+    """One crop as the model saw it, and where it expects the person next."""
+
+    pixels: np.ndarray
+    presence: float
+    region: _Region
+    next_region: _Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Observation:
+    frame: int
+    person: int
+    sighting: _Sighting
+
+
+_Run = Callable[[np.ndarray], tuple[np.ndarray, float]]  # pixels -> (39, 5) landmarks, presence
+
+
+def _runner(path: Path) -> _Run:
+    imported = load_tflite(path, outputs=("Identity", "Identity_1"))
+    model = from_linen(imported.module, imported.variables, np.zeros(imported.input_shape, np.float32))
+    override = emulation.in_format(
+        {}
+    )  # float32 as emulation has it: quicker on a CPU than XLA's depthwise convolutions
+    call = jax.jit(lambda params, x: model.call(params, x, override=override))
+
+    def run(pixels: np.ndarray) -> tuple[np.ndarray, float]:
+        out = call(model.params, pixels[None].astype(np.float32) / np.float32(255))
+        # Identity_1 ends in a sigmoid: it is the probability already.
+        return np.asarray(out["Identity"], np.float64).reshape(39, 5), float(out["Identity_1"][0, 0])
+
+    return run
+
+
+def _look(frame: np.ndarray, region: _Region, run: _Run) -> _Sighting:
+    pixels = region.crop(frame)
+    landmarks, presence = run(pixels)
+    affine = region.affine()
+    hip, circle = landmarks[33:35, :2] @ affine[:, :2].T + affine[:, 2]
+    up = circle - hip
+    # Snapped, because following feeds the model's rounding back: 0.002 px between two versions of jax grew to
+    # 9 px without it.
+    ahead = _Region(
+        centre=np.round(hip / _GRID) * _GRID,
+        side=_GRID * max(1, round(2 * _SCALE * float(np.hypot(*up)) / _GRID)),
+        angle=_ANGLE_GRID * round(float(np.arctan2(up[0], -up[1])) / _ANGLE_GRID),
+    )
+    return _Sighting(pixels=pixels, presence=presence, region=region, next_region=ahead)
+
+
+def _search(frame: np.ndarray, run: _Run, settings: CropSettings) -> list[_Region]:
+    """Regions of the distinct persons in a frame, the surest first."""
+    height, width = frame.shape[:2]
+    side = min(settings.tile, height, width)
+    starts = [np.linspace(0, size - side, 1 + -(-2 * (size - side) // side)) for size in (width, height)]
+    found = []
+    for y in starts[1]:
+        for x in starts[0]:
+            tile = _Region(centre=np.array([x, y]) + side / 2, side=float(side), angle=0.0)
+            sighting = _look(frame, tile, run)
+            if sighting.presence > settings.presence:
+                sighting = _look(frame, sighting.next_region, run)  # centred on the person now
+                if sighting.presence > settings.presence:
+                    found.append(sighting)
+    found.sort(key=lambda sighting: -sighting.presence)
+    return _distinct([sighting.next_region for sighting in found])
+
+
+def _distinct(regions: list[_Region]) -> list[_Region]:
+    """Non-maximum suppression: of regions that hold one person, the first."""
+    kept: list[_Region] = []
+    for region in regions:
+        if not any(region.same_person(other) for other in kept):
+            kept.append(region)
+    return kept
+
+
+def _follow(path: Path, run: _Run, settings: CropSettings) -> tuple[list[_Observation], float, int]:
+    """All sightings with enough presence, frames per second and number of frames."""
+    observations: list[_Observation] = []
+    following: dict[int, _Region] = {}
+    persons = index = 0
+    capture = cv2.VideoCapture(str(path))
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    with progress("following persons", max(total, 1)) as advance:
+        for index, frame in enumerate(_frames(capture), start=1):
+            if (index - 1) % max(1, round(settings.retile * fps)) == 0:
+                regions = _distinct([*following.values(), *_search(frame, run, settings)])
+                for region in regions[len(following) :]:
+                    following[persons] = region
+                    persons += 1
+            kept: dict[int, _Region] = {}
+            for person, region in following.items():
+                sighting = _look(frame, region, run)
+                ahead = sighting.next_region
+                if sighting.presence > settings.presence and not any(ahead.same_person(o) for o in kept.values()):
+                    kept[person] = ahead
+                    observations.append(_Observation(frame=index - 1, person=person, sighting=sighting))
+            following = kept
+            advance()
+    if not index or not fps > 0:
+        raise DataError(
+            f"{path}: OpenCV cannot decode this video ({index} frames, {fps} frames per second)."
+            " Give an H.264 .mp4 file, or check that OpenCV was built with FFmpeg."
+        )
+    return observations, fps, index
+
+
+def _frames(capture: Any) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 RGB frames in order."""
+    try:
+        while True:
+            read, frame = capture.read()
+            if not read:
+                return
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+    finally:
+        capture.release()
+
+
+# --- splitting ------------------------------------------------------------------------------------
+
+_FIELDS = ("frame", "person", "block", "presence", "centre", "side", "angle")
+
+
+def _split(
+    observations: list[_Observation], fps: float, frames: int, settings: CropSettings, path: Path
+) -> dict[str, np.ndarray]:
+    """Divide by time, number the blocks, and take as many crops as asked for."""
+    if not observations:
+        raise DataError(
+            f"{path}: nobody found: no crop of {frames} frames has a presence above {settings.presence}."
+            f" Give a video with whole persons in it, or tiles (now {settings.tile} px) of their height."
+        )
+    border = settings.calibration_share * (frames / fps - settings.gap)
+    spans = {"calibration": (0.0, border), "evaluation": (border + settings.gap, frames / fps)}
+    arrays: dict[str, np.ndarray] = {"fps": np.array(fps, np.float64)}
+    blocks = 0
+    for split, (start, stop) in spans.items():
+        chosen: list[_Observation] = []
+        numbers: list[int] = []
+        for person in sorted({observation.person for observation in observations}):
+            mine = [o for o in observations if o.person == person and start <= o.frame / fps < stop]
+            if not mine:
+                continue
+            # Whole blocks only: the last one takes the remainder; persons seen for less are left out.
+            begin = mine[0].frame
+            seconds = (mine[-1].frame + 1 - begin) / fps
+            count = int(seconds / settings.block + 1e-9)
+            if count:
+                chosen += mine
+                numbers += [blocks + min(count - 1, int((o.frame - begin) / fps / settings.block + 1e-9)) for o in mine]
+                blocks += count
+        wanted = getattr(settings, split)
+        if len(chosen) < wanted:
+            raise DataError(
+                f"{path}: {len(chosen)} {split} crops between {start:.2f} and {stop:.2f} s, {wanted} wanted."
+                f" Ask for fewer (CropSettings.{split}) or give a longer video."
+            )
+        take = np.linspace(0, len(chosen) - 1, wanted).round().astype(int)
+        arrays |= _arrays(split, [chosen[index] for index in take], np.array(numbers, np.int32)[take])
+    return arrays
+
+
+def _deal(
+    videos: list[tuple[list[_Observation], float, int]], seconds: float, per_block: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Blocks of all videos, dealt at random to the splits."""
+    blocks: list[list[_Observation]] = []
+    persons = 0
+    for observations, fps, _ in videos:
+        for person in sorted({observation.person for observation in observations}):
+            mine = [replace(o, person=persons) for o in observations if o.person == person]
+            count = int(len(mine) / fps / seconds + 1e-9)
+            persons += count > 0
+            for part in np.array_split(np.arange(len(mine)), count) if count else []:
+                if len(part) < per_block:
+                    raise DataError(f"{per_block} crops wanted of a block of {len(part)} frames: take longer blocks.")
+                inside = ((np.arange(per_block) + 0.5) / per_block * len(part)).astype(int)  # away from its neighbours
+                blocks.append([mine[i] for i in part[inside]])
+    if len(blocks) < 4:
+        raise DataError(f"{len(blocks)} blocks of {seconds} s found in {len(videos)} videos, at least 4 needed.")
+    order = np.random.default_rng(seed).permutation(len(blocks))
+    half = len(blocks) // 2
+    arrays: dict[str, np.ndarray] = {"fps": np.array(videos[0][1], np.float64)}
+    for split, chosen in (("calibration", order[:half]), ("evaluation", order[half : 2 * half])):
+        picked = [blocks[block][each] for each in range(per_block) for block in chosen]
+        arrays |= _arrays(split, picked, np.tile(chosen.astype(np.int32), per_block))
+    return arrays
+
+
+def _arrays(split: str, picked: list[_Observation], block: np.ndarray) -> dict[str, np.ndarray]:
+    """What the cache keeps of a split."""
+    sightings = [observation.sighting for observation in picked]
+    return {
+        f"{split}_pixels": np.stack([sighting.pixels for sighting in sightings]),
+        f"{split}_frame": np.array([observation.frame for observation in picked], np.int32),
+        f"{split}_person": np.array([observation.person for observation in picked], np.int32),
+        f"{split}_block": block,
+        f"{split}_presence": np.array([sighting.presence for sighting in sightings], np.float32),
+        f"{split}_centre": np.array([sighting.region.centre for sighting in sightings], np.float32),
+        f"{split}_side": np.array([sighting.region.side for sighting in sightings], np.float32),
+        f"{split}_angle": np.array([sighting.region.angle for sighting in sightings], np.float32),
+    }
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def _load(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a cache file; None where there is none.  A damaged one is set aside."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        expected = {"fps", *(f"{s}_{f}" for s in ("calibration", "evaluation") for f in ("pixels", *_FIELDS))}
+        if set(arrays) == expected:
+            return arrays
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        pass
+    with contextlib.suppress(FileNotFoundError):  # another process may set it aside first
+        path.replace(path.with_name(path.name + ".damaged"))
+    return None
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".crops-") as work:
+        written = Path(work) / "crops.npz"
+        np.savez(written, **arrays)  # type: ignore[arg-type]  # the stubs take the names for options
+        os.replace(written, path)

