@@ -1,84 +1,57 @@
-"""mpjax: which layers of a JAX/Flax model may run in low precision, how we know, and how fast the result is.
+"""mpjax: which layers of a JAX model may run in low precision, how we know, and how fast the result is.
 
-The package exports modules, not names: `import mpjax as mp; mp.sensitivity.local_rounding(...)`.
+model = mp.from_linen(module, variables, images)
+scores = mp.sensitivity.local_rounding()(model, batches, ("bfloat16",), key)
+result = mp.search.solve(problem, mp.search.ilp(), evaluate=error, tolerance=0.01)
+program = mp.compile(mp.apply(model, result.assignment), batches)
 """
 
 from mpjax import (
-    apply,
-    arithmetic,
-    autotune,
-    branch,
     compiled,
     cost,
     curvature,
-    depthwise,
-    emulate,
-    estimate,
-    evaluation,
-    executable,
     formats,
-    gradients,
-    grams,
-    graph,
-    hlo,
-    ledger,
     losses,
-    lowering,
     metrics,
-    models,
-    pareto,
     partition,
     plan,
-    predicted,
-    problem,
-    profiling,
     program,
-    quantized,
-    resize,
-    running,
     search,
     sensitivity,
-    tracing,
-    verification,
+    xla,
 )
+from mpjax.apply import MixedModel, apply, with_implementation
+from mpjax.compiled import compile, load
+from mpjax.emulation import calibrate
+from mpjax.evaluation import Evaluation
+from mpjax.optimize import Optimized, optimize
+from mpjax.program import from_function, from_linen, from_nnx
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
+    "Evaluation",
+    "MixedModel",
+    "Optimized",
     "apply",
-    "arithmetic",
-    "autotune",
-    "branch",
+    "calibrate",
+    "compile",
     "compiled",
     "cost",
     "curvature",
-    "depthwise",
-    "emulate",
-    "estimate",
-    "evaluation",
-    "executable",
     "formats",
-    "gradients",
-    "graph",
-    "grams",
-    "hlo",
-    "ledger",
+    "from_function",
+    "from_linen",
+    "from_nnx",
+    "load",
     "losses",
-    "lowering",
     "metrics",
-    "models",
-    "pareto",
+    "optimize",
     "partition",
     "plan",
-    "predicted",
-    "problem",
-    "profiling",
     "program",
-    "quantized",
-    "resize",
-    "running",
     "search",
     "sensitivity",
-    "tracing",
-    "verification",
+    "with_implementation",
+    "xla",
 ]

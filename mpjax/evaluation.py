@@ -3,26 +3,27 @@
     evaluate = Evaluation(model, batches, ("bfloat16",), error)
     result = search.solve(problem, search.ilp(), evaluate=evaluate, tolerance=0.01)
 
-The program takes each layer's format as a traced number (`emulate.choose`), so that a search compiles once.
+The program takes each layer's format as a traced number (`emulation.in_formats`), so that a search compiles once.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from mpjax import emulate, metrics
-from mpjax.emulate import Calibration
+from mpjax import metrics
+from mpjax.arithmetic import Calibration, check_ranges
+from mpjax.emulation import format_numbers, in_formats
 from mpjax.formats import Format, parse_all
 from mpjax.ledger import Ledger
 from mpjax.losses import flat
-from mpjax.models import Batches, Model, check_batches
-from mpjax.problem import Measurement
-from mpjax.scores import examples_in
+from mpjax.program import Array, Batches, Model, Params, check_batches
+from mpjax.search.problem import Measurement
 
 Error = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -30,7 +31,7 @@ Error = Callable[[np.ndarray, np.ndarray], np.ndarray]
 class Evaluation:
     """Assignment -> Measurement: the mean over examples of `error`, with an interval where the examples have blocks.
 
-    Nothing is kept from one call to the next but the compiled program and the float32 outputs: `solve` does not ask twice.
+    Only the compiled program and the float32 outputs are reused from one call to the next: `solve` does not ask twice.
     """
 
     _reference: np.ndarray | None  # float32 outputs, once they were needed
@@ -53,22 +54,25 @@ class Evaluation:
             formats: the low formats that assignments may use.
             error: (low (N, K), reference (N, K)) -> (N,): how far the flattened outputs of each example are from those in
                 float32, in the user's unit; lower is better.
-            calibration: for scaled formats (`emulate.calibrate`).
+            calibration: for scaled formats (`emulation.calibrate`).
             blocks: (N,) which examples depend on each other (`metrics.mean_interval`); None gives no interval.
             confidence: of the interval.
 
         Raises:
             ValueError: ragged or empty batches, unknown formats, blocks of another length, a missing calibration.
         """
-        self.model = model
-        self.formats = parse_all(formats)
-        self.error = error
         if not 0 < confidence < 1:
             raise ValueError(f"confidence must lie in (0, 1), e.g. 0.95; got {confidence}")
-        self.confidence = confidence
+        low = parse_all(formats)
+        check_ranges(itertools.product(model.layers, low), calibration)
+
+        def run(params: Params, numbers: Array, *inputs: Array) -> Array:
+            override = in_formats(numbers, model.names, low, calibration=calibration)
+            return flat(model.call(params, *inputs, override=override))
+
+        self.model, self.formats, self.error, self.confidence = model, low, error, confidence
+        self._run = jax.jit(run)
         self._set(batches, blocks)
-        run = emulate.emulated(model, self.formats, calibration=calibration)
-        self._run = jax.jit(lambda params, index, *inputs: flat(run(params, index, *inputs)))
 
     def over(self, batches: Batches, blocks: Sequence[Any] | np.ndarray | None = None) -> Evaluation:
         """The same on other data, held-out data say: batches of the same shapes share the compiled program."""
@@ -78,9 +82,8 @@ class Evaluation:
 
     def outputs(self, assignment: Mapping[str, str]) -> np.ndarray:
         """(N, K) float64 outputs, flattened."""
-        index = emulate.choice(assignment, self.model.names, self.formats)
-        parts = [self._run(self.model.params, index, *batch) for batch in self.batches]
-        return np.concatenate([np.float64(part) for part in parts])
+        numbers = format_numbers(assignment, self.model.names, self.formats)
+        return np.concatenate([np.float64(self._run(self.model.params, numbers, *batch)) for batch in self.batches])
 
     def __call__(self, assignment: Mapping[str, str]) -> Measurement:
         """The measured error; NaN where an output is.
@@ -88,9 +91,17 @@ class Evaluation:
         Raises:
             ValueError: an unknown layer or format, or an error of another shape than (N,).
         """
+        return self.measure(self.outputs(assignment))
+
+    def measure(self, outputs: np.ndarray) -> Measurement:
+        """The error of outputs (N, K) on these batches, those of a compiled program say, against float32's.
+
+        Raises:
+            ValueError: an error of another shape than (N,).
+        """
         if self._reference is None:
             self._reference = self.outputs({})
-        per_sample = np.asarray(self.error(self.outputs(assignment), self._reference), np.float64)
+        per_sample = np.asarray(self.error(outputs, self._reference), np.float64)
         self.evaluations += 1
         if per_sample.shape != (self.examples,):
             raise ValueError(f"Expected error(low, reference) of shape ({self.examples},), found {per_sample.shape}.")
@@ -105,7 +116,7 @@ class Evaluation:
     def _set(self, batches: Batches, blocks: Sequence[Any] | np.ndarray | None) -> None:
         self.batches = check_batches(batches)
         self.blocks = None if blocks is None else np.asarray(blocks)
-        self.examples = examples_in(self.batches)
+        self.examples = sum(len(batch[0]) for batch in self.batches)
         self.evaluations = 0
         self._reference = None
         if self.blocks is not None and self.blocks.shape != (self.examples,):

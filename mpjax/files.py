@@ -134,3 +134,12 @@ def _json_key(key: Any) -> str:
     if isinstance(key, str):
         return key
     raise TypeError(f"a key of a JSON object is a string, not {key!r}")
+
+
+def source_digest(*folders: Path) -> str:
+    """Hash of the library's sources, and of those in further folders: what was computed by other code is not reused."""
+    files = sorted(file for folder in (Path(__file__).parent, *folders) for file in folder.rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()

@@ -122,7 +122,7 @@ def _sign(key: Array, leaf: Array) -> Array:
     if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.inexact):
         return jnp.zeros_like(leaf)
     if jnp.iscomplexobj(leaf):
-        real, imaginary = (jax.random.rademacher(each, leaf.shape, leaf.real.dtype) for each in jax.random.split(key))
+        real, imaginary = (jax.random.rademacher(part, leaf.shape, leaf.real.dtype) for part in jax.random.split(key))
         return lax.complex(real, imaginary)
     return jax.random.rademacher(key, leaf.shape, leaf.dtype)
 

@@ -47,7 +47,7 @@ def paths(params: Params) -> tuple[str, ...]:
     Raises:
         ValueError: no leaves, or two leaves with one path (a key that itself contains a slash).
     """
-    return tuple(_named_leaves(params))
+    return tuple(_some_leaves(params))
 
 
 def by_leaf(params: Params) -> Partition:
@@ -94,7 +94,7 @@ def select(params: Params, block: Block) -> dict[str, jax.Array]:
     Raises:
         ValueError: the block names a path that the parameters do not have.
     """
-    leaves = _named_leaves(params)
+    leaves = _some_leaves(params)
     _check_known(block.paths, leaves)
     return {path: leaves[path] for path in block.paths}
 
@@ -119,7 +119,7 @@ def replace(params: Params, values: Mapping[str, jax.Array], *, reshape: bool = 
     Raises:
         ValueError: an unknown path, or a value of another shape.
     """
-    leaves = _named_leaves(params)
+    leaves = _some_leaves(params)
     _check_known(values, leaves)
     for path, value in values.items():
         if not reshape and jnp.shape(value) != jnp.shape(leaves[path]):
@@ -127,13 +127,22 @@ def replace(params: Params, values: Mapping[str, jax.Array], *, reshape: bool = 
     return jax.tree.unflatten(jax.tree.structure(params), list({**leaves, **values}.values()))
 
 
-def _named_leaves(params: Params) -> dict[str, Any]:
+def named_leaves(params: Params) -> dict[str, Any]:
+    """Slash path -> leaf, in the order of `jax.tree.leaves`.
+
+    Raises:
+        ValueError: two leaves with one path (a key that itself contains a slash).
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     named = {jax.tree_util.keystr(path, simple=True, separator="/") or ".": leaf for path, leaf in leaves}
-    if not leaves:
-        raise ValueError(f"the parameter tree has no leaves: {params!r}")
     if len(named) != len(leaves):
         raise ValueError(f"two leaves share one slash path (a key contains '/'?); paths are {_some(named)}")
+    return named
+
+
+def _some_leaves(params: Params) -> dict[str, Any]:
+    if not (named := named_leaves(params)):
+        raise ValueError(f"the parameter tree has no leaves: {params!r}")
     return named
 
 

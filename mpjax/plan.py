@@ -1,18 +1,18 @@
-"""Plan files: an assignment with all that is needed to apply it again, and to know where it came from. No jax.
+"""Plan files: an assignment with everything that is needed to apply it again, and its provenance. No jax.
 
 JSON, one object:
 
-    {"schema": 1, "assignment": {layer: format}, "calibration": {layer: largest activation}, "scores": {layer: {format: score}},
+    {"schema": 2, "assignment": {layer: format}, "calibration": {layer: largest activation}, "scores": {layer: {format: score}},
      "estimator", "strategy", "metric": {"value", "low", "high", "tolerance"}, "seeds": {name: int}, "versions": {name: str},
      "data": sha256 of the data that the search measured on,
-     "lowering": {layer: way}, "options": {compiler option: value}}
+     "implementation": {layer: implementation}, "activations": dtype, "options": {compiler option: value}}
 """
 
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from mpjax.files import jsonable, write_json
-from mpjax.problem import Assignment
+from mpjax.search.problem import Assignment
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 class PlanError(ValueError):
@@ -42,8 +42,8 @@ class Plan:
         seeds: of what was random.
         versions: of Python, jax and the other packages.
         data: `digest` of the data that the search measured on, for the reader to compare.
-        lowering, activations, options: layer -> way, dtype that lowered layers hand on, and compiler options, as `autotune`
-            found them on the machine in `versions`; no ways where nothing was timed.
+        implementation, activations, options: layer -> implementation, dtype that lowered layers hand on, and compiler options, as
+            `compiled.tune` chose them on the machine in `versions`; empty where nothing was timed.
     """
 
     assignment: Assignment
@@ -55,7 +55,7 @@ class Plan:
     seeds: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     data: str = ""
-    lowering: Mapping[str, str] = field(default_factory=dict)
+    implementation: Mapping[str, str] = field(default_factory=dict)
     activations: str = "float32"
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -65,85 +65,69 @@ class Plan:
         Raises:
             PlanError: layers that the plan lacks, or that the model does not have, by name.
         """
-        wanted = tuple(layers)
-        missing = [name for name in wanted if name not in self.assignment]
-        unknown = [name for name in self.assignment if name not in wanted]
-        if missing or unknown:
-            said = []
-            if unknown:
-                near = difflib.get_close_matches(unknown[0], wanted, n=1, cutoff=0.3)
-                hint = f" (nearest to the first: {near[0]!r})" if near else ""
-                said.append(f"{len(unknown)} of its layers are not in the model: {_some(unknown)}{hint}")
-            if missing:
-                said.append(f"{len(missing)} of the model's layers are not in it: {_some(missing)}")
-            raise PlanError("This plan is for another model: " + "; ".join(said) + ". Search again for this model.")
+        wanted, reasons = tuple(layers), []
+        if unknown := [name for name in self.assignment if name not in wanted]:
+            near = difflib.get_close_matches(unknown[0], wanted, n=1, cutoff=0.3)
+            hint = f" (nearest to the first: {near[0]!r})" if near else ""
+            reasons.append(f"{len(unknown)} of its layers are not in the model: {_some(unknown)}{hint}")
+        if missing := [name for name in wanted if name not in self.assignment]:
+            reasons.append(f"{len(missing)} of the model's layers are not in it: {_some(missing)}")
+        if reasons:
+            raise PlanError(f"This plan is for another model: {'; '.join(reasons)}. Search again for this model.")
         return Assignment({name: self.assignment[name] for name in wanted})
 
 
 def save(plan: Plan, path: str | Path) -> None:
-    """Writes the plan as JSON, atomically."""
-    content = {"schema": SCHEMA, **{name: value for name, value in vars(plan).items() if name != "assignment"}}
-    write_json(Path(path), jsonable({"assignment": dict(plan.assignment), **content}))
+    """Write the plan as JSON, atomically."""
+    write_json(Path(path), jsonable({"schema": SCHEMA, **vars(plan)}))
 
 
 def load(path: str | Path) -> Plan:
-    """Reads a plan.
+    """Read a plan.
 
     Raises:
-        PlanError: the file is missing, damaged, or no plan; the message says what was found.
+        PlanError: the file is missing, damaged, or no plan; the message says what is wrong in it.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PlanError(f"{path} cannot be read as a plan: {error}") from error
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        what = found.get("schema") if isinstance(found, dict) else type(found).__name__
-        raise PlanError(f"{path} is no plan: expected a JSON object with schema {SCHEMA}, found {what!r}")
-    known = set(Plan.__dataclass_fields__)
-    if wrong := set(found) - known - {"schema"}:
-        raise PlanError(
-            f"{path} has fields that no plan has: {', '.join(sorted(wrong))}; known: {', '.join(sorted(known))}"
-        )
-    assignment = found.get("assignment")
-    if not isinstance(assignment, dict) or not assignment or not all(isinstance(v, str) for v in assignment.values()):
+    schema = content.pop("schema", None) if isinstance(content, dict) else type(content).__name__
+    if schema != SCHEMA:
+        raise PlanError(f"{path} is no plan: expected a JSON object with schema {SCHEMA}, found {schema!r}")
+    kinds = {field.name: str if isinstance(field.default, str) else dict for field in fields(Plan)}
+    if unknown := sorted(set(content) - set(kinds)):
+        raise PlanError(f"{path} has fields that no plan has: {', '.join(unknown)}; known: {', '.join(sorted(kinds))}")
+    for name, value in content.items():
+        if not isinstance(value, kinds[name]):
+            raise PlanError(f"{path}: expected {name} to be {kinds[name].__name__}, found {type(value).__name__}")
+    assignment = content.get("assignment")
+    if not assignment or not all(isinstance(fmt, str) for fmt in assignment.values()):
         raise PlanError(f"{path}: expected assignment to map layers to format names, found {str(assignment)[:80]}")
-    for name, kind in _KINDS.items():
-        if name in found and not isinstance(found[name], kind):
-            raise PlanError(f"{path}: expected {name} to be {kind.__name__}, found {type(found[name]).__name__}")
-    numbers = [*found.get("calibration", {}).values(), *found.get("metric", {}).values()]
-    for layer, scores in found.get("scores", {}).items():
+    numbers = [*content.get("calibration", {}).values(), *content.get("metric", {}).values()]
+    for layer, scores in content.get("scores", {}).items():
         if not isinstance(scores, dict):
             raise PlanError(f"{path}: expected the scores of {layer!r} to be an object, found {scores!r}")
         numbers += scores.values()
-    if wrong_number := [each for each in numbers if not (each is None or isinstance(each, int | float))]:
-        raise PlanError(
-            f"{path}: expected numbers or null in calibration, metric and scores, found {wrong_number[0]!r}"
-        )
-    return Plan(**{name: found[name] for name in known & set(found)} | {"assignment": Assignment(assignment)})
+    if wrong := [x for x in numbers if not (x is None or isinstance(x, int | float))]:
+        raise PlanError(f"{path}: expected numbers or null in calibration, metric and scores, found {wrong[0]!r}")
+    return Plan(**content | {"assignment": Assignment(assignment)})
 
 
 def diff(before: Plan, after: Plan) -> dict[str, tuple[str | None, str | None]]:
     """Layer -> (format before, format after), where they differ; None where a plan does not have the layer."""
-    names = list(dict.fromkeys([*before.assignment, *after.assignment]))
-    pairs = {name: (before.assignment.get(name), after.assignment.get(name)) for name in names}
+    pairs = {name: (before.assignment.get(name), after.assignment.get(name)) for name in before.assignment}
+    pairs |= {name: (before.assignment.get(name), fmt) for name, fmt in after.assignment.items()}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def digest(*arrays: ArrayLike) -> str:
     """SHA-256 over shapes, dtypes and bytes, in order."""
-    found = hashlib.sha256()
-    for each in arrays:
-        array = np.ascontiguousarray(each)
-        found.update(f"{array.shape} {array.dtype};".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()
+    result = hashlib.sha256()
+    for array in map(np.ascontiguousarray, arrays):
+        result.update(f"{array.shape} {array.dtype};".encode() + array.tobytes())
+    return result.hexdigest()
 
 
-_KINDS: dict[str, Any] = {
-    **dict.fromkeys(("calibration", "scores", "metric", "seeds", "versions", "lowering", "options"), dict),
-    **dict.fromkeys(("estimator", "strategy", "data", "activations"), str),
-}
-
-
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")

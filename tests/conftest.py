@@ -1,17 +1,63 @@
-"""Every test runs in x64 with strict dtype and rank promotion; on the CPU, unless JAX_PLATFORMS is set."""
+"""Every test runs in x64 with strict dtype and rank promotion; on the CPU, unless JAX_PLATFORMS is set.
+
+Compilation is most of a test's time, so programs are compiled without LLVM's optimisation and without XLA:CPU's fusion emitters
+(the HLO passes and the library calls stay), and once: workers and runs share a cache in the checkout. The key of an entry holds
+the program, the options, the versions and the machine's CPU features.
+Mark a test `optimised` if it is about the compiled program itself: it runs at LLVM's default level. A variable that is already
+set stays, so `JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= scripts/test` compiles every test as users compile, and
+`JAX_ENABLE_COMPILATION_CACHE=0 scripts/test` compiles everything anew.
+"""
 
 import os
+from importlib.metadata import version
+from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+SETTINGS = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".cache" / "xla"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (
+    0,
+    12,
+):  # later ones have no other emitters and abort at the flag
+    SETTINGS["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)
 
 from collections.abc import Iterator  # noqa: E402
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# No deadline, because the first example compiles. scripts/test --all runs the thorough profile.
+hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, max_examples=10)
+hypothesis.settings.register_profile("thorough", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("quick")
+
+OPTIMISED = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"].lower() not in ("1", "true")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The optimisation of the test's marker, before its fixtures compile anything."""
+    optimised = OPTIMISED or item.get_closest_marker("optimised") is not None
+    if optimised == jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", not optimised)
+        jax.clear_caches()  # the setting is not in jit's key
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Free a file's programs after its last test: together they take gigabytes."""
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mpjax import apply, compiled, cost, emulate, evaluation, graph, models, quantized, search, sensitivity
-from mpjax.formats import FLOAT32, parse
+from mpjax import compiled, cost, emulation, evaluation, search, sensitivity
+from mpjax.apply import apply
+from mpjax.formats import FLOAT32, parse, storage
+from mpjax.program import ModelError, from_linen, from_nnx, graph
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -91,7 +93,7 @@ def linen(module, x, **kwargs):
     variables = jax.tree.map(
         lambda w: w + 0.1 * jax.random.normal(KEY, w.shape, w.dtype) if w.ndim == 1 else w, variables
     )
-    return variables, models.from_linen(module, variables, x, **kwargs)
+    return variables, from_linen(module, variables, x, **kwargs)
 
 
 @pytest.mark.parametrize("name", LINEN)
@@ -119,10 +121,10 @@ def test_linen_modules_execute_what_is_emulated(name, fmt):
     module, x, _ = LINEN[name]
     _, model = linen(module, x)
     assignment = dict.fromkeys(model.names, fmt)
-    calibration = emulate.calibrate(model, [(x,)])
-    mixed = apply.apply(model, assignment, calibration=calibration)
+    calibration = emulation.calibrate(model, [(x,)])
+    mixed = apply(model, assignment, calibration=calibration)
     found = jax.jit(mixed.call)(mixed.params, x)
-    override = emulate.in_format({layer: parse(fmt) for layer in model.names}, calibration=calibration)
+    override = emulation.in_format({layer: parse(fmt) for layer in model.names}, calibration=calibration)
     expected = model.call(model.params, x, override=override)
     exact = model.call(model.params, x)
     scale = float(jnp.abs(exact).max())
@@ -140,8 +142,7 @@ def test_each_run_under_a_scan_is_counted_once():
     assert head.calls == 1 and head.flops == 2 * 6 * 16
     assert blocks.summed == (1,) and head.summed == (0,)
     assert (
-        "1 of them run more than once (shared, or under a scan), always in one format: blocks/dense."
-        in models.summary(model)
+        "1 of them run more than once (shared, or under a scan), always in one format: blocks/dense." in model.summary()
     )
 
 
@@ -159,9 +160,9 @@ def test_output_channels_keep_their_own_scales():
             [kernel.shape[a] if a in free else 1 for a in range(kernel.ndim)]
         )
         scaled = jnp.asarray(kernel * factors.clip(1e-12), jnp.float32)
-        mixed = apply.apply(replace(model, params=model.params | {layer.kernel: scaled}), {layer.name: "int8_w"})
+        mixed = apply(replace(model, params=model.params | {layer.kernel: scaled}), {layer.name: "int8_w"})
         stored, fmt = mixed.params[layer.kernel], parse("int8_w")
-        weights = quantized.stands_for(stored, fmt, layer.kernel_shape, layer.summed, layer.stacked)
+        weights = storage.stands_for(stored, fmt, layer.kernel_shape, layer.summed, layer.stacked)
         bound = np.abs(scaled).max(axis=layer.summed, keepdims=True) / 254 * 1.001
         assert (np.abs(weights - scaled) <= bound).all(), name
 
@@ -171,7 +172,7 @@ def test_a_weight_that_is_used_otherwise_stays_and_says_why():
         variables, model = linen(Otherwise(), TOKENS)
     assert model.names == ("head",)
     (other,) = (each for each in model.others if each.path == "kernel")
-    assert other.reason == "used in other ways than in a product" and "kernel" in models.summary(model)
+    assert other.reason == "used in other ways than in a product" and "kernel" in model.summary()
     np.testing.assert_array_equal(model.call(model.params, TOKENS), Otherwise().apply(variables, TOKENS))
 
 
@@ -180,7 +181,7 @@ def test_a_weight_that_is_computed_is_what_a_format_rounds():
     assert model.names == ("Norm", "head") and model.layers[0].sources == ("kernel",)
     kernel = variables["params"]["kernel"]
     np.testing.assert_allclose(model.params["kernel"], kernel / jnp.linalg.norm(kernel, axis=0), rtol=1e-6)
-    assert "1 of their weights are computed from parameters, once: Norm (of kernel)" in models.summary(model)
+    assert "1 of their weights are computed from parameters, once: Norm (of kernel)" in model.summary()
     np.testing.assert_allclose(model.call(model.params, TOKENS), Norm().apply(variables, TOKENS), rtol=2e-6, atol=1e-6)
 
 
@@ -229,7 +230,7 @@ def text(framework, tied="no", words=12, width=32):
         variables, model = linen(module, IDS)
         return model, jax.jit(module.apply)(variables, IDS)
     module = NnxText(tied, words, width)
-    return models.from_nnx(module, IDS), nnx.jit(lambda module, ids: module(ids))(module, IDS)
+    return from_nnx(module, IDS), nnx.jit(lambda module, ids: module(ids))(module, IDS)
 
 
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
@@ -261,10 +262,10 @@ def test_a_table_that_the_model_multiplies_itself_is_reached(framework):
 def test_lookups_execute_what_is_emulated(fmt, words, width):
     for framework, tied in (("linen", "no"), ("nnx", "attend")):
         model, plain = text(framework, tied, words, width)
-        calibration = emulate.calibrate(model, [(IDS,)])
-        mixed = apply.apply(model, {"tokens": fmt}, calibration=calibration)
+        calibration = emulation.calibrate(model, [(IDS,)])
+        mixed = apply(model, {"tokens": fmt}, calibration=calibration)
         found = jax.jit(mixed.call)(mixed.params, IDS)
-        override = emulate.in_format({"tokens": parse(fmt)}, calibration=calibration)
+        override = emulation.in_format({"tokens": parse(fmt)}, calibration=calibration)
         expected = model.call(model.params, IDS, override=override)
         error = float(jnp.abs(expected - plain).max())
         assert error > 0
@@ -272,7 +273,7 @@ def test_lookups_execute_what_is_emulated(fmt, words, width):
         if fmt == "float16_acc16" or tied != "no":
             continue
         table = model.params["tokens/embedding"]
-        rounded = quantized.round_weights(table, parse(fmt), (1,))  # the oracle: the whole table, then the rows
+        rounded = storage.round_weights(table, parse(fmt), (1,))  # the oracle: the whole table, then the rows
         rows = jnp.tanh(rounded[IDS]) @ model.params["head/kernel"]
         np.testing.assert_allclose(expected, rows, atol=2e-6)
 
@@ -282,14 +283,14 @@ def test_rows_of_a_stored_table(fmt):
     fmt = parse(fmt)
     for shape in ((12, 64), (11, 32), (6, 7), (256, 32)):
         table = jax.random.normal(KEY, shape, jnp.float32)
-        stored, scale = quantized.quantize(table, fmt, (1,))
+        stored, scale = storage.quantize(table, fmt, (1,))
         ids = jnp.array([[0, shape[0] - 1, -1], [5, 3, shape[0] + 2], [-2, -shape[0], -shape[0] - 1]])
-        rows = quantized.dequantize_rows(stored, scale, fmt, shape, ids)
-        expected = jnp.take(quantized.round_weights(table, fmt, (1,)), ids, axis=0)
+        rows = storage.dequantize_rows(stored, scale, fmt, shape, ids)
+        expected = jnp.take(storage.round_weights(table, fmt, (1,)), ids, axis=0)
         np.testing.assert_array_equal(rows, expected)
         assert np.isnan(rows[1, 2]).all() and np.isnan(rows[2, 2]).all()  # as jnp.take says of rows outside
-        narrow = quantized.dequantize_rows(stored, scale, fmt, shape, jnp.arange(6, dtype=jnp.uint8))
-        np.testing.assert_array_equal(narrow, quantized.round_weights(table, fmt, (1,))[:6])
+        narrow = storage.dequantize_rows(stored, scale, fmt, shape, jnp.arange(6, dtype=jnp.uint8))
+        np.testing.assert_array_equal(narrow, storage.round_weights(table, fmt, (1,))[:6])
 
 
 class Scaled(nn.Embed):
@@ -310,7 +311,7 @@ def test_a_subclass_that_does_more_than_look_up_is_reached():
     assert model.names == ("layers_0", "layers_1") and model.layers[0].module == "Scaled"
     np.testing.assert_array_equal(jax.jit(model.call)(model.params, IDS), jax.jit(module.apply)(variables, IDS))
     twin = nnx.Sequential(NnxScaled(12, 8, rngs=rngs()), nnx.Linear(8, 3, rngs=rngs()))
-    model = models.from_nnx(twin, IDS)
+    model = from_nnx(twin, IDS)
     assert model.names == ("layers/0", "layers/1")
     np.testing.assert_allclose(model.call(model.params, IDS), twin(IDS), atol=1e-6)
 
@@ -323,8 +324,8 @@ def test_a_lifted_embedding_is_one_layer_and_one_of_a_single_row_none():
     both = jnp.stack([IDS, IDS])
     np.testing.assert_allclose(model.call(model.params, both), module.apply(variables, both), atol=1e-6)
     for fmt in ("bfloat16", "int8_w", "int4_w"):
-        mixed = apply.apply(model, {"layers_0": fmt})
-        expected = model.call(model.params, both, override=emulate.in_format({"layers_0": parse(fmt)}))
+        mixed = apply(model, {"layers_0": fmt})
+        expected = model.call(model.params, both, override=emulation.in_format({"layers_0": parse(fmt)}))
         np.testing.assert_allclose(mixed.call(mixed.params, both), expected, atol=1e-6)
         assert not np.array_equal(expected, model.call(model.params, both))
     one = nn.Sequential([nn.Embed(1, 8), nn.Dense(3)])
@@ -341,21 +342,23 @@ def test_a_model_keeps_the_statistics_that_its_module_had():
 
     module = Normed()
     module.eval()
-    model = models.from_nnx(module, TOKENS)
+    model = from_nnx(module, TOKENS)
     before = model.call(model.params, TOKENS)
     module.norm.mean[...] = jnp.full((4,), 3.0, jnp.float32)
     np.testing.assert_array_equal(model.call(model.params, TOKENS), before)
     assert not np.array_equal(module(TOKENS), before)
 
 
-@pytest.mark.parametrize("lowering", ["rule", "auto"])
-def test_a_tied_model_is_costed_and_compiled_in_every_way(lowering):
+@pytest.mark.parametrize("implementation", ["rule", "auto"])
+def test_a_tied_model_is_costed_and_compiled_in_every_way(implementation):
     model, plain = text("linen", "attend")
-    costs = cost.measure(model, ("bfloat16", "int8_w"), IDS, rounds=1, lowering=lowering)
-    assert np.isfinite(costs.seconds).all() and costs.ways[0, 0] == "xla"
-    program = compiled.compile(apply.apply(model, {"tokens": "bfloat16"}), [(IDS,), (IDS[::-1],)], lowering=lowering)
+    costs = cost.measure(model, ("bfloat16", "int8_w"), IDS, rounds=1, implementation=implementation)
+    assert np.isfinite(costs.seconds).all() and costs.implementations[0, 0] == "xla"
+    program = compiled.compile(
+        apply(model, {"tokens": "bfloat16"}), [(IDS,), (IDS[::-1],)], implementation=implementation
+    )
     np.testing.assert_allclose(program(IDS), plain, atol=0.1)
-    assert program.lowering == {"tokens": "xla"}
+    assert program.implementation == {"tokens": "xla"}
 
 
 def test_an_embedding_is_scored_searched_and_costed(tmp_path):
@@ -367,11 +370,11 @@ def test_an_embedding_is_scored_searched_and_costed(tmp_path):
     assert (truth.value > 0).all()
     costs = cost.measure(model, formats, IDS, rounds=1)
     assert np.isfinite(costs.seconds).all() and (costs.weight_bytes[0, 1:] < costs.weight_bytes[0, 0]).all()
-    program = compiled.compile(apply.apply(model, {"tokens": "bfloat16", "head": "int8_w"}), [(IDS,), (IDS[::-1],)])
+    program = compiled.compile(apply(model, {"tokens": "bfloat16", "head": "int8_w"}), [(IDS,), (IDS[::-1],)])
     (row, _) = program.report().rows
     assert (row["layer"], row["opcode"], row["full_copy"]) == ("tokens", "gather", None)
     assert program.weight_bytes == 2 * 12 * 32 + 12 * 32 + 4 * 12
-    program = compiled.compile(apply.apply(model, {"tokens": "int4_w"}), [(IDS,), (IDS[::-1],)])
+    program = compiled.compile(apply(model, {"tokens": "int4_w"}), [(IDS,), (IDS[::-1],)])
     (row, _) = program.report().rows
     assert row["full_copy"] is False and program.weight_bytes == 12 * 16 + 12 * 2 + 4 * 12 * 32
     loaded = compiled.load(program.export(tmp_path / "text.mpjax"))
@@ -389,14 +392,14 @@ def test_several_inputs_keyword_arguments_and_collections():
 
     module, other = Both(), TOKENS[..., :3]
     variables = module.init({"params": KEY, "dropout": KEY}, TOKENS, other, train=False)
-    model = models.from_linen(module, variables, TOKENS, other, train=False, scale=2.0)
+    model = from_linen(module, variables, TOKENS, other, train=False, scale=2.0)
     assert model.names == ("a", "b")
     expected = module.apply(variables, TOKENS, other, train=False, scale=2.0)
     np.testing.assert_array_equal(model.call(model.params, TOKENS, other), expected)
-    with pytest.raises(models.ModelError, match="random numbers|collection"):
-        models.from_linen(module, variables, TOKENS, other, train=True)
-    with pytest.raises(models.ModelError, match="cannot be called with .*Pass the inputs"):
-        models.from_linen(module, variables, TOKENS, train=False)
+    with pytest.raises(ModelError, match="random numbers|collection"):
+        from_linen(module, variables, TOKENS, other, train=True)
+    with pytest.raises(ModelError, match="cannot be called with .*Pass the inputs"):
+        from_linen(module, variables, TOKENS, train=False)
 
 
 # --- NNX ----------------------------------------------------------------------------------------------------------
@@ -484,7 +487,7 @@ def test_nnx_modules_are_reached_and_unchanged_by_the_identity(name):
     make, x, expected = NNX[name]
     module = make()
     before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(module)))
-    model = models.from_nnx(module, x)
+    model = from_nnx(module, x)
     if expected is not None:
         assert {layer.name: layer.weights for layer in model.layers} == expected
     out = jax.jit(model.call)(model.params, x)
@@ -498,10 +501,10 @@ def test_nnx_modules_are_reached_and_unchanged_by_the_identity(name):
 @pytest.mark.parametrize("fmt", ["bfloat16", "int8_w"])
 def test_nnx_modules_execute_what_is_emulated(name, fmt):
     make, x, _ = NNX[name]
-    model = models.from_nnx(make(), x)
-    mixed = apply.apply(model, dict.fromkeys(model.names, fmt))
+    model = from_nnx(make(), x)
+    mixed = apply(model, dict.fromkeys(model.names, fmt))
     found = jax.tree.leaves(jax.jit(mixed.call)(mixed.params, x))
-    override = emulate.in_format({layer: parse(fmt) for layer in model.names})
+    override = emulation.in_format({layer: parse(fmt) for layer in model.names})
     expected = jax.tree.leaves(model.call(model.params, x, override=override))
     exact = jax.tree.leaves(model.call(model.params, x))
     for a, b, c in zip(found, expected, exact, strict=True):
@@ -511,7 +514,7 @@ def test_nnx_modules_execute_what_is_emulated(name, fmt):
 
 
 def test_a_shared_nnx_module_is_one_layer_that_runs_twice():
-    model = models.from_nnx(Nested(rngs()), TOKENS)
+    model = from_nnx(Nested(rngs()), TOKENS)
     assert [layer.calls for layer in model.layers] == [2, 1, 1, 1]
     assert model.layers[0].flops == 2 * 2 * 6 * 64
 
@@ -550,11 +553,11 @@ class NnxEncoder(nnx.Module):
 def test_linen_and_nnx_agree_in_names_scores_and_assignment():
     module = LinenEncoder()
     variables = module.init(KEY, TOKENS)
-    one = models.from_linen(module, variables, TOKENS)
+    one = from_linen(module, variables, TOKENS)
     twin = NnxEncoder(rngs())
     graphdef, params, rest = nnx.split(twin, nnx.Param, ...)
     nnx.replace_by_pure_dict(params, variables["params"])
-    two = models.from_nnx(nnx.merge(graphdef, params, rest), TOKENS)
+    two = from_nnx(nnx.merge(graphdef, params, rest), TOKENS)
     assert one.names == two.names and len(one.names) == 12
     np.testing.assert_allclose(one.call(one.params, TOKENS), two.call(two.params, TOKENS), atol=1e-6)
     found = []

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpjax import emulate, metrics, models
+from mpjax import emulation, metrics
 from mpjax.evaluation import Evaluation
 from mpjax.formats import parse
 from mpjax.ledger import Ledger
+from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 FORMATS = ("bfloat16", "float8_e4m3fn")
@@ -26,9 +27,9 @@ class Net(nn.Module):
 def net():
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         x = jax.random.normal(jax.random.key(0), (8, 6), jnp.float32)
-        model = models.from_linen(Net(), Net().init(jax.random.key(1), x), x)
+        model = from_linen(Net(), Net().init(jax.random.key(1), x), x)
         batches = [(x[:4],), (x[4:],)]
-        return model, batches, emulate.calibrate(model, batches)
+        return model, batches, emulation.calibrate(model, batches)
 
 
 def error(low, reference):
@@ -40,22 +41,22 @@ def test_it_measures_the_emulated_model_and_compiles_once(net) -> None:
     blocks = np.repeat([0, 1, 2, 3], 2)
     evaluate = Evaluation(model, batches, FORMATS, error, calibration=calibration, blocks=blocks, confidence=0.9)
     for assignment in ({"first": "bfloat16", "third": "float8_e4m3fn"}, {"second": "float8_e4m3fn"}, {}):
-        found = evaluate(assignment)
-        named = {name: parse(each) for name, each in assignment.items()}
+        measurement = evaluate(assignment)
+        named = {name: parse(fmt) for name, fmt in assignment.items()}
         low, plain = (
             jnp.concatenate([jnp.concatenate([out["a"], out["b"]], axis=1) for out in outputs])
             for outputs in (
                 [
-                    model.call(model.params, *b, override=emulate.in_format(named, calibration=calibration))
+                    model.call(model.params, *b, override=emulation.in_format(named, calibration=calibration))
                     for b in batches
                 ],
                 [model.call(model.params, *b) for b in batches],
             )
         )
         expected = error(np.float64(low), np.float64(plain))
-        np.testing.assert_allclose(found.per_sample, expected, atol=2e-6)
-        interval = metrics.mean_interval(found.per_sample, blocks, confidence=0.9)
-        assert (found.low, found.high, found.confidence) == (interval.low, interval.high, 0.9)
+        np.testing.assert_allclose(measurement.per_sample, expected, atol=2e-6)
+        interval = metrics.mean_interval(measurement.per_sample, blocks, confidence=0.9)
+        assert (measurement.low, measurement.high, measurement.confidence) == (interval.low, interval.high, 0.9)
     assert evaluate.ledger == Ledger(forward=4 * 8, evaluations=3, compilations=1)
     assert evaluate._run._cache_size() == 1
     other = evaluate.over([(batches[0][0] + 1,)], [0, 0, 1, 1])
@@ -85,5 +86,5 @@ def test_what_does_not_fit_is_refused(net) -> None:
 def test_a_nan_is_measured_as_one_and_no_blocks_give_no_interval(net) -> None:
     model, batches, _ = net
     evaluate = Evaluation(model, batches, ("bfloat16",), lambda low, reference: np.full(len(low), np.nan))
-    found = evaluate({"first": "bfloat16"})
-    assert np.isnan(found.value) and found.low is None and found.high is None
+    measurement = evaluate({"first": "bfloat16"})
+    assert np.isnan(measurement.value) and measurement.low is None and measurement.high is None

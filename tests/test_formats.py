@@ -6,7 +6,10 @@ import ml_dtypes  # noqa: F401 - registers the dtypes by name
 import numpy as np
 import pytest
 
-from mpjax import formats, quantized
+from mpjax import formats
+from mpjax.formats import storage
+
+pytestmark = pytest.mark.optimised
 
 LOW = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 
@@ -87,7 +90,7 @@ def test_the_posts_example():
 def test_weights_use_the_whole_range(name):
     fmt = formats.parse(name)
     weights = np.random.default_rng(0).standard_normal((40, 30)).astype(np.float32)
-    found = np.asarray(quantized.round_weights(weights, fmt))
+    found = np.asarray(storage.round_weights(weights, fmt))
     scale = np.float32(np.abs(weights).max()) / np.float32(fmt.max)
     expected = (weights / scale).astype(jnp.dtype(name)).astype(np.float32) * scale
     np.testing.assert_array_equal(found, expected)
@@ -98,7 +101,7 @@ def test_scale_of_nothing_is_one():
     fmt = formats.parse("float8_e4m3fn")
     np.testing.assert_array_equal(formats.amax_scale(np.array([0.0, np.nan, np.inf], np.float32), fmt), [1, 1, 1])
     assert float(formats.amax_scale(jnp.float32(3.0), formats.parse("bfloat16"))) == 1.0
-    np.testing.assert_array_equal(quantized.round_weights(np.zeros((2, 2), np.float32), fmt), np.zeros((2, 2)))
+    np.testing.assert_array_equal(storage.round_weights(np.zeros((2, 2), np.float32), fmt), np.zeros((2, 2)))
 
 
 def test_parse_names_the_nearest():

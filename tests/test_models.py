@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mpjax import models
+from mpjax.program import ModelError, Product, check_batches, from_linen, from_nnx, with_output
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -48,13 +48,13 @@ class Nnx(nnx.Module):
 @pytest.fixture(scope="module")
 def linen():
     variables = Linen().init(KEY, IMAGES)
-    return variables, models.from_linen(Linen(), variables, IMAGES)
+    return variables, from_linen(Linen(), variables, IMAGES)
 
 
 @pytest.fixture(scope="module")
 def nnx_module():
     module = Nnx(nnx.Rngs(0))
-    return module, models.from_nnx(module, IMAGES)
+    return module, from_nnx(module, IMAGES)
 
 
 def recording(seen):
@@ -115,7 +115,7 @@ def test_others_are_listed_with_the_reason(linen):
     assert why["attention/query/bias"] == "bias"
     kernels = {layer.kernel for layer in model.layers}
     assert set(why) | kernels == set(model.params)
-    text = models.summary(model)
+    text = model.summary()
     assert (
         text.startswith("8 layers hold 648 of ")
         and "attention/query" in text
@@ -163,7 +163,7 @@ def test_scan_and_remat(transform):
 
     x = jax.random.normal(KEY, (2, 4), jnp.float32)
     variables = Whole().init(KEY, x)
-    model = models.from_linen(Whole(), variables, x)
+    model = from_linen(Whole(), variables, x)
     assert model.names == ("body/dense",)
     np.testing.assert_array_equal(model.call(model.params, x, override=recording([])), Whole().apply(variables, x))
     halved = model.call(model.params, x, override=lambda layer, product, x, w: 0.5 * product(x, w))
@@ -190,10 +190,10 @@ def test_a_jitted_inner_function_is_part_of_the_program():
     weights = Inner().init(KEY, x)["params"]
     variables = {"params": {"outside": weights["inside"], **weights}}
     Outer().apply(variables, x)  # its trace is cached before mpjax sees the model
-    model = models.from_linen(Outer(), variables, x)
+    model = from_linen(Outer(), variables, x)
     assert model.names == ("outside", "inside")
     np.testing.assert_allclose(model.call(model.params, x), Outer().apply(variables, x), rtol=1e-6)
-    closed = models.from_linen(Outer(own=False), {"params": {"outside": weights["inside"]}}, x)
+    closed = from_linen(Outer(own=False), {"params": {"outside": weights["inside"]}}, x)
     assert closed.names == ("outside",)
     assert [(each.shape, each.reason) for each in closed.others if each.path == "(constant)"] == [
         ((4, 4), "held constant: it is not among the params")
@@ -204,13 +204,13 @@ def test_layers_of_other_dtypes_stay_and_say_so():
     x = jnp.ones((2, 4), jnp.float32)
     module = nn.Dense(3, dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match=r"kernel: its product is computed in bfloat16. Nothing here can be lowered"):
-        models.from_linen(module, module.init(KEY, x), x)
+        from_linen(module, module.init(KEY, x), x)
     mixed = nn.Sequential([nn.Dense(3, dtype=jnp.bfloat16), nn.Dense(2, dtype=jnp.float32)])
     variables = mixed.init(KEY, x)
     with pytest.warns(
         UserWarning, match="1 weights stay as they are: layers_0/kernel .Dense: its product is computed in"
     ):
-        model = models.from_linen(mixed, variables, x)
+        model = from_linen(mixed, variables, x)
     assert model.names == ("layers_1",)
     np.testing.assert_array_equal(jax.jit(model.call)(model.params, x), jax.jit(mixed.apply)(variables, x))
 
@@ -223,20 +223,20 @@ def test_scanned_layers_count_all_their_weights():
 
     body = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     x = jnp.ones((2, 4), jnp.float32)
-    (layer,) = models.from_linen(body, body.init(KEY, x, None), x, None).layers
+    (layer,) = from_linen(body, body.init(KEY, x, None), x, None).layers
     assert layer.weights == 48 and layer.kernel_shape == (3, 4, 4)
 
 
 def test_product_call_and_accumulation():
     x, w = jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.bfloat16)
     dims = (((1,), (0,)), ((), ()))
-    plain = models.Product(kind="dot", function=jax.lax.dot_general, dimension_numbers=dims)
+    plain = Product(kind="dot", function=jax.lax.dot_general, dimension_numbers=dims)
     assert plain.multiply(x, w, accumulate="float32").dtype == jnp.float32
 
 
 def test_with_output_adds_a_head(linen):
     _, model = linen
-    scaled = models.with_output(model, lambda out, factor: out * factor[:, None])
+    scaled = with_output(model, lambda out, factor: out * factor[:, None])
     factor = jnp.array([1.0, 2.0], jnp.float32)
     np.testing.assert_array_equal(
         scaled.call(model.params, IMAGES, factor), model.call(model.params, IMAGES) * factor[:, None]
@@ -247,28 +247,28 @@ def test_with_output_adds_a_head(linen):
 def test_clear_errors(linen):
     variables, model = linen
     with pytest.raises(ValueError, match="'params' collection"):
-        models.from_linen(Linen(), variables["params"], IMAGES)
+        from_linen(Linen(), variables["params"], IMAGES)
     with pytest.raises(ValueError, match="at least one example input"):
-        models.from_linen(Linen(), variables)
+        from_linen(Linen(), variables)
     with pytest.raises(ValueError, match="no layer that multiplies its own weights with activations"):
         norm = nn.LayerNorm()
-        models.from_linen(norm, norm.init(KEY, IMAGES), IMAGES)
+        from_linen(norm, norm.init(KEY, IMAGES), IMAGES)
     with pytest.raises(ValueError, match="float32 weights, found none at all"):
-        models.from_linen(Linen(), {"params": {}}, IMAGES)
+        from_linen(Linen(), {"params": {}}, IMAGES)
     with pytest.raises(ValueError, match="float32 weights, found only int8"):
         integers = jax.tree.map(lambda leaf: leaf.astype(jnp.int8), variables["params"])
-        models.from_linen(Linen(), {**variables, "params": integers}, IMAGES)
+        from_linen(Linen(), {**variables, "params": integers}, IMAGES)
     with pytest.raises(KeyError, match="stem"):
         model.layer("stemm")
 
 
 def test_what_is_no_module_of_that_kind_is_told_where_to_go():
-    with pytest.raises(TypeError, match="Expected a linen module, found Linear.*models.from_nnx.*models.from_function"):
-        models.from_linen(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), {"params": {}}, IMAGES)
-    with pytest.raises(TypeError, match="Expected an NNX module, found Dense.*models.from_linen"):
-        models.from_nnx(nn.Dense(2), IMAGES)
+    with pytest.raises(TypeError, match="Expected a linen module, found Linear.*from_nnx.*from_function"):
+        from_linen(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), {"params": {}}, IMAGES)
+    with pytest.raises(TypeError, match="Expected an NNX module, found Dense.*from_linen"):
+        from_nnx(nn.Dense(2), IMAGES)
     with pytest.raises(TypeError, match="found function"):
-        models.from_nnx(lambda x: x, IMAGES)
+        from_nnx(lambda x: x, IMAGES)
 
 
 class Dropped(nnx.Module):
@@ -285,13 +285,13 @@ class Dropped(nnx.Module):
 
 def test_an_nnx_module_in_training_mode_is_refused():
     x, module = jnp.ones((3, 4), jnp.float32), Dropped()
-    with pytest.raises(models.ModelError, match=r"depend on random numbers.*module\.eval"):
-        models.from_nnx(module, x)
+    with pytest.raises(ModelError, match=r"depend on random numbers.*module\.eval"):
+        from_nnx(module, x)
     module.drop.set_attributes(deterministic=True)
-    with pytest.raises(models.ModelError, match="statistics of the batch"):
-        models.from_nnx(module, x)
+    with pytest.raises(ModelError, match="statistics of the batch"):
+        from_nnx(module, x)
     module.eval()
-    model = models.from_nnx(module, x)
+    model = from_nnx(module, x)
     np.testing.assert_allclose(model.call(model.params, x), module(x), rtol=1e-6)
 
 
@@ -307,4 +307,4 @@ def test_an_nnx_module_in_training_mode_is_refused():
 )
 def test_bad_batches(batches, message):
     with pytest.raises(ValueError, match=message):
-        models.check_batches(batches)
+        check_batches(batches)

@@ -8,7 +8,7 @@ import pytest
 
 from mpjax import partition
 from mpjax.formats import parse
-from mpjax.quantized import round_weights
+from mpjax.formats.storage import round_weights
 from mpjax.sensitivity import from_loss
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")

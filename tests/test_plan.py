@@ -7,7 +7,7 @@ import pytest
 
 from mpjax import plan
 from mpjax.plan import Plan, PlanError
-from mpjax.problem import Assignment
+from mpjax.search.problem import Assignment
 
 FULL = Plan(
     assignment=Assignment({"b": "bfloat16", "a/kernel": "float32", "c": "float8_e4m3fn"}),
@@ -19,7 +19,7 @@ FULL = Plan(
     seeds={"probes": 3},
     versions={"jax": "0.10.2"},
     data=plan.digest(np.arange(3)),
-    lowering={"b": "dot", "a/kernel": "xla"},
+    implementation={"b": "dot", "a/kernel": "xla"},
     options={"xla_allow_excess_precision": False, "xla_cpu_prefer_vector_width": 512, "xla_other": ""},
 )
 
@@ -29,8 +29,8 @@ def test_a_round_trip_loses_nothing(tmp_path) -> None:
         plan.save(each, tmp_path / "plan.json")
         found = plan.load(tmp_path / "plan.json")
         assert found == each and list(found.assignment) == list(each.assignment)
-        assert found.lowering == each.lowering and found.options == each.options
-    assert found.lowering == {} and found.options == {}  # of a plan without them
+        assert found.implementation == each.implementation and found.options == each.options
+    assert found.implementation == {} and found.options == {}  # of a plan without them
     infinite = Plan(assignment=FULL.assignment, scores={"b": {"bfloat16": float("inf")}})
     plan.save(infinite, tmp_path / "plan.json")
     assert plan.load(tmp_path / "plan.json").scores == {"b": {"bfloat16": None}}
@@ -53,16 +53,19 @@ def test_a_plan_for_another_model_is_refused_with_the_names() -> None:
     ("text", "message"),
     [
         ("{", "cannot be read as a plan"),
-        ("[1]", "expected a JSON object with schema 1, found 'list'"),
-        ('{"schema": 7, "assignment": {"a": "float32"}}', "schema 1, found 7"),
-        ('{"schema": 1, "assignment": {}}', "expected assignment to map"),
-        ('{"schema": 1, "assignment": {"a": 1}}', "expected assignment to map"),
-        ('{"schema": 1, "assignment": {"a": "float32"}, "speed": 1}', "fields that no plan has: speed"),
-        ('{"schema": 1, "assignment": {"a": "float32"}, "calibration": 3}', "calibration to be dict, found int"),
-        ('{"schema": 1, "assignment": {"a": "float32"}, "lowering": "rule"}', "lowering to be dict, found str"),
-        ('{"schema": 1, "assignment": {"a": "float32"}, "options": ["a"]}', "options to be dict, found list"),
-        ('{"schema": 1, "assignment": {"a": "float32"}, "calibration": {"a": "x"}}', "numbers or null .*found 'x'"),
-        ('{"schema": 1, "assignment": {"a": "float32"}, "scores": {"a": 3}}', "scores of 'a' to be an object"),
+        ("[1]", "expected a JSON object with schema 2, found 'list'"),
+        ('{"schema": 7, "assignment": {"a": "float32"}}', "schema 2, found 7"),
+        ('{"schema": 2, "assignment": {}}', "expected assignment to map"),
+        ('{"schema": 2, "assignment": {"a": 1}}', "expected assignment to map"),
+        ('{"schema": 2, "assignment": {"a": "float32"}, "speed": 1}', "fields that no plan has: speed"),
+        ('{"schema": 2, "assignment": {"a": "float32"}, "calibration": 3}', "calibration to be dict, found int"),
+        (
+            '{"schema": 2, "assignment": {"a": "float32"}, "implementation": "rule"}',
+            "implementation to be dict, found str",
+        ),
+        ('{"schema": 2, "assignment": {"a": "float32"}, "options": ["a"]}', "options to be dict, found list"),
+        ('{"schema": 2, "assignment": {"a": "float32"}, "calibration": {"a": "x"}}', "numbers or null .*found 'x'"),
+        ('{"schema": 2, "assignment": {"a": "float32"}, "scores": {"a": 3}}', "scores of 'a' to be an object"),
     ],
 )
 def test_what_is_no_plan_is_refused(tmp_path, text: str, message: str) -> None:
@@ -98,4 +101,4 @@ def test_the_digest_sees_values_shapes_and_dtypes() -> None:
 def test_the_file_is_plain_json(tmp_path) -> None:
     plan.save(FULL, tmp_path / "plan.json")
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["schema"] == 1 and next(iter(found)) == "assignment"
+    assert list(found)[:2] == ["schema", "assignment"]

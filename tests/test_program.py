@@ -15,9 +15,20 @@ from flax.core import freeze
 from jax import lax
 
 from experiments.models.architectures import NAMES, architecture
-from mpjax import apply, compiled, cost, emulate, evaluation, graph, models, search, sensitivity
+from mpjax import compiled, cost, emulation, evaluation, search, sensitivity
+from mpjax.apply import apply
 from mpjax.formats import parse
-from mpjax.quantized import local_axes, stands_for
+from mpjax.formats.storage import local_axes, stands_for
+from mpjax.program import (
+    ModelError,
+    check_batches,
+    from_function,
+    from_linen,
+    from_nnx,
+    graph,
+    with_activation_products,
+    with_output,
+)
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -40,10 +51,10 @@ def exactly(model, function, params, *inputs, rtol=0.0):
 def pair(model, inputs, fmt, names=None):
     """(emulated, executed) relative distance to float32, both with these layers low; and how far they are from each other."""
     names = names or model.names
-    ranges = emulate.calibrate(model, [inputs]) if parse(fmt).scaled else None
+    ranges = emulation.calibrate(model, [inputs]) if parse(fmt).scaled else None
     low = dict.fromkeys(names, fmt)
-    override = emulate.in_format({name: parse(fmt) for name in names}, calibration=ranges)
-    mixed = apply.apply(model, low, calibration=ranges)
+    override = emulation.in_format({name: parse(fmt) for name in names}, calibration=ranges)
+    mixed = apply(model, low, calibration=ranges)
     joined = lambda out: np.concatenate([np.ravel(np.asarray(each, np.complex128)) for each in jax.tree.leaves(out)])  # noqa: E731
     exact = joined(model.call(model.params, *inputs))
     emulated = joined(jax.jit(lambda p, *x: model.call(p, *x, override=override))(model.params, *inputs))
@@ -84,7 +95,7 @@ def haiku():
 @pytest.mark.parametrize("make", [plain, equinox, haiku])
 def test_code_of_any_framework_goes_the_whole_way(make, tmp_path):
     function, params, names = make()
-    model, batches, formats = models.from_function(function, params, X), [(X,), (2 * X,)], ("bfloat16", "int8_w")
+    model, batches, formats = from_function(function, params, X), [(X,), (2 * X,)], ("bfloat16", "int8_w")
     assert model.names == names
     exactly(model, function, params, X)
     scores = sensitivity.local_rounding(num_probes=None)(model, batches, formats, KEY)
@@ -104,7 +115,7 @@ def test_code_of_any_framework_goes_the_whole_way(make, tmp_path):
     problem = search.Problem(layers=model.names, formats=formats, penalty=scores.value)
     error = evaluation.Evaluation(model, batches, formats, lambda low, exact: np.abs(low - exact).max(1))
     result = search.solve(problem, search.ilp(), evaluate=error, tolerance=0.05)
-    program = compiled.compile(apply.apply(model, result.assignment), batches, lowering="rule")
+    program = compiled.compile(apply(model, result.assignment), batches, implementation="rule")
     assert program.verification.agrees and len(program.report().rows) == 3
     loaded = compiled.load(program.export(tmp_path / "program.mpjax"))
     jax.tree.map(np.testing.assert_array_equal, loaded(X), program(X))
@@ -152,7 +163,7 @@ def test_a_computed_weight_is_what_a_format_rounds(kind, fmt):
     images = normal(1, 2, 8, 8, 4)
     module = Folding(kind)
     variables = module.init(KEY, images)
-    model = models.from_linen(module, variables, images)
+    model = from_linen(module, variables, images)
     assert len(model.layers) == 1 and model.layers[0].kernel_shape[-1] == 8
     assert len(model.layers[0].sources) == (3 if kind == "merged" else 2 if kind == "weight_norm" else 1)
     assert len([name for name in model.params if name != "layer/bias" and not name.endswith("/bias")]) == 1
@@ -165,12 +176,12 @@ def test_a_computed_weight_is_what_a_format_rounds(kind, fmt):
 def test_what_fed_a_fold_only_is_not_kept_and_summary_says_what_was_folded():
     module = Folding("merged")
     images = normal(1, 2, 8, 8, 4)
-    model = models.from_linen(module, module.init(KEY, images), images)
+    model = from_linen(module, module.init(KEY, images), images)
     assert {each.path: each.reason for each in model.others} == {
         path: "computed into a+b+kernel" if "a+b+kernel" in model.names else f"computed into {model.names[0]}"
         for path in ("a", "b", "kernel")
     }
-    text = models.summary(model)
+    text = model.summary()
     assert text.startswith("1 layers hold 128 of 128 weights (100.0%)") and "are computed from parameters, once" in text
     program = compiled.compile(model, [(images,), (2 * images,)])
     assert program.weight_bytes == 4 * 128
@@ -182,13 +193,13 @@ def test_a_tied_table_is_held_once():
         return hidden @ params["table"].T
 
     params, ids = {"table": normal(1, 20, 8), "mix": normal(2, 8, 8)}, jnp.arange(6).reshape(2, 3)
-    model = models.from_function(function, params, ids)
+    model = from_function(function, params, ids)
     assert set(model.params) == {"table", "mix"} and model.names == ("table", "mix")
     exactly(model, function, params, ids)
     for fmt in ("bfloat16", "float8_e4m3fn", "int8_w", "int4_w"):
         emulated, _, apart = pair(model, (ids,), fmt)
         assert apart < 0.2 * emulated
-    program = compiled.compile(apply.apply(model, {"table": "int8_w"}), [(ids,), (ids[::-1],)])
+    program = compiled.compile(apply(model, {"table": "int8_w"}), [(ids,), (ids[::-1],)])
     assert program.weight_bytes == 20 * 8 + 20 * 4 + 4 * 64
 
 
@@ -197,24 +208,22 @@ def test_another_shape_of_inputs_shares_the_weights_or_says_that_it_cannot():
         return x @ (params["w"] * params["scale"]) / x.shape[1]
 
     params = {"w": normal(1, 6, 6), "scale": normal(2, 6)}
-    model = models.from_function(function, params, X)
+    model = from_function(function, params, X)
     exactly(model, function, params, X[:2], rtol=1e-6)
 
     def by_length(params, x):
         return jnp.einsum("ntd,de->nte", x, params["w"] / x.shape[1])
 
     long = normal(3, 2, 5, 6)
-    model = models.from_function(by_length, params, long)
+    model = from_function(by_length, params, long)
     exactly(model, by_length, params, long, rtol=1e-6)
-    with pytest.raises(
-        models.ModelError, match="computes w otherwise from its parameters than for those that it was made"
-    ):
+    with pytest.raises(ModelError, match="computes w otherwise from its parameters than for those that it was made"):
         model.call(model.params, long[:, :3])
 
 
 def test_precision_is_that_of_the_moment():
     """A reference at the highest precision is traced again: the program holds what products ask for."""
-    model = models.from_function(lambda p, x: x @ (p["v"] @ p["w"]), {"v": W, "w": W}, X)
+    model = from_function(lambda p, x: x @ (p["v"] @ p["w"]), {"v": W, "w": W}, X)
     before = str(jax.make_jaxpr(model.call)(model.params, X))
     with jax.default_matmul_precision("highest"):
         highest = str(jax.make_jaxpr(model.call)(model.params, X))
@@ -327,7 +336,7 @@ def test_a_product_is_reached_wherever_it_stands(name):
     params = {"w": weight}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = models.from_function(function, params, x)
+        model = from_function(function, params, x)
     assert len(model.layers) == 1 and model.layers[0].sources == ("w",)
     exactly(model, function, params, x, rtol=2e-6 if name in EXACT else 0.0)
     zeroed = model.call(model.params, x, override=lambda layer, product, a, w: 0 * product(a, w))
@@ -338,7 +347,7 @@ def test_a_product_is_reached_wherever_it_stands(name):
 def test_what_is_scored_is_what_runs(name):
     """In every format: the emulated and the executed model differ by no more than flipped roundings explain."""
     function, weight, x = PLACES[name]
-    model = models.from_function(function, {"w": weight}, x)
+    model = from_function(function, {"w": weight}, x)
     for fmt in FORMATS:
         emulated, executed, apart = pair(model, (x,), fmt)
         assert 1e-5 < emulated < 0.6 and apart <= 0.1 * emulated + 2e-6, (fmt, emulated, executed, apart)
@@ -353,9 +362,9 @@ def test_each_weight_of_a_stack_has_scales_of_its_own(name, fmt):
     axis = 2 if name == "scan, axis 2" else 0
     factors = 1e3 ** -jnp.arange(weight.shape[axis], dtype=jnp.float32)
     small = weight * factors.reshape([-1 if each == axis else 1 for each in range(weight.ndim)])
-    model = models.from_function(function, {"w": small}, x)
-    ranges = emulate.calibrate(model, [(x,)])
-    mixed = apply.apply(model, dict.fromkeys(model.names, fmt), calibration=ranges)
+    model = from_function(function, {"w": small}, x)
+    ranges = emulation.calibrate(model, [(x,)])
+    mixed = apply(model, dict.fromkeys(model.names, fmt), calibration=ranges)
     stored = mixed.params[model.layers[0].kernel]
     held = model.params[model.layers[0].kernel]
     layer = model.layers[0]
@@ -378,7 +387,7 @@ def test_a_derivative_inside_is_scored_as_it_runs():
     def forces(params, x):
         return -jax.grad(lambda y: jnp.sum(jnp.tanh(y @ params["a"]) @ params["b"]))(x)
 
-    model = models.from_function(forces, params, X)
+    model = from_function(forces, params, X)
     assert set(model.names) == {"a", "b"}
     found = sensitivity.local_rounding(num_probes=None)(model, [(X,)], ("bfloat16",), KEY)
     truth = sensitivity.measured()(model, [(X,)], ("bfloat16",), KEY)
@@ -386,16 +395,16 @@ def test_a_derivative_inside_is_scored_as_it_runs():
         found.value, truth.value, rtol=0.5
     )  # what the forward product rounds moves the other's roundings
     for name in model.names:
-        low = apply.apply(model, {name: "bfloat16"})
+        low = apply(model, {name: "bfloat16"})
         change = low.call(low.params, X) - model.call(model.params, X)
         executed = 0.5 * float(jnp.sum(change**2)) / len(X)
         np.testing.assert_allclose(truth.value[model.names.index(name), 0], executed, rtol=0.1)
-    assert emulate.calibrate(model, [(X,)])["a"] >= float(jnp.abs(X).max()) * (1 - 1e-6)
+    assert emulation.calibrate(model, [(X,)])["a"] >= float(jnp.abs(X).max()) * (1 - 1e-6)
 
 
 def test_rounding_has_the_derivative_of_the_identity():
-    model = models.from_function(lambda p, x: x @ p["w"], {"w": W}, X)
-    override = emulate.in_format({"w": parse("bfloat16")})
+    model = from_function(lambda p, x: x @ p["w"], {"w": W}, X)
+    override = emulation.in_format({"w": parse("bfloat16")})
     low = jax.grad(lambda x: jnp.sum(model.call(model.params, x, override=override)))(X)
     np.testing.assert_allclose(low, jnp.ones((4, 6)) @ W.T, rtol=0.02, atol=0.02)
 
@@ -407,13 +416,13 @@ def test_every_architecture_in_every_format(name):
     subject = architecture(name)
     own, batches = subject.make(), subject.batches
     exactly(own, subject.plain, subject.params, *batches[0], rtol=1e-6)
-    model = models.with_activation_products(own)
-    ranges = emulate.calibrate(model, batches)
+    model = with_activation_products(own)
+    ranges = emulation.calibrate(model, batches)
     for fmt in FORMATS:
         emulated, executed, apart = pair(model, batches[0], fmt)
         assert 0 < emulated and apart <= 0.5 * emulated, (fmt, emulated, executed, apart)
-        mixed = apply.apply(model, dict.fromkeys(model.names, fmt), calibration=ranges)
-        assert compiled.compile(mixed, batches, lowering="rule").verification.agrees
+        mixed = apply(model, dict.fromkeys(model.names, fmt), calibration=ranges)
+        assert compiled.compile(mixed, batches, implementation="rule").verification.agrees
 
 
 # --- what cannot be reached -------------------------------------------------------------------------------------------
@@ -422,7 +431,7 @@ def test_every_architecture_in_every_format(name):
 def test_operands_of_unlike_dtypes():
     wide = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(6, 6)))}
     assert wide["w"].dtype == jnp.float64
-    model = models.from_function(lambda p, x: p["w"] @ x.T, wide, X)
+    model = from_function(lambda p, x: p["w"] @ x.T, wide, X)
     assert model.names == ("w",)
     exactly(model, lambda p, x: p["w"] @ x.T, wide, X)
 
@@ -430,7 +439,7 @@ def test_operands_of_unlike_dtypes():
         return lax.dot_general(x, params["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
     half = {"w": W.astype(jnp.bfloat16)}
-    model = models.from_function(narrow, half, X)
+    model = from_function(narrow, half, X)
     exactly(model, narrow, half, X)
     emulated, executed, apart = pair(model, (X,), "int8_w")
     assert 0 < emulated and apart < 0.1 * emulated
@@ -444,7 +453,7 @@ def test_what_is_larger_than_what_it_is_computed_from_stays_in_the_program():
         return jnp.einsum("nqd,de->nqe", queries * x[:, None], params["w"])
 
     params = {"queries": normal(1, 3, 6), "positions": normal(2, 3, 6), "w": W}
-    model = models.from_function(function, params, X)
+    model = from_function(function, params, X)
     assert set(model.params) == set(params)
     for x in (X, X[:1], X[:3]):
         exactly(model, function, params, x)
@@ -462,7 +471,7 @@ def test_a_scan_slices_its_own_stacks_alone():
 
             return lax.scan(lambda y, _: lax.scan(layer, y, params), x, None, length=steps)
 
-        model = models.from_function(function, params, X)
+        model = from_function(function, params, X)
         assert model.layers[0].levels == 1 and model.layers[0].calls == 3 * steps * 2
         exactly(model, function, params, X)
         for fmt in ("bfloat16", "int8_w", "float8_e4m3fn"):
@@ -474,7 +483,7 @@ def test_a_narrowing_cast_of_a_weight_rounds():
     def function(params, x):
         return x @ params["w"].astype(jnp.bfloat16).astype(jnp.float32)
 
-    model = models.from_function(function, {"w": W}, X)
+    model = from_function(function, {"w": W}, X)
     exactly(model, function, {"w": W}, X)
     assert not np.array_equal(model.call(model.params, X), X @ W)
 
@@ -487,7 +496,7 @@ def test_a_learnt_query_is_an_input_that_is_the_same_for_all():
 
     params = {name: normal(number, 6, 6) for number, name in enumerate("qkv")} | {"probe": normal(9, 1, 1, 6)}
     tokens = normal(5, 4, 5, 6)
-    model = models.from_function(function, params, tokens)
+    model = from_function(function, params, tokens)
     assert set(model.names) == set("qkv")
     for some in (tokens, tokens[:1], tokens[:3]):
         exactly(model, function, params, some)
@@ -499,13 +508,13 @@ def test_a_learnt_query_is_an_input_that_is_the_same_for_all():
 def test_names_that_collide():
     twice = {"a/b": {"w": W}, "a": {"b": {"w": 2 * W}}}
     with pytest.raises(ValueError, match="share one slash path"):
-        models.from_function(lambda p, x: x @ p["a/b"]["w"] @ p["a"]["b"]["w"], twice, X)
+        from_function(lambda p, x: x @ p["a/b"]["w"] @ p["a"]["b"]["w"], twice, X)
 
     def attend(params, x):
         q, k, v = (x @ params["att"][name] for name in "qkv")
         return jax.nn.softmax(q @ k.T) @ v @ params["att"]["values"]
 
-    model = models.from_function(attend, {"att": {n: normal(i, 6, 6) for i, n in enumerate([*"qkv", "values"])}}, X)
+    model = from_function(attend, {"att": {n: normal(i, 6, 6) for i, n in enumerate([*"qkv", "values"])}}, X)
     assert "att/values" in model.names
     assert [each.name for each in model.activation_products] == ["att/scores", "att/values_1"]
 
@@ -515,9 +524,9 @@ def test_names_that_collide():
 def test_rows_outside_of_a_table_are_what_the_program_makes_of_them(mode, fmt):
     ids = jnp.array([1, 5, -3] if mode == "promise_in_bounds" else [1, 30, -20])
     more = {"fill_value": 3.5} if mode == "fill" else {}
-    model = models.from_function(lambda p, i: p["t"].at[i].get(mode=mode, **more), {"t": normal(1, 7, 8)}, ids)
-    low = apply.apply(model, {"t": fmt})
-    emulated = model.call(model.params, ids, override=emulate.in_format({"t": parse(fmt)}))
+    model = from_function(lambda p, i: p["t"].at[i].get(mode=mode, **more), {"t": normal(1, 7, 8)}, ids)
+    low = apply(model, {"t": fmt})
+    emulated = model.call(model.params, ids, override=emulation.in_format({"t": parse(fmt)}))
     np.testing.assert_array_equal(low.call(low.params, ids), emulated)
 
 
@@ -525,25 +534,25 @@ def test_matrices_that_are_looked_up_have_a_scale_each():
     def function(params, x, ids):
         return jax.vmap(lambda a, i: a @ params["w"][i])(x, ids)
 
-    model = models.from_function(function, {"w": STACK}, X, jnp.array([0, 1, 2, 1]))
-    low = apply.apply(model, {"w": "int8_w"})
+    model = from_function(function, {"w": STACK}, X, jnp.array([0, 1, 2, 1]))
+    low = apply(model, {"w": "int8_w"})
     assert low.params["w"].scale.size == 3
 
 
 def test_calls_that_cannot_be_are_explained():
-    model = models.from_function(lambda p, x: x @ p["w"], {"w": W}, X)
-    with pytest.raises(models.ModelError, match=r"cannot be called with \(\(4, 5\) float32\)"):
+    model = from_function(lambda p, x: x @ p["w"], {"w": W}, X)
+    with pytest.raises(ModelError, match=r"cannot be called with \(\(4, 5\) float32\)"):
         model.call(model.params, X[:, :5])
-    with pytest.raises(models.ModelError, match="cannot be called with"):
-        models.from_function(lambda p, x: x @ p["v"], {"w": W}, X)
+    with pytest.raises(ModelError, match="cannot be called with"):
+        from_function(lambda p, x: x @ p["v"], {"w": W}, X)
     with pytest.raises(TypeError, match="params of arrays, found str at 'name'"):
-        models.from_function(lambda p, x: x @ p["w"], {"w": W, "name": "x"}, X)
-    keyed = models.from_function(
+        from_function(lambda p, x: x @ p["w"], {"w": W, "name": "x"}, X)
+    keyed = from_function(
         lambda p, n, x, k: x @ p["w"] * jax.random.normal(k, (6,), jnp.float32), {"w": W}, None, X, jax.random.key(0)
     )
     compiled.compile(keyed, [(None, X, jax.random.key(0)), (None, 2 * X, jax.random.key(1))])
-    empty = models.from_function(lambda p, x: x @ p["w"] + x[:, :0] @ p["z"], {"w": W, "z": W[:0]}, X)
-    assert emulate.calibrate(empty, [(X,)])["z"] == 0 and apply.apply(empty, {"z": "int8_w"})
+    empty = from_function(lambda p, x: x @ p["w"] + x[:, :0] @ p["z"], {"w": W, "z": W[:0]}, X)
+    assert emulation.calibrate(empty, [(X,)])["z"] == 0 and apply(empty, {"z": "int8_w"})
 
 
 def test_one_odd_weight_never_refuses_the_model():
@@ -565,7 +574,7 @@ def test_one_odd_weight_never_refuses_the_model():
     }
     signal = normal(7, 4, 1)
     with pytest.warns(UserWarning, match="2 weights stay as they are"):
-        model = models.from_function(function, params, X, signal)
+        model = from_function(function, params, X, signal)
     assert set(model.names) == {"real", "integers", "half"}  # integers are converted: what is multiplied is float32
     exactly(model, function, params, X, signal, rtol=1e-6)
     why = {each.path: each.reason for each in model.others}
@@ -574,9 +583,7 @@ def test_one_odd_weight_never_refuses_the_model():
     for fmt in ("bfloat16", "int8_w"):
         emulated, _, apart = pair(model, (X, signal), fmt)
         assert 0 < emulated and apart < 0.1 * emulated
-    program = compiled.compile(
-        apply.apply(model, dict.fromkeys(model.names, "bfloat16")), [(X, signal), (2 * X, signal)]
-    )
+    program = compiled.compile(apply(model, dict.fromkeys(model.names, "bfloat16")), [(X, signal), (2 * X, signal)])
     assert program.verification.agrees
 
 
@@ -593,7 +600,7 @@ def test_weights_named_otherwise_are_reached():
             return x @ (0.1 * self.param("weight", nn.initializers.normal(1.0), (6, 6)))
 
     net = nn.Sequential([nn.Dense(6), Scaled(), Recurrent()])
-    model = models.from_linen(net, net.init(KEY, X), X)
+    model = from_linen(net, net.init(KEY, X), X)
     assert model.names == ("layers_0", "layers_1", "layers_2/wh") and model.layers[2].calls == 3
 
 
@@ -617,11 +624,11 @@ def test_outputs_of_all_kinds(tmp_path):
         }
 
     params, batches = {"w": W}, [(X,), (2 * X,)]
-    model = models.from_function(function, params, X)
+    model = from_function(function, params, X)
     exactly(model, function, params, X)
     truth = sensitivity.measured()(model, batches, ("bfloat16",), KEY)
     y = np.concatenate([np.asarray(x @ W, np.float64) for (x,) in batches])
-    low = apply.apply(model, {"w": "bfloat16"})
+    low = apply(model, {"w": "bfloat16"})
     z = np.concatenate([np.asarray(low.call(low.params, x)["result"].logits, np.float64) for (x,) in batches])
     half = 0.5 * ((z - y) ** 2).sum() / len(y)
     np.testing.assert_allclose(truth.value[0, 0], half * (1 + 1 + 4), rtol=1e-3)  # logits, real and imaginary parts
@@ -639,10 +646,10 @@ def test_outputs_of_all_kinds(tmp_path):
 
 
 def test_outputs_without_an_examples_axis_say_what_to_do():
-    model = models.from_function(lambda p, x: (x @ p["w"], (x @ p["w"]).sum(0)), {"w": W}, X)
-    with pytest.raises(ValueError, match=r"one leading axis of examples, found .*models.with_output"):
+    model = from_function(lambda p, x: (x @ p["w"], (x @ p["w"]).sum(0)), {"w": W}, X)
+    with pytest.raises(ValueError, match=r"one leading axis of examples, found .*with_output"):
         sensitivity.measured()(model, [(X,)], ("bfloat16",), KEY)
-    one = models.with_output(model, lambda outputs: outputs[0])
+    one = with_output(model, lambda outputs: outputs[0])
     assert sensitivity.measured()(one, [(X,)], ("bfloat16",), KEY).value > 0
 
 
@@ -652,17 +659,17 @@ def test_inputs_of_all_kinds():
 
     params = {"w": W, "table": normal(2, 20, 6)}
     batch = {"x": X, "ids": np.arange(4)}
-    model = models.from_function(function, params, batch, 0.5)
+    model = from_function(function, params, batch, 0.5)
     exactly(model, function, params, batch, 0.5)
     with pytest.raises(ValueError, match="Batch 0, input 0 is a dict.*Pass its arrays one by one"):
         sensitivity.measured()(model, [(batch, 0.5)], ("bfloat16",), KEY)
     with pytest.raises(ValueError, match="Batch 0, input 1 is a scalar.*Broadcast it"):
-        models.check_batches([(X, jnp.float32(0.5))])
+        check_batches([(X, jnp.float32(0.5))])
     with pytest.raises(
         ValueError, match=r"found input 0: \(4, 6\), input 1: \(3, 6\)\. What is one example as a whole"
     ):
-        models.check_batches([(X, X[:3])])
-    program = compiled.compile(apply.apply(model, {"w": "bfloat16"}), [(batch, 0.5), ({**batch, "x": 2 * X}, 0.5)])
+        check_batches([(X, X[:3])])
+    program = compiled.compile(apply(model, {"w": "bfloat16"}), [(batch, 0.5), ({**batch, "x": 2 * X}, 0.5)])
     np.testing.assert_allclose(program(batch, 0.5), function(params, batch, 0.5), atol=0.1)
 
 
@@ -677,16 +684,16 @@ def test_an_array_as_a_keyword_is_an_input():
     with pytest.raises(
         ValueError, match=r"keyword 'mask' holds an array of the examples' leading axis, \(4, 5\): pass it"
     ):
-        models.from_linen(Net(), variables, x, mask=mask)
-    assert len(models.from_linen(Net(), variables, x, mask).layers) == 2
-    shared = models.from_linen(Net(), variables, x, mask=jnp.ones((1, 5)))
+        from_linen(Net(), variables, x, mask=mask)
+    assert len(from_linen(Net(), variables, x, mask).layers) == 2
+    shared = from_linen(Net(), variables, x, mask=jnp.ones((1, 5)))
     assert len(shared.layers) == 2
 
 
 def test_wide_numpy_inputs_are_what_jax_makes_of_them(tmp_path):
     with jax.enable_x64(False):
         ids = np.arange(6).reshape(2, 3)
-        model = models.from_function(lambda p, i: p["w"][i], {"w": W}, ids)
+        model = from_function(lambda p, i: p["w"][i], {"w": W}, ids)
         program = compiled.compile(model, [(ids,), (ids[::-1],)])
         np.testing.assert_array_equal(program(jnp.asarray(ids)), program(ids))
         loaded = compiled.load(program.export(tmp_path / "program.mpjax"))
@@ -703,7 +710,7 @@ def test_boxed_frozen_and_shared_parameters():
     variables = Net().init(KEY, X)
     expected = Net().apply(variables, X)
     for given in (variables, freeze(nn.meta.unbox(variables))):
-        model = models.from_linen(Net(), given, X)
+        model = from_linen(Net(), given, X)
         assert model.names == ("a", "b")
         np.testing.assert_allclose(model.call(model.params, X), expected, rtol=1e-6)
 
@@ -715,7 +722,7 @@ def test_boxed_frozen_and_shared_parameters():
         def __call__(self, x):
             return self.two(jnp.tanh(self.one(x)))
 
-    shared = models.from_nnx(Shared(), X)
+    shared = from_nnx(Shared(), X)
     assert shared.names == ("one",) and shared.layers[0].calls == 2
 
 
@@ -743,7 +750,7 @@ def test_state_is_part_of_one_call():
             self.cell(x)
             return self.out(self.cell(x)), jnp.broadcast_to((self.cell.h[...] ** 2).mean(), x.shape[:1])
 
-    model = models.from_nnx(Net(nnx.Rngs(0)), X)
+    model = from_nnx(Net(nnx.Rngs(0)), X)
     expected = Net(nnx.Rngs(0))(X)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), model.call(model.params, X), expected)
     assert model.names == ("cell", "out") and model.layers[0].calls == 2  # zeros times weights are known
@@ -757,7 +764,7 @@ def test_state_is_part_of_one_call():
 
     net = nn.Sequential([Sown(), nn.Dense(2)])
     variables = {"params": net.init(KEY, X)["params"]}
-    model = models.from_linen(net, variables, X, mutable=["intermediates"])
+    model = from_linen(net, variables, X, mutable=["intermediates"])
     expected = net.apply(variables, X, mutable=["intermediates"])
     assert jax.tree.structure(model.call(model.params, X)) == jax.tree.structure(expected)
 
@@ -769,7 +776,7 @@ def test_a_subclass_that_draws_random_numbers():
             return super().__call__(nn.Dropout(0.5, deterministic=False)(x))
 
     variables = DropDense(4).init({"params": KEY, "dropout": KEY}, X)
-    model = models.from_linen(DropDense(4), variables, X, rngs={"dropout": KEY})
+    model = from_linen(DropDense(4), variables, X, rngs={"dropout": KEY})
     np.testing.assert_allclose(
         model.call(model.params, X), DropDense(4).apply(variables, X, rngs={"dropout": KEY}), rtol=1e-6
     )
@@ -786,7 +793,7 @@ def test_a_head_that_is_not_called_is_not_warned_of():
     variables = Net().init(KEY, X, True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = models.from_linen(Net(), variables, X)
+        model = from_linen(Net(), variables, X)
     assert {e.reason for e in model.others if e.path.startswith("aux")} == {"not used with these inputs"}
 
 
@@ -800,7 +807,7 @@ def test_bridged_modules():
             return self.b(self.a(x))
 
     net = Net(nnx.Rngs(0))
-    model = models.from_nnx(net, X)
+    model = from_nnx(net, X)
     assert len(model.layers) == 2 and "b" in model.names
     np.testing.assert_allclose(model.call(model.params, X), net(X), rtol=1e-6)
 
@@ -814,7 +821,7 @@ def test_scores_that_need_a_derivative_say_which_do_not():
         return jnp.tanh(x)
 
     bend.defvjp(lambda x: (bend(x), x), lambda x, g: (g,))
-    model = models.from_function(lambda p, x: bend(x @ p["w"]) @ p["w"], {"w": W}, X)
+    model = from_function(lambda p, x: bend(x @ p["w"]) @ p["w"], {"w": W}, X)
     with pytest.raises(ValueError, match=r"custom_vjp .* quadratic\(hessian='true'\), gauss_newton\(\)"):
         sensitivity.quadratic()(model, [(X,)], ("bfloat16",), KEY)
     assert np.isfinite(sensitivity.gauss_newton()(model, [(X,)], ("bfloat16",), KEY).value).all()
@@ -823,7 +830,7 @@ def test_scores_that_need_a_derivative_say_which_do_not():
         y = lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.tanh(s[1])), (0, x @ params["w"]))[1]
         return y @ params["w"]
 
-    model = models.from_function(loop, {"w": W}, X)
+    model = from_function(loop, {"w": W}, X)
     with pytest.raises(ValueError, match=r"while_loop.*measured\(\) or quadratic\(\)"):
         sensitivity.local_rounding()(model, [(X,)], ("bfloat16",), KEY)
     assert np.isfinite(sensitivity.measured()(model, [(X,)], ("bfloat16",), KEY).value).all()
@@ -837,8 +844,8 @@ def test_outputs_in_any_unit_are_ranked_alike(unit):
     def function(params, x, unit=1.0):
         return jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"]) @ params["c"] * unit
 
-    plain = models.from_function(function, params, X)
-    scaled = models.from_function(lambda p, x: function(p, x, unit), params, X)
+    plain = from_function(function, params, X)
+    scaled = from_function(lambda p, x: function(p, x, unit), params, X)
     for scorer in (sensitivity.measured(), sensitivity.local_rounding(num_probes=None), sensitivity.fisher()):
         near, far = (scorer(model, [(X,)], ("bfloat16",), KEY) for model in (plain, scaled))
         assert (far.status == "ok").all()
@@ -852,17 +859,17 @@ def test_flops_and_calls_of_ensembles_branches_and_loops():
     def ensemble(params, x):
         return jax.vmap(lambda w: x @ w)(params["w"])
 
-    assert models.from_function(ensemble, {"w": STACK[:, :, :5]}, X).layers[0].flops == 3 * 2 * 6 * 5
-    branches = models.from_function(PLACES["cond"][0], {"w": W}, X)
+    assert from_function(ensemble, {"w": STACK[:, :, :5]}, X).layers[0].flops == 3 * 2 * 6 * 5
+    branches = from_function(PLACES["cond"][0], {"w": W}, X)
     assert branches.layers[0].calls == 1 and branches.layers[0].flops == 2 * 36
-    scan = models.from_function(PLACES["scan of scans"][0], {"w": PLACES["scan of scans"][1]}, X)
+    scan = from_function(PLACES["scan of scans"][0], {"w": PLACES["scan of scans"][1]}, X)
     assert scan.layers[0].calls == 6 and scan.layers[0].kernel_shape == (2, 3, 6, 6) and scan.layers[0].levels == 2
 
 
 def test_bad_calls_say_what_was_expected():
     with pytest.raises(TypeError, match="Expected a function of .params, .inputs., found dict"):
-        models.from_function({}, lambda x: x, X)
+        from_function({}, lambda x: x, X)
     with pytest.raises(ValueError, match="at least one example input"):
-        models.from_function(lambda p: p["w"], {"w": W})
-    with pytest.raises(models.ModelError, match=r"cannot be called with \(\(4, 6\) float32\)"):
-        models.from_function(lambda p, x: x @ p["v"] @ x, {"v": W}, X)
+        from_function(lambda p: p["w"], {"w": W})
+    with pytest.raises(ModelError, match=r"cannot be called with \(\(4, 6\) float32\)"):
+        from_function(lambda p, x: x @ p["v"] @ x, {"v": W}, X)

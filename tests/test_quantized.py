@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from helpers import linen
 
-from mpjax import apply, compiled, cost, emulate, models, quantized, sensitivity
-from mpjax.formats import FORMATS, parse
+from mpjax import compiled, cost, emulation, sensitivity
+from mpjax.apply import apply
+from mpjax.formats import FORMATS, parse, storage
+from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -59,26 +61,26 @@ def test_rounding_is_the_oracles(name, shape, summed):
     for seed in range(2):
         weights = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
         weights[(0,) * len(shape)] = 0
-        found = quantized.round_weights(weights, FORMATS[name], summed)
+        found = storage.round_weights(weights, FORMATS[name], summed)
         # a scale that differs in its last bit moves a number by that, or over a midpoint
         np.testing.assert_allclose(found, oracle(weights, name, summed), rtol=3e-7, atol=1e-7)
-        again = quantized.round_weights(found, FORMATS[name], summed)
+        again = storage.round_weights(found, FORMATS[name], summed)
         np.testing.assert_allclose(again, found, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 4, 4)])
 def test_four_bits_are_packed_two_in_a_byte(shape):
     numbers = np.random.default_rng(0).integers(-8, 8, shape).astype(np.int8)
-    stored = quantized.packed(jnp.asarray(numbers))
+    stored = storage.packed(jnp.asarray(numbers))
     assert stored.dtype == jnp.uint8 and stored.nbytes == -(-numbers.size // 2)
-    np.testing.assert_array_equal(quantized.unpacked(stored, shape), numbers)
+    np.testing.assert_array_equal(storage.unpacked(stored, shape), numbers)
 
 
 def test_weights_of_zero_and_huge_ones_stay():
     for name in NAMES:
-        np.testing.assert_array_equal(quantized.round_weights(np.zeros((4, 2), np.float32), FORMATS[name], (0,)), 0)
+        np.testing.assert_array_equal(storage.round_weights(np.zeros((4, 2), np.float32), FORMATS[name], (0,)), 0)
         huge = np.full((64, 2), 3e38, np.float32)
-        assert np.isfinite(quantized.round_weights(huge, FORMATS[name], (0,))).all()
+        assert np.isfinite(storage.round_weights(huge, FORMATS[name], (0,))).all()
 
 
 class Net(nn.Module):
@@ -92,7 +94,7 @@ class Net(nn.Module):
 def net():
     keys = jax.random.split(jax.random.key(0), 3)
     batches = [(jax.random.normal(key, (4, 8, 8, 5), jnp.float32),) for key in keys[1:]]
-    return models.from_linen(Net(), Net().init(keys[0], *batches[0]), *batches[0]), batches
+    return from_linen(Net(), Net().init(keys[0], *batches[0]), *batches[0]), batches
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -103,18 +105,18 @@ def test_they_go_through_scores_apply_compile_report_and_files(net, name, tmp_pa
     assert np.isfinite(scores.value).all() and (scores.value > 0).all()
     assert {f"{each}" for each in scores.status.ravel()} == {"ok"}
     # the score of a layer is half the mean squared change of the outputs, as measured, where it is the last
-    alone = apply.apply(model, {"second": name})
+    alone = apply(model, {"second": name})
     change = np.stack([alone.call(alone.params, *b) - model.call(model.params, *b) for b in batches])
     np.testing.assert_allclose(scores.value[2, 0], 0.5 * (np.float64(change) ** 2).sum(-1).mean(), rtol=1e-4)
     static = cost.static(model, (name,), *batches[0])
-    mixed = apply.apply(model, dict.fromkeys(model.names, name))
+    mixed = apply(model, dict.fromkeys(model.names, name))
     for layer, counted in zip(model.layers, static.weight_bytes[:, -1], strict=True):
         kernel, scale = mixed.params[layer.kernel]
         found = kernel.nbytes + (0 if scale is None else scale.nbytes)
-        assert found == counted == quantized.stored_bytes(fmt, layer.kernel_shape, layer.summed)
+        assert found == counted == storage.stored_bytes(fmt, layer.kernel_shape, layer.summed)
         assert kernel.nbytes == -(-layer.weights * fmt.bits // 8)
     program = compiled.compile(mixed, batches)
-    override = emulate.in_format(dict.fromkeys(model.names, fmt))
+    override = emulation.in_format(dict.fromkeys(model.names, fmt))
     for batch in batches:
         np.testing.assert_allclose(program(*batch), model.call(model.params, *batch, override=override), atol=1e-5)
     report = program.report()
@@ -134,15 +136,15 @@ def test_a_full_copy_takes_memory(name):
     """What the report says of a real program, against XLA's own analysis of its memory."""
     module, size = nn.Dense(512, use_bias=False), 4 * 512 * 512
     model, batches = linen(module, 64, 512)
-    program = compiled.compile(apply.apply(model, {"Dense": name}), batches)
+    program = compiled.compile(apply(model, {"Dense": name}), batches)
     (row,) = program.report().rows
-    temporary = program.program.compiled.memory_analysis().temp_size_in_bytes
+    temporary = program.executable.compiled.memory_analysis().temp_size_in_bytes
     assert row["full_copy"] == (temporary >= size), temporary
     assert ("storage only" in str(program.report())) == row["full_copy"]
 
 
 def test_a_full_copy_is_seen_and_its_absence_too():
-    from mpjax import hlo
+    from mpjax.xla import hlo
 
     text = """
 %fused (p: s8[64,6]) -> f32[64,6] {

@@ -40,10 +40,10 @@ from experiments.models.efficientnet import CLASSES, SIZE, BatchNorm, load_effic
 from experiments.problems import classifier_data
 from experiments.problems.benchmarks import in_batches, kl_error
 from experiments.problems.classifier_data import BATCH, Part
-from mpjax import emulate, losses, metrics, models, plan, search, sensitivity
+from mpjax import emulation, losses, metrics, plan, search, sensitivity, xla
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
-from mpjax.models import Model
+from mpjax.program import Model, from_linen
 from mpjax.search import Assignment, Measurement, Problem
 from mpjax.sensitivity import Scores
 
@@ -130,7 +130,7 @@ def main(config: Config) -> None:
     config = config.effective
     size = QUICK if config.quick else FULL
     folder = report.run_folder(config.results, "classifier")
-    environment = report.environment(device=common.device_name())
+    environment = xla.environment()
     pieces = common.Pieces(folder / "pieces", common.piece_key(environment, seed=config.seed), fresh=config.fresh)
     calibration, heldout = (part.first(size.images) for part in classifier_data.frames(seed=config.seed))
     sanity, labels = classifier_data.sanity_images()
@@ -169,7 +169,7 @@ def load(batch_norm: BatchNorm) -> Model:
         experiments.lib.assets.AssetError: it could not be fetched.
     """
     module, variables = load_efficientnet(assets.fetch(MODEL), batch_norm=batch_norm)
-    return models.from_linen(module, variables, jnp.zeros((1, SIZE, SIZE, 3), jnp.float32))
+    return from_linen(module, variables, jnp.zeros((1, SIZE, SIZE, 3), jnp.float32))
 
 
 def facts(data: Data, size: Size) -> dict[str, Any]:
@@ -252,7 +252,7 @@ class Form:
         """Ranges of the activations on the calibration images."""
 
         def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
-            found = emulate.calibrate(self.model, self.data.calibration.batches)
+            found = emulation.calibrate(self.model, self.data.calibration.batches)
             return {}, {"ranges": found}, Ledger(forward=self.size.images, compilations=1)
 
         return dict(self.piece("ranges", compute).meta["ranges"])

@@ -25,7 +25,7 @@ from experiments.searches.__main__ import TOLERANCES
 from mpjax import cost, metrics, search
 from mpjax.evaluation import Evaluation
 from mpjax.files import write_bytes
-from mpjax.problem import Assignment, Measurement
+from mpjax.search.problem import Assignment, Measurement
 
 COLUMNS = tuple(
     Column(key=key, title=key)

@@ -9,11 +9,12 @@ import numpy as np
 from experiments.estimators.rows import FORMATS, Cost, Damping, Interaction, Quadrature
 from experiments.estimators.steps import Bench
 from experiments.lib.run import Computed
-from mpjax import from_loss, gradients, metrics, sensitivity
+from mpjax import metrics, sensitivity
 from mpjax.losses import OUTPUT
-from mpjax.models import Batches, Params
-from mpjax.rounding_scores import output_size
+from mpjax.program import Batches, Params
 from mpjax.search import Assignment
+from mpjax.sensitivity import from_loss, gradients
+from mpjax.sensitivity.output_probes import output_size
 
 EPSILONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2)  # of the mean non-zero eigenvalue
 KINDS = ("cross_terms", "diagonal")

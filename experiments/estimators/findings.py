@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.estimators.rows import FORMATS, Interaction, Row
-from mpjax.sensitivity import ZERO
+from mpjax.sensitivity import Status
 
 NO_DATA = ("rounding_norm", "depth", "random")
 WEIGHTS_ONLY = ("quadratic", "gauss_newton", "first_order", "fisher", "trace", "top_eigenvalue", "logdet")
@@ -33,7 +33,7 @@ def findings(rows: Sequence[Row], pairs: Sequence[Interaction]) -> list[str]:
     ]
     zero: dict[str, list[str]] = {}
     for row in rows:
-        if row.status == ZERO:
+        if row.status == Status.ZERO:
             zero.setdefault(row.label, []).append(f"{row.model} {row.format}")
     always = [name for name, cells in zero.items() if len(cells) == len(models) * len(FORMATS)]
     if always:

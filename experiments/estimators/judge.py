@@ -13,7 +13,7 @@ from scipy import stats
 
 from experiments.estimators.rows import TOLERANCES
 from mpjax import metrics, search
-from mpjax.sensitivity import INDEFINITE, NOT_FINITE, OK, OVERFLOW, UNCONVERGED, ZERO
+from mpjax.sensitivity import Status
 
 
 def kendall(a: ArrayLike, b: ArrayLike) -> float | None:
@@ -67,9 +67,12 @@ def layers_low(
 def row_status(statuses: Sequence[str]) -> str:
     """One word for the layers' statuses: "zero_by_construction" if all are, else the worst of them, "ok" if none is bad."""
     present = set(statuses)
-    if present == {ZERO}:
-        return ZERO
-    return next((bad for bad in (OVERFLOW, NOT_FINITE, UNCONVERGED, INDEFINITE) if bad in present), OK)
+    if present == {Status.ZERO}:
+        return Status.ZERO
+    return next(
+        (bad for bad in (Status.OVERFLOW, Status.NOT_FINITE, Status.UNCONVERGED, Status.INDEFINITE) if bad in present),
+        Status.OK,
+    )
 
 
 def _orders_nothing(values: np.ndarray) -> bool:

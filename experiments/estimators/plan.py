@@ -7,7 +7,7 @@ from typing import Any
 
 from experiments.problems.benchmarks import Benchmark
 from mpjax import losses, sensitivity
-from mpjax.emulate import Calibration
+from mpjax.emulation import Calibration
 from mpjax.losses import Loss
 from mpjax.sensitivity import Scorer, Spectra
 

@@ -15,15 +15,15 @@ from experiments.estimators.plan import Case, Sizes, cases
 from experiments.estimators.rows import FORMATS, TOLERANCES, Row
 from experiments.lib.run import Computed, Run
 from experiments.problems.benchmarks import Benchmark, first
-from mpjax import emulate, losses, metrics, sensitivity
+from mpjax import emulation, losses, metrics, sensitivity
 from mpjax.evaluation import Evaluation
 from mpjax.files import Piece
 from mpjax.ledger import Ledger
 from mpjax.losses import Loss
-from mpjax.rounding_scores import output_size
-from mpjax.scores import Timed
 from mpjax.search import Assignment, Measurement
-from mpjax.sensitivity import OK, ZERO, Scores, pack, unpack
+from mpjax.sensitivity import Scores, Status, pack, unpack
+from mpjax.sensitivity.output_probes import output_size
+from mpjax.sensitivity.timed import Timed
 
 TIMED = ("seconds", "compile_seconds", "peak_mb", "compilations")
 
@@ -35,7 +35,7 @@ class Bench:
         self.benchmark, self.sizes, self.run, self.seed = benchmark, sizes, run, seed
         self.name, self.layers = benchmark.name, benchmark.model.names
         self.key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(self.name.encode()))
-        self.calibration = emulate.calibrate(benchmark.model, benchmark.batches)
+        self.calibration = emulation.calibrate(benchmark.model, benchmark.batches)
         self._evaluation = Evaluation(
             benchmark.model, benchmark.batches, FORMATS, benchmark.error, calibration=self.calibration
         )
@@ -199,9 +199,9 @@ def rows_of(bench: Bench, judged: Judged, truth: Truth) -> list[Row]:
     """One row per format."""
     scores, case, rows = judged.scores, judged.case, []
     for number, fmt in enumerate(FORMATS):
-        statuses = [ZERO] * len(bench.layers) if scores is None else scores.statuses(fmt).tolist()
+        statuses = [Status.ZERO] * len(bench.layers) if scores is None else scores.statuses(fmt).tolist()
         status, true = row_status(statuses), truth.on(case.examples)[number]
-        empty = status == ZERO
+        empty = status == Status.ZERO
         agreed = agreement([] if empty else list(judged.draws[:, :, number]), true)
         counts = [None] * len(TOLERANCES) if empty else judged.lowered[number]
         measures: dict[str, Any] = {
@@ -217,7 +217,7 @@ def rows_of(bench: Bench, judged: Judged, truth: Truth) -> list[Row]:
                 estimator=case.name,
                 loss=case.loss.name if scores is None else scores.loss,
                 status=status,
-                not_ok="; ".join(_layers(bad, statuses, bench.layers) for bad in sorted({*statuses} - {OK})),
+                not_ok="; ".join(_layers(bad, statuses, bench.layers) for bad in sorted({*statuses} - {Status.OK})),
                 ceiling=metrics.spearman(true, truth.whole[number]),
                 layers=len(bench.layers),
                 metric=bench.benchmark.error_name,

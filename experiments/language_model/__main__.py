@@ -40,10 +40,11 @@ from experiments.problems.benchmarks import in_batches
 from experiments.storage import report as storage_report
 from experiments.storage import store as storage
 from experiments.storage.store import CONFIDENCE, HEADLINE
-from mpjax import apply, losses, models, search, sensitivity
+from mpjax import losses, search, sensitivity, xla
+from mpjax.apply import apply
 from mpjax.files import jsonable
 from mpjax.ledger import Ledger
-from mpjax.models import Array, Model
+from mpjax.program import Array, Model, from_nnx
 from mpjax.search import Assignment, Measurement
 
 MODEL, WINDOW = "smollm2", 128
@@ -93,7 +94,7 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     size = QUICK if config.quick else FULL
     folder = report.run_folder(config.results, "language_model")
-    environment = report.environment(device=common.device_name())
+    environment = xla.environment()
     key = common.piece_key(environment, seed=config.seed, size=vars(size), text=text_data.digest())
     pieces = common.Pieces(folder / "pieces", key, fresh=config.fresh)
     subject = Subject(size, pieces, config.seed)
@@ -166,7 +167,7 @@ class Subject:
         # A mix that the scores of some windows led to is accepted on others.
         self.scored, self.calibration = (in_batches((windows[start::2],), 2) for start in (0, 1))
         self.heldout = in_batches((self.windows(heldout.joined, size.heldout),), 2)
-        self.model: Model = models.from_nnx(self.language.module, *self.calibration[0])
+        self.model: Model = from_nnx(self.language.module, *self.calibration[0])
         self.store = storage.Store(self.model, storage.FORMATS, *self.calibration[0])
         float32 = Assignment.uniform(self.model.names)
         self.reference = {
@@ -329,8 +330,8 @@ def timed(subject: Subject, headline: Mapping[str, str], *, quick: bool) -> tupl
         inputs[PHASES[1]][name] = [(t[:, -1:], k["keys"], k["values"], after) for t, k in zip(texts, kept, strict=True)]
     rows = []
     for phase in PHASES[1:] if quick else PHASES:
-        model = models.from_nnx(language.module, *inputs[phase][""][0])
-        programs = {name: apply.apply(model, assignment) for name, assignment in wanted.items()}
+        model = from_nnx(language.module, *inputs[phase][""][0])
+        programs = {name: apply(model, assignment) for name, assignment in wanted.items()}
         rows += storage_report.timed(phase, plain, programs, inputs[phase], subject.store.bytes_of({}), ROUNDS)
     return rows, generate(language, PROMPT, 8)
 

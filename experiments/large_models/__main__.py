@@ -17,7 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mpjax import apply, compiled, models, sensitivity
+from mpjax import compiled, sensitivity
+from mpjax.apply import apply
+from mpjax.program import from_function
 
 BATCH = 4
 
@@ -52,13 +54,13 @@ def main() -> None:
     jax.make_jaxpr(function)(params, *batches[0])
     tracing = time.perf_counter() - start
     start = time.perf_counter()
-    model = models.from_function(function, params, *batches[0])
+    model = from_function(function, params, *batches[0])
     print(f"{len(model.layers)} layers, {weights / 1e6:.0f} MB of weights")
     print(f"jax's tracing {tracing:.2f} s, making the Model {time.perf_counter() - start:.2f} s")
     print(f"memory of making it: {(peak() - base) / weights:.2f} copies of the weights", flush=True)
 
     before = peak()
-    mixed = apply.apply(model, dict.fromkeys(model.names, "bfloat16"))
+    mixed = apply(model, dict.fromkeys(model.names, "bfloat16"))
     print(f"apply: {(peak() - before) / weights:.2f} copies more", flush=True)
     start = time.perf_counter()
     program = compiled.compile(mixed, batches)

@@ -13,10 +13,9 @@ from experiments.lib.run import ROOT as ROOT
 from experiments.lib.run import check_names, source_digest
 from experiments.lib.run import commit as commit
 from experiments.lib.run import peak_memory_mb as peak_memory_mb
-from mpjax import timing
 from mpjax.files import Checkpoint, Piece
 from mpjax.ledger import Ledger
-from mpjax.timing import device_name as device_name
+from mpjax.xla import timing
 
 
 def piece_key(environment: Mapping[str, Any], **more: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from mpjax.files import Piece as Piece
 from mpjax.files import jsonable as jsonable
 from mpjax.files import write_bytes
 from mpjax.files import write_json as write_json
-from mpjax.timing import environment as environment
+from mpjax.xla.timing import environment as environment
 
 
 def run_folder(root: str | Path, experiment: str) -> Path:

@@ -29,10 +29,10 @@ from experiments.lib.contract import SCHEMA, validate
 from experiments.lib.page import Code, Picture, Section, render
 from experiments.lib.plots import Figure, plt
 from experiments.lib.rows import Table, schema
-from mpjax import sensitivity, timing
+from mpjax import sensitivity, xla
 from mpjax.files import Checkpoint, Piece, jsonable, write_bytes, write_json
 from mpjax.ledger import Ledger
-from mpjax.models import Batches, Model
+from mpjax.program import Batches, Model
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST = 150_000  # bytes of a CSV that docs/ shows
@@ -65,7 +65,7 @@ class Run:
         self.name, self.config = name, config
         self.folder = config.results / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.environment = timing.environment(device=timing.device_name())
+        self.environment = xla.environment()
         self.ledger = Ledger()
         self._start, self._piece_seconds, self._reused = time.perf_counter(), 0.0, list[str]()
         versions = {key: value for key, value in self.environment.items() if key != "date"}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mpjax import timing
+from mpjax.xla import timing
 
 
 class Quartiles(NamedTuple):

@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import matplotlib
 import tyro
 
+from mpjax import xla
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -29,11 +31,12 @@ from experiments.lib import common, report
 from experiments.lib.pages import Column, csv_table
 from experiments.problems import benchmarks
 from experiments.problems.benchmarks import Benchmark
-from mpjax import emulate, metrics, sensitivity
+from mpjax import emulation, metrics, sensitivity
 from mpjax.files import write_bytes
-from mpjax.gradients import scored
 from mpjax.losses import flat
-from mpjax.scores import Scores, Timed
+from mpjax.sensitivity.gradients import scored
+from mpjax.sensitivity.scores import Scores
+from mpjax.sensitivity.timed import Timed
 
 FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float16_acc16", "float32")
 LOW = FORMATS[:-1]
@@ -88,7 +91,7 @@ def main(config: Config) -> None:
         for name in config.models:
             benchmark = benchmarks.load(name, config.examples)
             single, key = benchmark.rebatched(1), jax.random.key(0)
-            calibration = emulate.calibrate(benchmark.model, benchmark.batches)
+            calibration = emulation.calibrate(benchmark.model, benchmark.batches)
             truth = sensitivity.measured(calibration=calibration)(benchmark.model, benchmark.batches, LOW, key)
             plain = vjp_seconds(single, config.probes)
             rows.append(row(benchmark, truth, truth, plain))
@@ -128,7 +131,7 @@ def row(benchmark: Benchmark, scores: Scores, truth: Scores, plain: float) -> di
         "spearman_min": min(defined, default=None),
         "formats": "+".join(sorted(scores.formats)),
         "examples": benchmark.examples,
-        "device": common.device_name(),
+        "device": xla.device_name(),
         "jax": jax.__version__,
     }
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.lib import assets, common, report
+from experiments.lib import assets, common
 from experiments.models.minilm import encode, load_minilm, load_tokenizer
 from experiments.problems import text_data
 from experiments.sentence_encoder.__main__ import LENGTH, spread
+from mpjax import xla
 from mpjax.files import write_json
 
 TEXTS = 64
@@ -49,7 +50,7 @@ def main() -> None:
         "largest_number": float(np.abs(theirs).max()),
         "topics_sha256": text_data.digest(),
         "versions": {name: version(name) for name in ("sentence-transformers", "torch", "jax", "flax")},
-        "environment": report.environment(device=common.device_name()),
+        "environment": xla.environment(),
         "commit": common.commit(),
     }
     if not least >= LEAST:

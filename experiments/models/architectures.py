@@ -25,8 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mpjax import models
-from mpjax.models import Batches, Model, merged
+from mpjax.program import Batches, Model, from_linen, from_nnx, merged
 
 TOKENS, WORDS, WIDTH = 12, 50, 32
 
@@ -263,7 +262,7 @@ def architecture(name: str) -> Architecture:
             params=nnx.to_pure_dict(parts[1]),
             batches=batches,
             plain=lambda params, x: merged(*parts, params)(x),
-            make=lambda: models.from_nnx(llama, *batches[0]),
+            make=lambda: from_nnx(llama, *batches[0]),
         )
     module = LINEN[name][0]()
     variables: Any = module.init(keys[0], *batches[0])
@@ -274,7 +273,7 @@ def architecture(name: str) -> Architecture:
         params=variables["params"],
         batches=batches,
         plain=lambda params, x: module.apply({**others, "params": params}, x),
-        make=lambda: models.from_linen(module, variables, *batches[0]),
+        make=lambda: from_linen(module, variables, *batches[0]),
     )
 
 

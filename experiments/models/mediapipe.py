@@ -4,8 +4,7 @@ import jax.numpy as jnp
 
 from experiments.lib import assets
 from experiments.models.tflite_import import load_tflite
-from mpjax import models
-from mpjax.models import Model
+from mpjax.program import Model, from_linen
 
 
 def imported(name: str, outputs: tuple[str, ...], size: int) -> Model:
@@ -15,4 +14,4 @@ def imported(name: str, outputs: tuple[str, ...], size: int) -> Model:
         experiments.lib.assets.AssetError: it could not be fetched.
     """
     graph = load_tflite(assets.fetch(name), outputs=outputs)
-    return models.from_linen(graph.module, graph.variables, jnp.zeros((1, size, size, 3), jnp.float32))
+    return from_linen(graph.module, graph.variables, jnp.zeros((1, size, size, 3), jnp.float32))

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from experiments.models.tflite_graph import LAYERS, Graph, Op, TFLiteError, read
-from mpjax.resize import doubled
+from mpjax.kernels.resize import doubled
 
 __all__ = ["Imported", "TFLiteError", "TFLiteModule", "load_tflite"]
 
@@ -178,7 +178,7 @@ def compute(op: Op, inputs: Sequence[jax.Array], *, plain: bool = False) -> jax.
         case "avg_pool":
             return _mean_pool(x, op)
         case "resize":
-            return _resized(x, op.places) if op.places else doubled(x, way="xla" if plain else "blend")
+            return _resized(x, op.places) if op.places else doubled(x, implementation="xla" if plain else "blend")
         case "reshape":
             return x.reshape(x.shape[0], *op.shape)
         case "transpose":

@@ -36,7 +36,7 @@ from experiments.number_formats import figures as number_formats_figures
 from experiments.number_formats.core import GRIDS, VALUE, Grid, Tally, operands, share_rows, tally, total
 from experiments.problems import benchmarks, data
 from experiments.problems.benchmarks import Benchmark
-from mpjax import emulate
+from mpjax import emulation, xla
 from mpjax.ledger import Ledger
 
 ROW_FIELDS: dict[str, Any] = {
@@ -108,7 +108,7 @@ def main(config: Config) -> None:
         "experiment": "number_formats",
         "command": " ".join(["python -m experiments.number_formats", *sys.argv[1:]]),
         "config": report.jsonable(config),
-        "environment": report.environment(device=common.device_name()),
+        "environment": xla.environment(),
         "seconds": time.perf_counter() - start,
         "ledger": ledger.as_dict(),
         "rows": rows,
@@ -160,7 +160,7 @@ def layout_row(grid: Grid) -> dict[str, Any]:
 def model_tallies(benchmark: Benchmark) -> tuple[Tally, Tally, Ledger]:
     """What formats do to the model's weights, and to its layers' inputs on the benchmark's examples."""
     model, batches = benchmark.model, benchmark.batches
-    calibration = emulate.calibrate(model, batches)
+    calibration = emulation.calibrate(model, batches)
     amax = {name: jnp.float32(each) for name, each in calibration.items()}
     run, count = jax.jit(operands(model)), jax.jit(tally)
     found = []

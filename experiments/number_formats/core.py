@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mpjax.formats import FORMATS, Format, amax_scale, round_to
-from mpjax.models import Layer, Model, Product
+from mpjax.program import Layer, Model, Product
 
 VALUE = Fraction("0.3952")
 

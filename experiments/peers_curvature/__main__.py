@@ -39,7 +39,7 @@ from experiments.lib.run import Options, Run
 from experiments.peers_curvature import figures, measure
 from experiments.peers_curvature.networks import Network, cnn_network, mlp_network
 from experiments.peers_curvature.rows import CURVLINOPS, PASSES, PYHESSIAN, Check, Row, findings
-from mpjax.models import Params
+from mpjax.program import Params
 
 AGREE = 1e-4  # largest accepted relative difference between the frameworks, ‖a - b‖ / ‖b‖
 

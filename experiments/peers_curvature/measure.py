@@ -37,11 +37,13 @@ from experiments.peers_curvature.rows import (
     z_scores,
 )
 from experiments.problems import data, pose
-from mpjax import curvature, emulate, estimate, from_loss, gradients, models, partition
+from mpjax import curvature, emulation, partition
+from mpjax.curvature import estimates
 from mpjax.ledger import Ledger
-from mpjax.models import Params
 from mpjax.partition import Block
-from mpjax.scores import Scores
+from mpjax.program import Override, Params
+from mpjax.sensitivity import from_loss, gradients
+from mpjax.sensitivity.scores import Scores
 
 TARGET = 0.1  # median relative standard error at which times are compared
 FORMATS = ("bfloat16",)  # the scorers want one; a trace does not depend on it
@@ -88,16 +90,16 @@ def pose_passes(*, rounds: int) -> Measured:
     """The pose model's gradient and HVP of its output loss on one crop; mpjax alone."""
     model, crop = pose.model(), jnp.asarray(data.pose_crops().calibration.images[:1])
 
-    def landmarks(params: Params, override: models.Override | None) -> jax.Array:
+    def landmarks(params: Params, override: Override | None) -> jax.Array:
         return data.landmarks_xy(model.call(params, crop, override=override)["Identity"])
 
     target = jax.jit(lambda p: landmarks(p, None))(model.params)
 
-    def loss_with(override: models.Override | None) -> Loss:
+    def loss_with(override: Override | None) -> Loss:
         return lambda p: 0.5 * jnp.sum((landmarks(p, override) - target) ** 2)
 
     # In both, depthwise convolutions are computed in a way that is quick on a CPU.
-    losses = {PLAIN: loss_with(emulate.in_format({})), MATRIX: loss_with(gradients.scored)}
+    losses = {PLAIN: loss_with(emulation.in_format({})), MATRIX: loss_with(gradients.scored)}
     rows, ledger = _timed(pose.MODEL, our_passes(losses, model.params, signs(model.params, 0)), rounds)
     return rows, ledger + Ledger(forward=1, compilations=1)
 
@@ -170,9 +172,9 @@ def whole_traces(network: Network, twin: Any, *, products: int, rounds: int, see
     compile_seconds: dict[Name, float] = {}
     methods: tuple[Literal["hutchinson", "xtrace"], ...] = ("hutchinson", "xtrace")
     for method in methods:
-        estimator = estimate.trace(num_probes=products, method=method)
+        estimator = estimates.trace(num_probes=products, method=method)
 
-        def whole(params: Params, key: jax.Array, estimator: estimate.Estimator = estimator) -> estimate.Estimate:
+        def whole(params: Params, key: jax.Array, estimator: estimates.Estimator = estimator) -> estimates.Estimate:
             return estimator(curvature.block_hessian(network.loss, params, network.everything), key)
 
         program, compile_seconds[best, method] = compiled(whole, network.params, jax.random.key(seed))
@@ -182,8 +184,8 @@ def whole_traces(network: Network, twin: Any, *, products: int, rounds: int, see
         functions[CURVLINOPS, kind] = partial(twin.curvlinops_trace, kind, products)
     times = in_rounds({name: results.clock(name, function) for name, function in functions.items()}, rounds)
 
-    estimates = [one for method in methods for one in results[best, method]]
-    ledger = sum((one.ledger for one in estimates), Ledger(compilations=len(methods)))
+    runs = [one for method in methods for one in results[best, method]]
+    ledger = sum((one.ledger for one in runs), Ledger(compilations=len(methods)))
     every: dict[Name, Sampled] = {}
     for name, found in results.items():
         numbers = [one.value for one in found] if name[0] == best else found
@@ -234,9 +236,9 @@ def _compared(sampled: Sampled, reference: Sampled, i: int) -> dict[str, Any]:
 def top_eigenvalues(network: Network, twin: Any, *, depth: int, seed: int) -> Measured:
     """The eigenvalue of largest magnitude: mpjax's Lanczos, PyHessian's power iteration, curvlinops with SciPy's eigsh."""
 
-    def lanczos(params: Params, key: jax.Array) -> estimate.Estimate:
+    def lanczos(params: Params, key: jax.Array) -> estimates.Estimate:
         operator = curvature.block_hessian(network.loss, params, network.everything)
-        return estimate.top_eigenvalue(depth=depth)(operator, key)
+        return estimates.top_eigenvalue(depth=depth)(operator, key)
 
     key, row = jax.random.key(seed), partial(Row, network=network.name, quantity="top_eigenvalue")
     program, compile_seconds = compiled(lanczos, network.params, key)

@@ -14,9 +14,10 @@ from flax.traverse_util import flatten_dict
 
 from experiments.peers_curvature.rows import MATRIX, PLAIN
 from experiments.problems import data
-from mpjax import gradients, models, partition
-from mpjax.models import Params
+from mpjax import partition
 from mpjax.partition import Block, Partition
+from mpjax.program import Override, Params, from_linen
+from mpjax.sensitivity import gradients
 
 Loss = Callable[[Params], jax.Array]
 
@@ -125,7 +126,7 @@ def network(
     name: str,
     module: nn.Module,
     inputs: np.ndarray,
-    overrides: Mapping[str, models.Override | None],
+    overrides: Mapping[str, Override | None],
     seed: int,
     *,
     together: int = 1,
@@ -136,9 +137,9 @@ def network(
     x = jnp.asarray(inputs)
     labels = jnp.arange(x.shape[0]) % module.classes  # type: ignore[attr-defined]
     params = module.init(jax.random.key(seed), x)["params"]
-    model = models.from_linen(module, {"params": params}, x)
+    model = from_linen(module, {"params": params}, x)
 
-    def loss_with(override: models.Override | None) -> Loss:
+    def loss_with(override: Override | None) -> Loss:
         def loss(p: Params) -> jax.Array:
             logits = model.call(flatten_dict(p, sep="/"), x, override=override)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()

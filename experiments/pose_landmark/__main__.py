@@ -26,8 +26,9 @@ from experiments.lib.run import Options, Run
 from experiments.pose_landmark import figures, steps
 from experiments.pose_landmark.rows import EMULATED, EXECUTED, FORMATS, Executed, Program, Row, agreement, layers
 from experiments.problems import data, pose
-from mpjax import metrics, models, plan
+from mpjax import metrics, plan
 from mpjax.ledger import Ledger
+from mpjax.program import with_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ def main(config: Config) -> None:
     run.depends_on(crops=plan.digest(crops.calibration.images, crops.evaluation.images), seed=config.seed)
     parity = run.piece("parity with LiteRT", lambda: steps.litert_parity(base, evaluation)).meta["parity"]
 
-    model = models.with_output(base, pose.in_torso_units)
+    model = with_output(base, pose.in_torso_units)
     scores = steps.all_scores(run, model, calibration, probes=config.probes, seed=config.seed)
     ranking = scores["local_rounding"]
     emulators = {fmt: steps.Emulator(model, fmt, calibration) for fmt in FORMATS}

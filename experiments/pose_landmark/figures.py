@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from experiments.lib.plots import GREEN, PALETTE, RED, Axes, Figure, plt
-from mpjax.sensitivity import ZERO, Scores
+from mpjax.sensitivity import Scores, Status
 
 # Limbs of the 33 landmarks, for drawing only.
 LIMBS = (
@@ -25,7 +25,7 @@ def sensitivity(scores: Sequence[Scores], fmt: str, lowered: frozenset[str]) -> 
         colours = [GREEN if name in lowered else RED for name in names]
         axis.bar(np.arange(len(names)), np.where(np.isfinite(values), values, 0), color=colours, width=0.8)
         positive = values[np.isfinite(values) & (values > 0)]
-        if np.all(score.statuses(fmt) == ZERO):
+        if np.all(score.statuses(fmt) == Status.ZERO):
             axis.text(
                 0.5, 0.5, f"zero by construction: no weight changes in {fmt}", ha="center", transform=axis.transAxes
             )

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.lib.rows import Table, column
 from mpjax import metrics
-from mpjax.models import Model
+from mpjax.program import Model
 from mpjax.search import Assignment
 from mpjax.sensitivity import Scores
 

@@ -17,10 +17,11 @@ from experiments.pose_landmark.rows import EMULATED, EXECUTED, FORMATS, Executed
 from experiments.problems import data, pose
 from experiments.problems.benchmarks import landmark_error
 from experiments.problems.pose import Split
-from mpjax import apply, compiled, metrics, search, sensitivity
+from mpjax import compiled, metrics, search, sensitivity
+from mpjax.apply import apply
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
-from mpjax.models import Model
+from mpjax.program import Model
 
 CURVATURE_CROPS = 8  # of the calibration crops, for the two scores whose cost per crop is large
 CURVE_POINTS = 10
@@ -210,11 +211,11 @@ def executed_rows(
     """
     examples = [(jnp.asarray(evaluation.crops.images[i : i + 1]),) for i in (0, len(evaluation.torso) // 2)]
     everything = dict.fromkeys(base.names, EXECUTED)
-    variants = {"fp32": base, "all": apply.apply(base, everything), "mixed": apply.apply(base, outcome.assignment)}
+    variants = {"fp32": base, "all": apply(base, everything), "mixed": apply(base, outcome.assignment)}
     programs = {}
     with progress("compiling and verifying", len(variants)) as advance:
         for name, variant in variants.items():
-            programs[name] = compiled.compile(variant, examples, lowering="rule")
+            programs[name] = compiled.compile(variant, examples, implementation="rule")
             advance()
     calls: dict[str, Callable[[], Any]] = {name: functools.partial(p, *examples[0]) for name, p in programs.items()}
     times = interleaved(calls, rounds=rounds)

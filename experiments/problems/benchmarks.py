@@ -30,10 +30,10 @@ from experiments.models.mediapipe import imported as imported
 from experiments.problems import data, eyes
 from experiments.problems.digits import SIZE, TRAIN, DigitsCNN, Settings, split, trained
 from experiments.problems.pose import in_torso_units, splits
-from mpjax import models, plan
+from mpjax import plan
 from mpjax.files import Checkpoint
-from mpjax.models import Batches, Model
-from mpjax.scores import examples_in
+from mpjax.program import Batches, Model, from_linen, with_output
+from mpjax.sensitivity.task import examples_in
 
 Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -129,7 +129,7 @@ def pose(*, count: int = 8, batch: int | None = None) -> Benchmark:
     arrays = (crops.calibration.images[take], _torsos(crops, base)[take])
     return Benchmark(
         name="pose_landmark_full",
-        model=models.with_output(base, in_torso_units),
+        model=with_output(base, in_torso_units),
         batches=in_batches(arrays, batch or _divisor(count, 4)),
         error=landmark_error(33),
         error_name="NME",
@@ -158,7 +158,7 @@ def iris(*, count: int = 8, batch: int | None = None) -> Benchmark:
     base = imported("iris_landmark", _IRIS_OUTPUTS, eyes.EYE_SIZE)
     return Benchmark(
         name="iris_landmark",
-        model=models.with_output(base, iris_in_eye_widths),
+        model=with_output(base, iris_in_eye_widths),
         batches=in_batches((crops.images, crops.unit), batch or _divisor(count, 4)),
         error=landmark_error(76),
         error_name="NME",
@@ -185,7 +185,7 @@ def face(*, count: int = 4, batch: int | None = None) -> Benchmark:
     base = imported("face_landmark", _FACE_OUTPUTS, eyes.FACE_SIZE)
     return Benchmark(
         name="face_landmark",
-        model=models.with_output(base, face_in_eye_distances),
+        model=with_output(base, face_in_eye_distances),
         batches=in_batches((crops.images, crops.unit), batch or _divisor(count, 4)),
         error=landmark_error(468),
         error_name="NME",
@@ -217,7 +217,7 @@ def digits(*, count: int = TRAIN, batch: int | None = None) -> Benchmark:
     images, labels, size = train.images[:count], train.labels[:count], batch or _divisor(count, 160)
     return Benchmark(
         name="digits_cnn",
-        model=models.from_linen(DigitsCNN(), {"params": params}, example),
+        model=from_linen(DigitsCNN(), {"params": params}, example),
         batches=in_batches((images,), size),
         labelled=in_batches((images, labels), size),
         error=kl_error,

@@ -28,7 +28,7 @@ from experiments.models.efficientnet import SIZE, normalised
 from experiments.problems import benchmarks
 from experiments.problems.data import VIDEOS, DataError
 from mpjax.files import Checkpoint
-from mpjax.models import Batches
+from mpjax.program import Batches
 
 PLACES = 2  # that the nine videos show
 BATCH = 4

@@ -33,7 +33,8 @@ import numpy as np
 from experiments.lib import assets
 from experiments.lib.progress import progress
 from experiments.models.tflite_import import load_tflite
-from mpjax import emulate, models
+from mpjax import emulation
+from mpjax.program import from_linen
 
 SIZE = 256  # pixels, side of a crop
 VIDEOS = (
@@ -269,8 +270,10 @@ _Run = Callable[[np.ndarray], tuple[np.ndarray, float]]  # pixels -> (39, 5) lan
 
 def _runner(path: Path) -> _Run:
     imported = load_tflite(path, outputs=("Identity", "Identity_1"))
-    model = models.from_linen(imported.module, imported.variables, np.zeros(imported.input_shape, np.float32))
-    override = emulate.in_format({})  # float32 as emulation has it: quicker on a CPU than XLA's depthwise convolutions
+    model = from_linen(imported.module, imported.variables, np.zeros(imported.input_shape, np.float32))
+    override = emulation.in_format(
+        {}
+    )  # float32 as emulation has it: quicker on a CPU than XLA's depthwise convolutions
     call = jax.jit(lambda params, x: model.call(params, x, override=override))
 
     def run(pixels: np.ndarray) -> tuple[np.ndarray, float]:

@@ -9,8 +9,8 @@ import numpy as np
 
 from experiments.models.mediapipe import imported
 from experiments.problems import data
-from mpjax import emulate
-from mpjax.models import Batches, Model
+from mpjax import emulation
+from mpjax.program import Batches, Model
 
 MODEL = "pose_landmark_full"
 BATCH = 4  # crops in one call where many are evaluated
@@ -44,7 +44,7 @@ def in_torso_units(outputs: Mapping[str, jax.Array], torso: jax.Array) -> jax.Ar
 
 def splits(base: Model, *crops: data.CropSet) -> list[Split]:
     """The crops with the float32 model's own output."""
-    override = emulate.in_format({})  # float32 as emulation has it: quicker on a CPU than XLA's convolutions
+    override = emulation.in_format({})  # float32 as emulation has it: quicker on a CPU than XLA's convolutions
     run = jax.jit(lambda params, images: base.call(params, images, override=override)["Identity"])
     made = []
     for part in crops:

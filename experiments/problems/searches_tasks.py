@@ -21,13 +21,13 @@ import numpy as np
 
 from experiments.problems import benchmarks, data, digits, eyes
 from experiments.problems.benchmarks import Benchmark
-from mpjax import emulate, sensitivity
+from mpjax import emulation, sensitivity
 from mpjax.cost import Costs
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
-from mpjax.models import Batches
-from mpjax.problem import Problem
-from mpjax.scores import examples_in
+from mpjax.program import Batches
+from mpjax.search.problem import Problem
+from mpjax.sensitivity.task import examples_in
 
 FORMATS = ("bfloat16", "float8_e4m3fn", "float16_acc16")  # scored together
 SETS = (("bfloat16",), ("bfloat16", "float8_e4m3fn"), ("float16_acc16",))  # searched
@@ -64,9 +64,9 @@ class Task:
         return self.benchmark.name
 
     @functools.cached_property
-    def calibration(self) -> emulate.Calibration:
+    def calibration(self) -> emulation.Calibration:
         """Ranges of the activations, from the calibration examples."""
-        return emulate.calibrate(self.benchmark.model, self.benchmark.batches)
+        return emulation.calibrate(self.benchmark.model, self.benchmark.batches)
 
     def evaluation(self, formats: Sequence[str]) -> Evaluation:
         """The user's error on the calibration data, compiled once for these formats."""

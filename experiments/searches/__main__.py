@@ -35,11 +35,12 @@ from experiments.problems import benchmarks, searches_tasks
 from experiments.problems.searches_tasks import FORMATS, MODELS, SETS, Predicted, Task
 from experiments.searches import pareto_figure
 from experiments.searches import report as searches_report
-from mpjax import apply, compiled, cost, graph, pareto, plan, search
-from mpjax import predicted as optimum
+from mpjax import compiled, cost, plan, search, xla
+from mpjax.apply import apply
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
-from mpjax.search import Assignment, Measurement, Problem, Result, Strategy
+from mpjax.program import graph
+from mpjax.search import Assignment, Measurement, Problem, Result, Strategy, optimum, pareto
 
 TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
 BUDGET = 150  # evaluations of one search
@@ -108,16 +109,16 @@ def ways(formats: Sequence[str], seed: int) -> list[Way]:
             Way(name="greedy", scorer=PREDICTED, strategy=search.greedy(), objective="bytes"),
             Way(name="ilp", scorer=PREDICTED, strategy=search.ilp(), objective="bytes"),
             Way(name="ilp", scorer=PREDICTED, strategy=search.ilp(), confidence=0.95, objective="bytes"),
-            Way(name="quadratic", scorer=CROSSED, strategy=search.quadratic(time_limit=TIME_LIMIT), objective="bytes"),
+            Way(name="quadratic", scorer=CROSSED, strategy=search.iqp(time_limit=TIME_LIMIT), objective="bytes"),
         ]
     found = [
         Way(name="binary", scorer=PREDICTED, strategy=search.binary()),
         Way(name="greedy", scorer=CROSSED, strategy=search.greedy()),
         Way(name="ilp", scorer=PREDICTED, strategy=search.ilp()),
         Way(name="ilp[extend=0]", scorer=PREDICTED, strategy=search.ilp(extend=0)),
-        Way(name="quadratic[extend=24]", scorer=CROSSED, strategy=search.quadratic(extend=24, time_limit=TIME_LIMIT)),
+        Way(name="quadratic[extend=24]", scorer=CROSSED, strategy=search.iqp(extend=24, time_limit=TIME_LIMIT)),
         Way(name="ilp", scorer=PREDICTED, strategy=search.ilp(), confidence=0.95),
-        Way(name="quadratic", scorer=CROSSED, strategy=search.quadratic(time_limit=TIME_LIMIT)),
+        Way(name="quadratic", scorer=CROSSED, strategy=search.iqp(time_limit=TIME_LIMIT)),
         Way(name="last_first", scorer=NONE, strategy=search.last_first()),
         Way(name="random", scorer=NONE, strategy=search.random(seed=seed)),
         Way(name="segments", scorer=NONE, strategy=search.segments()),
@@ -137,7 +138,7 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     config = config.effective
     folder = report.run_folder(config.results, "searches")
-    environment = report.environment(device=common.device_name())
+    environment = xla.environment()
     key = common.piece_key(environment, scipy=scipy.__version__, seed=config.seed)
     pieces = common.Pieces(folder / "pieces", key, fresh=config.fresh)
     tables: dict[str, list[dict[str, Any]]] = {
@@ -275,7 +276,7 @@ class Runner:
             measured = list(known.items())[before:]
             arrays = {
                 "index": np.array(
-                    [[(search.FLOAT32, *formats).index(a[name]) for name in layers] for a, _ in measured], np.int8
+                    [[(search.REFERENCE, *formats).index(a[name]) for name in layers] for a, _ in measured], np.int8
                 ),
                 "values": np.array([[m.value, _nan(m.low), _nan(m.high)] for _, m in measured]).reshape(-1, 3),
             }
@@ -287,7 +288,7 @@ class Runner:
 
         piece = self.piece(f"{joined}, tolerance {tolerance:g}", compute, tolerances=self.config.tolerances)
         self.each[formats] = piece.meta["each"]
-        names = np.array((search.FLOAT32, *formats))
+        names = np.array((search.REFERENCE, *formats))
         for index, (value, low, high) in zip(piece.arrays["index"], piece.arrays["values"], strict=True):
             assignment = Assignment(dict(zip(layers, names[index].tolist(), strict=True)))
             known[assignment] = Measurement(value=value, low=low, high=high, confidence=0.95)
@@ -382,13 +383,13 @@ class Runner:
         counts = np.array([number.bit_count() for number in range(len(table))])
 
         def look_up(assignment: Assignment) -> Measurement:
-            number = sum(1 << i for i, layer in enumerate(layers) if assignment[layer] != search.FLOAT32)
+            number = sum(1 << i for i, layer in enumerate(layers) if assignment[layer] != search.REFERENCE)
             return Measurement(value=float(table[number]))
 
         rows = []
         for tolerance in self.config.tolerances:
             limit = tolerance * float(table[-1])
-            optimum = int(counts[table <= limit].max())
+            most = int(counts[table <= limit].max())
             for way in ways((fmt,), self.config.seed):
                 if way.objective != "layers" or way.confidence is not None:
                     continue
@@ -404,8 +405,8 @@ class Runner:
                         "strategy": way.name,
                         "layers": len(layers),
                         "layers_low": len(result.assignment.lowered),
-                        "optimum": optimum,
-                        "missing": optimum - len(result.assignment.lowered),
+                        "optimum": most,
+                        "missing": most - len(result.assignment.lowered),
                         "evaluations": result.ledger.evaluations,
                     }
                 )
@@ -479,7 +480,7 @@ class Runner:
         def compute() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
             programs, refused = {}, {}
             for name, assignment in plans.items():
-                each = apply.apply(model, assignment) if assignment.lowered else model
+                each = apply(model, assignment) if assignment.lowered else model
                 try:
                     programs[name] = compiled.compile(each, inputs)
                 except compiled.MiscompiledError as error:
@@ -549,7 +550,7 @@ def random_problems() -> tuple[dict[str, Any], dict[str, Any], Ledger]:
 
 
 def solver_row(
-    where: str, solver: str, problem: Problem, share: float, seconds: float, found: optimum.Choice
+    where: str, solver: str, problem: Problem, share: float, seconds: float, found: optimum.Solution
 ) -> dict[str, Any]:
     """One row of the table of solvers."""
     return {

@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 
 from experiments.lib import report
 from experiments.lib.pages import Column
-from mpjax.pareto import Point, rows
+from mpjax.search.pareto import Point, rows
 
 
 def write(folder: Path, name: str, points: Sequence[Point], *, metric: str = "measured loss") -> Path:

@@ -12,7 +12,7 @@ import numpy as np
 
 from experiments.lib import report
 from experiments.lib.pages import Column, Picture, Section
-from mpjax.pareto import Point
+from mpjax.search.pareto import Point
 
 Row = Mapping[str, Any]
 SHORT = {"pose_landmark_full": "pose", "iris_landmark": "iris", "digits_cnn": "digits"}

@@ -37,11 +37,12 @@ from experiments.problems.benchmarks import in_batches
 from experiments.storage import report as storage_report
 from experiments.storage import store as storage
 from experiments.storage.store import CONFIDENCE, HEADLINE
-from mpjax import apply, compiled, cost, models, search, sensitivity
+from mpjax import compiled, cost, search, sensitivity, xla
+from mpjax.apply import apply
 from mpjax.evaluation import Evaluation
 from mpjax.files import jsonable
 from mpjax.ledger import Ledger
-from mpjax.models import Batches, Model
+from mpjax.program import Batches, Model, from_nnx, with_activation_products
 from mpjax.search import Assignment, Measurement
 
 MODEL, LENGTH = "minilm", 128
@@ -89,7 +90,7 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     size = QUICK if config.quick else FULL
     folder = report.run_folder(config.results, "sentence_encoder")
-    environment = report.environment(device=common.device_name())
+    environment = xla.environment()
     key = common.piece_key(environment, seed=config.seed, size=vars(size), text=text_data.digest())
     pieces = common.Pieces(folder / "pieces", key, fresh=config.fresh)
     subject = Subject(size, pieces, config.seed)
@@ -102,7 +103,7 @@ def main(config: Config) -> None:
         advance()
         headline = {each["layer"]: each["as_int4"] for each in assignments}
         uniform = {fmt: dict.fromkeys(subject.model.names, fmt) for fmt in storage.FORMATS}
-        small = {name: apply.apply(subject.model, each) for name, each in {**uniform, "mixed_w": headline}.items()}
+        small = {name: apply(subject.model, each) for name, each in {**uniform, "mixed_w": headline}.items()}
         speed = timed(subject, {**programs, **(dict(list(small.items())[:2]) if config.quick else small)})
         advance()
     at_eight = {row["variant"]: row for row in speed if row["batch"] == "batch 8"}
@@ -156,7 +157,7 @@ class Subject:
         ]
         self.calibration, self.heldout = (in_batches(part, 8) for part in parts)
         self.module = load_minilm(assets.fetch(MODEL))
-        self.model: Model = models.from_nnx(self.module, *self.calibration[0])
+        self.model: Model = from_nnx(self.module, *self.calibration[0])
         self.store = storage.Store(self.model, storage.FORMATS, *self.calibration[0])
         self.ledger = Ledger()
         self._drifts: dict[tuple[Assignment, str], np.ndarray] = {}
@@ -275,7 +276,7 @@ def lowered(subject: Subject, tolerance: float) -> tuple[Table, Table, dict[str,
     the search measures, too; where they alone drift further than the tolerance, in float32.
     """
     model = subject.model
-    costs = cost.measure(model, (FAST,), *subject.calibration[0], lowering="rule", rounds=5)
+    costs = cost.measure(model, (FAST,), *subject.calibration[0], implementation="rule", rounds=5)
     assert costs.seconds is not None
     problem = search.Problem(
         layers=model.names,
@@ -300,7 +301,7 @@ def lowered(subject: Subject, tolerance: float) -> tuple[Table, Table, dict[str,
     searches = []
     for name, limit in limits.items():
         found, attention = solved(problem, evaluations, limit)
-        programs[name] = apply.apply(model, with_attention(model, found.assignment, attention), lowering="rule")
+        programs[name] = apply(model, with_attention(model, found.assignment, attention), implementation="rule")
         program = compiled.compile(programs[name], subject.heldout[:2])
         outputs = np.concatenate([np.asarray(program(*batch)) for batch in subject.heldout])
         off = float(drift(outputs, subject.reference["heldout"]).mean())
@@ -333,7 +334,7 @@ def emulated(subject: Subject) -> dict[str, Callable[[Assignment], Measurement]]
     """Format of attention's products -> calibration drift of an assignment of the layers, by emulation."""
     truth = subject.reference["calibration"]
     evaluate = Evaluation(
-        models.with_activation_products(subject.model),
+        with_activation_products(subject.model),
         subject.calibration,
         (FAST,),
         lambda low, _: drift(low, truth),

@@ -47,7 +47,7 @@ from experiments.problems import searches_tasks
 from experiments.problems.benchmarks import first
 from experiments.speed import report as speed_report
 from experiments.speed.run import IN_UNITS, LANDMARKS, Job
-from mpjax import plan, search, sensitivity, timing
+from mpjax import plan, search, sensitivity, xla
 from mpjax.files import jsonable, write_json
 from mpjax.ledger import Ledger
 from mpjax.search import Problem
@@ -83,7 +83,7 @@ class Config:
 
     def __post_init__(self) -> None:
         common.check_models(self.models, (*IN_UNITS, *ENCODERS))
-        there = timing.cores()
+        there = xla.cores()
         if not self.cores or not all(1 <= each <= there for each in self.cores):
             raise SystemExit(f"--cores: this process may use 1 to {there} cores; found {self.cores}.")
         if not self.batches or min(self.batches) < 1 or self.rounds < 3:
@@ -104,7 +104,7 @@ def main(config: Config) -> None:
     start = time.perf_counter()
     config = config.effective
     folder = report.run_folder(config.results, "speed")
-    environment = report.environment(device=common.device_name())
+    environment = xla.environment()
     litert = importlib.metadata.version("ai-edge-litert")
     flags = os.environ.get("XLA_FLAGS", "")
     key = common.piece_key(environment, quick=config.quick, rounds=config.rounds, litert=litert, xla_flags=flags)

@@ -73,7 +73,7 @@ LAYERS_TABLE = (
     Column(key="executed", title="operands executed"),
     Column(key="result", title="result"),
     Column(key="opcode", title="by"),
-    Column(key="way", title="way"),
+    Column(key="implementation", title="implementation"),
     Column(key="weight_bytes", title="bytes"),
     Column(key="flops", title="FLOP"),
     Column(key="share", title="share of time", format=".1%"),

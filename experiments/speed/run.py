@@ -22,9 +22,12 @@ from experiments.lib import assets
 from experiments.models.encoder import ENCODERS, EncoderStack, random_encoder
 from experiments.models.tflite_import import load_tflite
 from experiments.problems import benchmarks, pose, searches_tasks
-from mpjax import apply, autotune, compiled, cost, executable, models, timing, verification
+from mpjax import compiled, cost, xla
+from mpjax.apply import apply
+from mpjax.compiled import tuning, verification
 from mpjax.files import jsonable, write_json
-from mpjax.models import Batches, Model
+from mpjax.program import Batches, Model, from_linen
+from mpjax.xla import executable, timing
 
 TOKENS = 128
 FAILURES = (compiled.MiscompiledError, jax.errors.JaxRuntimeError)
@@ -115,7 +118,7 @@ def main(job: Job) -> dict[str, Any]:
                 "model": job.model,
                 "outputs": job.outputs,
                 "batch": job.batch,
-                "cores": timing.cores(),
+                "cores": xla.cores(),
                 "variant": name,
                 "ms_median": float(np.median(times[name])),
                 "ms_min": float(times[name].min()),
@@ -154,7 +157,7 @@ def low_precision(job: Job, subject: Subject) -> tuple[dict[str, compiled.Compil
     products = (each.name for each in subject.model.lowerable)  # attention's, too, as Flax's dtype= has it
     everything = {"bf16_profitable": dict.fromkeys(products, "bfloat16")}
     wanted = {"fp32_tuned": subject.model} | {
-        name: apply.apply(subject.model, assignment, lowering="rule")
+        name: apply(subject.model, assignment, implementation="rule")
         for name, assignment in (job.assignments or everything).items()
     }
     programs: dict[str, compiled.Compiled] = {}
@@ -164,19 +167,19 @@ def low_precision(job: Job, subject: Subject) -> tuple[dict[str, compiled.Compil
         tuned = job.tune and (name in ("fp32_tuned", "mixed") or job.model in ENCODERS)
         choice = None
         try:
-            choice = autotune.tune(model, subject.batches, cache=job.cache) if tuned else None
+            choice = tuning.tune(model, subject.batches, cache=job.cache) if tuned else None
         except FAILURES as error:
             notes.append(f"{name} was not tuned: {error}")
         try:
-            programs[name] = compiled.compile(model, subject.batches, lowering=choice or "rule")
+            programs[name] = compiled.compile(model, subject.batches, implementation=choice or "rule")
         except FAILURES as error:
             notes.append(f"{name}: {error}")
             continue
         if choice is not None:
             start = time.perf_counter()
-            again = autotune.tune(model, subject.batches, cache=job.cache)
+            again = tuning.tune(model, subject.batches, cache=job.cache)
             again_seconds = time.perf_counter() - start
-            by_rule = compiled.compile(model, subject.batches, lowering="rule")
+            by_rule = compiled.compile(model, subject.batches, implementation="rule")
             seconds = in_turns(
                 {
                     "rule": lambda p=by_rule: p(*subject.batches[0]),
@@ -224,7 +227,7 @@ class Peer:
 def all_low(subject: Subject) -> float:
     """The user's error with every layer in bfloat16: what a tolerance is a share of."""
     assert subject.judge is not None
-    low = apply.apply(subject.model, dict.fromkeys(subject.model.names, "bfloat16"), lowering="rule")
+    low = apply(subject.model, dict.fromkeys(subject.model.names, "bfloat16"), implementation="rule")
     return subject.judge(compiled.compile(low, subject.batches), subject.naive)
 
 
@@ -232,7 +235,7 @@ def interpreter(file: Path, batch: int) -> Peer:
     """LiteRT with XNNPACK, float32, on all cores of this process."""
     from ai_edge_litert.interpreter import Interpreter
 
-    found = Interpreter(str(file), num_threads=timing.cores())
+    found = Interpreter(str(file), num_threads=xla.cores())
     inputs = found.get_input_details()[0]
     shape = [batch, *inputs["shape"][1:].tolist()]
     found.resize_tensor_input(inputs["index"], shape)
@@ -255,7 +258,7 @@ def litert_fp16(file: Path, batch: int) -> Peer:
     if batch != 1:
         raise ValueError("timed for a batch of one only")
     options = Options.create()
-    options.cpu_options.num_threads = timing.cores()
+    options.cpu_options.num_threads = xla.cores()
     options.cpu_options.xnnpack_flags = _FORCE_FP16
     found = CompiledModel.from_file(str(file), options=options)
     names = found.get_signature_by_index(0)["outputs"]
@@ -303,7 +306,7 @@ def vision(job: Job) -> Subject:
         return float(np.mean(task.benchmark.error(landmarks(run), landmarks(reference))))
 
     return Subject(
-        model=models.from_linen(graph.module, graph.variables, batches[0][0]),
+        model=from_linen(graph.module, graph.variables, batches[0][0]),
         naive=_jitted(load_tflite(file, outputs=keep, plain=True).module, graph.variables),
         plain_bfloat16=_jitted(low.module, low.variables),
         batches=batches[:2],
@@ -319,7 +322,7 @@ def encoder(job: Job) -> Subject:
     (module, variables, x), (_, _, other) = made
     plain = EncoderStack(layers=layers, width=width, heads=heads, dtype=jnp.bfloat16)
     return Subject(
-        model=models.from_linen(module, variables, x),
+        model=from_linen(module, variables, x),
         naive=_jitted(module, variables),
         plain_bfloat16=_jitted(plain, variables),
         batches=[(x,), (other,)],
@@ -343,12 +346,17 @@ def layer_costs(job: Job) -> dict[str, Any]:
         task.benchmark.model,
         ("bfloat16",),
         *task.costed,
-        lowering="auto",
+        implementation="auto",
         rounds=job.rounds,
         options=options,
         cache=job.cache,
     )
-    return {"layers": list(found.layers), "formats": list(found.formats), "seconds": found.seconds, "ways": found.ways}
+    return {
+        "layers": list(found.layers),
+        "formats": list(found.formats),
+        "seconds": found.seconds,
+        "ways": found.implementations,
+    }
 
 
 # --- timing -------------------------------------------------------------------------------------------------------

@@ -21,8 +21,11 @@ from jax import lax  # noqa: E402
 
 from experiments.lib import common, report  # noqa: E402
 from experiments.lib.pages import Column  # noqa: E402
-from mpjax import depthwise, executable, formats, lowering, resize, timing  # noqa: E402
-from mpjax.files import jsonable, write_json  # noqa: E402
+from mpjax import formats, kernels, xla
+from mpjax.files import jsonable, write_json
+from mpjax.kernels import resize, shift
+from mpjax.program import Product
+from mpjax.xla import executable, timing
 
 DOCS = common.ROOT / "docs/speed_examples"
 NHWC = ("NHWC", "HWIO", "NHWC")
@@ -31,7 +34,7 @@ NARROW_VECTORS = executable.EXACT | executable.NO_YNN
 ROUNDS = 15
 COLUMNS = (
     Column(key="example", title="example"),
-    Column(key="way", title="way"),
+    Column(key="implementation", title="implementation"),
     Column(key="options", title="options"),
     Column(key="us", title="µs", format=".1f"),
     Column(key="vs_first", title="/ first", format=".2f"),
@@ -67,29 +70,30 @@ def convolution(way: str, strides: tuple[int, int] = (1, 1), groups: int = 1) ->
     """A convolution in a way."""
 
     def function(x: jax.Array, w: jax.Array) -> jax.Array:
-        return lowering.convolution(
-            way,
-            x,
-            w,
-            strides,
-            "SAME",
+        product = Product(
+            kind="conv",
+            function=lax.conv_general_dilated,
+            window_strides=strides,
+            padding="SAME",
+            lhs_dilation=(1, 1),
+            rhs_dilation=(1, 1),
             dimension_numbers=NHWC,
             feature_group_count=groups,
-            preferred_element_type=jnp.float32,
         )
+        return kernels.implemented(product, way).multiply(x, w, accumulate="float32")
 
     return function
 
 
 def in_one_block(x: jax.Array, w: jax.Array) -> jax.Array:
     """A depthwise convolution without blocks of channels."""
-    size, depthwise._FIRST_LEVEL_CACHE = depthwise._FIRST_LEVEL_CACHE, 10**12
-    depthwise._shifted_sum.clear_cache()  # type: ignore[attr-defined]
+    size, shift._FIRST_LEVEL_CACHE = shift._FIRST_LEVEL_CACHE, 10**12
+    shift._shifted_sum.clear_cache()  # type: ignore[attr-defined]
     try:
         return convolution("shift", groups=x.shape[3])(x, w)
     finally:
-        depthwise._FIRST_LEVEL_CACHE = size
-        depthwise._shifted_sum.clear_cache()  # type: ignore[attr-defined]
+        shift._FIRST_LEVEL_CACHE = size
+        shift._shifted_sum.clear_cache()  # type: ignore[attr-defined]
 
 
 def products(rows: int, inner: int, columns: int) -> list[Way]:
@@ -106,7 +110,8 @@ def products(rows: int, inner: int, columns: int) -> list[Way]:
     if rows < 4:
 
         def padded(x: jax.Array, w: jax.Array) -> jax.Array:
-            return lowering.contraction("rows", x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+            product = Product(kind="dot", function=lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())))
+            return kernels.implemented(product, "rows").multiply(x, w, accumulate="float32")
 
         found.append(Way(name="bfloat16, rows up to four", function=padded, arguments=low, options=ON))
     return found
@@ -168,8 +173,13 @@ def examples() -> dict[str, list[Way]]:
             for name, each in (("float32", activations), ("bfloat16", low))
         ],
         "resize 128 x 128 x 8 to 256 x 256": [
-            Way(name=way, function=lambda x, way=way: resize.doubled(x, way=way), arguments=(image,), options=OFF)
-            for way in resize.WAYS
+            Way(
+                name=way,
+                function=lambda x, way=way: resize.doubled(x, implementation=way),
+                arguments=(image,),
+                options=OFF,
+            )
+            for way in resize.IMPLEMENTATIONS
         ],
     }
 
@@ -187,7 +197,7 @@ def main() -> None:
         rows += [
             {
                 "example": name,
-                "way": way.name,
+                "implementation": way.name,
                 "options": executable.name(way.options),
                 "us": median,
                 "vs_first": median / medians[0],
@@ -195,7 +205,7 @@ def main() -> None:
             for way, median in zip(ways, medians, strict=True)
         ]
     report.print_table(rows, COLUMNS)
-    where = report.environment(device=timing.device_name())
+    where = xla.environment()
     DOCS.mkdir(parents=True, exist_ok=True)
     write_json(DOCS / "examples.json", {"environment": jsonable(where), "commit": common.commit(), "rows": rows})
     print(f"{where['device']}, {where['cores']} cores, jax {where['jax']}, {where['date'][:10]}")

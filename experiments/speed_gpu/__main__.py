@@ -40,9 +40,12 @@ from experiments.lib.pages import Column, Picture, Section
 from experiments.models.encoder import ENCODERS, random_encoder
 from experiments.models.tflite_import import load_tflite
 from experiments.problems import data
-from mpjax import apply, autotune, compiled, emulate, executable, metrics, models, timing
+from mpjax import compiled, emulation, metrics, xla
+from mpjax.apply import apply
+from mpjax.compiled import tuning
 from mpjax.ledger import Ledger
-from mpjax.models import Batches, Model
+from mpjax.program import Batches, Model, from_linen
+from mpjax.xla import executable, timing
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -142,7 +145,7 @@ def main(config: Config) -> None:
     """Measure, write everything, and print where the report is."""
     check_device(config)
     start = time.perf_counter()
-    environment = report.environment(device=common.device_name())
+    environment = xla.environment()
     folder = report.run_folder(config.results, "speed_gpu")
     rows, ledger = measured(config, environment["device"], deadline=time.monotonic() + 60 * config.minutes)
     summary = report.jsonable(
@@ -174,7 +177,7 @@ def check_device(config: Config) -> None:
     backend = jax.default_backend()
     if backend != "gpu" and not config.cpu:
         raise SystemExit(
-            f"No GPU found: jax {jax.__version__} runs on {backend} ({common.device_name()}). This needs an NVIDIA GPU, its "
+            f"No GPU found: jax {jax.__version__} runs on {backend} ({xla.device_name()}). This needs an NVIDIA GPU, its "
             "driver, and jax[cuda12] (scripts/bench_gpu installs it). For a dry run without one: scripts/bench_gpu --cpu --quick."
         )
 
@@ -305,7 +308,7 @@ def load(config: Config, name: str, batch: int) -> Case:
         return Case(model=pose_model(), batches=batches)
     module, variables, x = random_encoder(*ENCODERS[name], tokens=config.tokens, batch=2 * batch, seed=config.seed)
     return Case(
-        model=models.from_linen(module, variables, x[:1]),
+        model=from_linen(module, variables, x[:1]),
         batches=[(x[:batch],), (x[batch:],)],
         plain_bf16=Model(params=variables, layers=(), call=module.clone(dtype=jnp.bfloat16).apply),
     )
@@ -315,9 +318,7 @@ def load(config: Config, name: str, batch: int) -> Case:
 def pose_model() -> Model:
     """The pose model with all of its outputs."""
     imported = load_tflite(assets.fetch(POSE), plain=True)
-    return models.from_linen(
-        imported.module, imported.variables, jnp.zeros((1, *imported.input_shape[1:]), jnp.float32)
-    )
+    return from_linen(imported.module, imported.variables, jnp.zeros((1, *imported.input_shape[1:]), jnp.float32))
 
 
 @functools.cache
@@ -345,7 +346,7 @@ def build(case: Case, variant: str) -> Run:
 
 def jitted(model: Model, batches: Batches, precision: str) -> Run:
     """A plain jitted run; the precision of its products is fixed while it is traced."""
-    function, arguments = autotune.as_function(model, batches[0])
+    function, arguments = tuning.as_function(model, batches[0])
 
     def traced(*each: Any) -> Any:
         with jax.default_matmul_precision(precision):
@@ -364,12 +365,12 @@ def by_mpjax(case: Case, variant: str) -> Run:
     calibration = None
     if variant == "fp8":
         require_fp8()
-        calibration = emulate.calibrate(case.model, case.batches)
+        calibration = emulation.calibrate(case.model, case.batches)
     assignment = dict.fromkeys(case.model.names, FORMATS[variant])
     activations = "bfloat16" if variant == "bf16_activations" else "float32"
-    mixed = apply.apply(case.model, assignment, calibration=calibration, activations=activations)
+    mixed = apply(case.model, assignment, calibration=calibration, activations=activations)
     program = compiled.compile(mixed, [tuple(each[:2] for each in batch) for batch in case.batches])
-    function, (weights, *inputs) = autotune.as_function(mixed, case.batches[0])
+    function, (weights, *inputs) = tuning.as_function(mixed, case.batches[0])
     weights = jax.device_put(weights)
     whole = executable.build(function, (weights, *inputs), program.options)
     return functools.partial(whole, weights, *inputs)

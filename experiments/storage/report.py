@@ -15,10 +15,11 @@ from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 
 from experiments.lib import report
 from experiments.lib.pages import Column, Picture, Section
-from mpjax import compiled, timing
-from mpjax.models import Batches, Model
+from mpjax import compiled
+from mpjax.program import Batches, Model
 from mpjax.search import Result
 from mpjax.sensitivity import Scores
+from mpjax.xla import timing
 
 Row = Mapping[str, Any]
 ROW_FIELDS: dict[str, Any] = {
@@ -191,7 +192,7 @@ def timed(
     runs: dict[str, Callable[..., Any]] = dict(plain)
     facts: dict[str, tuple[int, str | None]] = {}
     for name, model in programs.items():
-        runs[name] = program = compiled.compile(model, given.get(name, given[""]), lowering="rule")
+        runs[name] = program = compiled.compile(model, given.get(name, given[""]), implementation="rule")
         copies = [each["full_copy"] for each in program.report().rows if each["full_copy"] is not None]
         facts[name] = (program.weight_bytes, f"{sum(copies)} of {len(copies)}" if copies else None)
     placed = {name: jax.device_put(given.get(name, given[""])[0]) for name in runs}

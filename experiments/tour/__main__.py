@@ -33,11 +33,14 @@ from experiments.lib import common, report
 from experiments.lib.pages import Column, Section
 from experiments.models.architectures import NAMES, Architecture, architecture
 from experiments.models.zoo import ZOO
-from mpjax import apply, compiled, evaluation, models, search, sensitivity, timing, verification
+from mpjax import compiled, evaluation, search, sensitivity, xla
+from mpjax.apply import apply
+from mpjax.compiled import verification
 from mpjax.files import jsonable
 from mpjax.ledger import Ledger
-from mpjax.models import Model
-from mpjax.program import named_leaves
+from mpjax.partition import named_leaves
+from mpjax.program import Model, from_function
+from mpjax.xla import timing
 
 FORMAT, PROBES, ROUNDS = "bfloat16", 4, 25
 EVERY = (*NAMES, *(f"zoo/{name}" for name in ZOO))
@@ -118,7 +121,7 @@ def main(config: Config) -> None:
         print(f"Left out, {len(missing)} models of packages that are not installed: pip install 'mpjax[zoo]'")
     if not rows:
         raise SystemExit("\n".join(failed) or "Nothing left to tour.")
-    environment = report.environment(device=common.device_name())
+    environment = xla.environment()
     folder = report.run_folder(config.results, "tour")
     summary = {
         "schema": report.SCHEMA,
@@ -155,7 +158,7 @@ def of_zoo(name: str) -> Architecture:
         params=params,
         batches=[inputs, tuple(jnp.roll(each, 1, axis=min(1, each.ndim - 1)) for each in inputs)],
         plain=function,
-        make=lambda: models.from_function(function, params, *inputs),
+        make=lambda: from_function(function, params, *inputs),
     )
 
 
@@ -173,7 +176,7 @@ def toured(subject: Architecture) -> tuple[dict[str, Any], str, Ledger]:
         lambda: sensitivity.local_rounding(num_probes=PROBES)(model, batches, (FORMAT,), jax.random.key(0))
     )
     low = dict.fromkeys((each.name for each in model.lowerable), FORMAT)
-    program, compile_seconds = timed(lambda: compiled.compile(apply.apply(model, low), batches))
+    program, compile_seconds = timed(lambda: compiled.compile(apply(model, low), batches))
     reached, left = weights_of(subject, model)
     row = {
         "architecture": subject.name,
@@ -198,7 +201,7 @@ def toured(subject: Architecture) -> tuple[dict[str, Any], str, Ledger]:
         "compile_seconds": compile_seconds,
     }
     found, ledger = searched(subject, model, scores) if subject.name in NAMES else (dict.fromkeys(SEARCHED), Ledger())
-    return {**row, **found}, models.summary(model), ledger + scores.ledger + Ledger(compilations=1)
+    return {**row, **found}, model.summary(), ledger + scores.ledger + Ledger(compilations=1)
 
 
 SEARCHED = ("layers_low", "error", "error_limit")
@@ -210,7 +213,7 @@ def searched(subject: Architecture, model: Model, scores: sensitivity.Scores) ->
     limit = 0.5 * evaluate(search.Assignment.uniform(model.names, FORMAT)).value
     problem = search.Problem(layers=model.names, formats=(FORMAT,), penalty=scores.value)
     result = search.solve(problem, search.binary(), evaluate=evaluate, tolerance=limit)
-    compiled.compile(apply.apply(model, result.assignment), subject.batches, lowering="rule")
+    compiled.compile(apply(model, result.assignment), subject.batches, implementation="rule")
     found = (len(result.assignment.lowered), result.measurement.value, limit)
     return dict(zip(SEARCHED, found, strict=True)), result.ledger + Ledger(compilations=1)
 
@@ -237,7 +240,7 @@ def weights_of(subject: Architecture, model: Model) -> tuple[float, str]:
     assert model.traced is not None
     sizes = {
         path: int(np.size(leaf))
-        for path, leaf in named_leaves(subject.params)
+        for path, leaf in named_leaves(subject.params).items()
         if np.size(leaf) > max(np.shape(leaf), default=1)
         and path in model.traced.first.used
         and not path.endswith(("scale", "bias"))

@@ -14,7 +14,7 @@ from experiments.lib import assets
 from experiments.models.tflite_import import load_tflite
 from experiments.problems import benchmarks, digits, eyes, optimum
 from experiments.problems.benchmarks import Benchmark
-from mpjax.models import check_batches
+from mpjax.program import check_batches
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 

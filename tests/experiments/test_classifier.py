@@ -27,7 +27,8 @@ from experiments.lib import assets, common, report
 from experiments.problems import classifier_data
 from experiments.problems.classifier_data import Part
 from experiments.problems.data import DataError
-from mpjax import models
+from mpjax import xla
+from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -67,7 +68,7 @@ def make_forms(folder) -> dict:
     forms = {}
     for form in FORMS:
         module = Net(norm=form == "kept")
-        model = models.from_linen(module, module.init(jax.random.key(1), x), x)
+        model = from_linen(module, module.init(jax.random.key(1), x), x)
         forms[form] = Form(form, model, make_data(), SIZE, pieces, 0)
     return forms
 
@@ -79,7 +80,7 @@ def summarised(tables, pieces) -> dict:
             "experiment": "classifier",
             "command": "test",
             "config": report.jsonable(Config()),
-            "environment": report.environment(device="test"),
+            "environment": xla.environment(),
             "seconds": 1.0,
             "ledger": pieces.ledger.as_dict(),
             **tables,

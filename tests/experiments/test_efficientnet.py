@@ -11,7 +11,8 @@ from experiments.models import efficientnet
 from experiments.models.efficientnet import EPSILON, SIZE, EfficientNetLite0, fold, load_efficientnet, normalised
 from experiments.models.torch_checkpoint import CheckpointError
 from experiments.problems import classifier_data
-from mpjax import metrics, models
+from mpjax import metrics
+from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -46,7 +47,7 @@ def kept():
 
 def test_forty_nine_convolutions_and_one_dense_layer(kept) -> None:
     module = EfficientNetLite0(batch_norm="kept")
-    model = models.from_linen(module, kept, jnp.zeros(EXAMPLE.shape, jnp.float32))
+    model = from_linen(module, kept, jnp.zeros(EXAMPLE.shape, jnp.float32))
     kinds = [layer.kind for layer in model.layers]
     assert (kinds.count("conv"), kinds.count("dot")) == (49, 1)
     assert model.names[:4] == ("stem", "block_00/depthwise", "block_00/project", "block_01/expand")

@@ -7,7 +7,9 @@ import pytest
 from scipy.special import erf, softmax
 
 from experiments.models.encoder import EncoderStack, random_encoder
-from mpjax import apply, metrics, models
+from mpjax import metrics
+from mpjax.apply import apply
+from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -53,7 +55,7 @@ def test_numpy_in_float64_agrees():
 
 def test_layers_are_found_in_order():
     module, variables, x = tiny()
-    model = models.from_linen(module, variables, x)
+    model = from_linen(module, variables, x)
     assert model.names == tuple(f"block_{number:02}/{name}" for number in range(LAYERS) for name in PER_BLOCK)
     assert not [each for each in model.others if each.path.endswith("kernel")]
 
@@ -64,7 +66,7 @@ def test_six_layers_a_block(layers, width, count):
     x = jnp.zeros((1, 4, width), jnp.float32)
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    assert len(models.from_linen(module, variables, x).layers) == count
+    assert len(from_linen(module, variables, x).layers) == count
 
 
 def test_weights_depend_on_the_seed_alone():
@@ -85,8 +87,8 @@ def test_plain_dtype_rounds_the_output():
 @pytest.mark.parametrize("activations", ["float32", "bfloat16"])
 def test_applied_bfloat16_is_close(activations):
     module, variables, x = tiny()
-    model = models.from_linen(module, variables, x)
-    low = apply.apply(model, dict.fromkeys(model.names, "bfloat16"), activations=activations)
+    model = from_linen(module, variables, x)
+    low = apply(model, dict.fromkeys(model.names, "bfloat16"), activations=activations)
     found = low.call(low.params, x)
     assert found.dtype == jnp.float32
     assert 0 < metrics.relative_error(found, module.apply(variables, x)) < 0.05

@@ -19,7 +19,8 @@ from experiments.estimators.rows import FORMATS, Row
 from experiments.estimators.steps import Bench, Truth
 from experiments.lib.run import Run
 from experiments.problems.benchmarks import Benchmark, first
-from mpjax import losses, models, sensitivity
+from mpjax import losses, sensitivity
+from mpjax.program import from_linen
 from mpjax.search import Assignment, Measurement
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -79,9 +80,9 @@ def test_layers_low_is_none_without_a_limit(value: float) -> None:
 
 
 def test_row_status_is_the_worst_and_zero_only_where_all_are() -> None:
-    zero, ok = sensitivity.ZERO, sensitivity.OK
+    zero, ok = sensitivity.Status.ZERO, sensitivity.Status.OK
     assert row_status([zero, zero]) == zero and row_status([zero, ok]) == ok
-    assert row_status([ok, sensitivity.INDEFINITE, sensitivity.OVERFLOW]) == sensitivity.OVERFLOW
+    assert row_status([ok, sensitivity.Status.INDEFINITE, sensitivity.Status.OVERFLOW]) == sensitivity.Status.OVERFLOW
 
 
 def test_truth_of_fewer_examples_is_their_mean_and_overflow_stays_infinite() -> None:
@@ -146,7 +147,7 @@ SIZES = Sizes(
 @pytest.fixture(scope="module")
 def tiny() -> Benchmark:
     x = jax.random.normal(jax.random.key(0), (6, 4), jnp.float32)
-    model = models.from_linen(Tiny(), Tiny().init(jax.random.key(1), x), x)
+    model = from_linen(Tiny(), Tiny().init(jax.random.key(1), x), x)
     labels = jnp.argmax(model.call(model.params, x), axis=-1).astype(jnp.int32)
     return Benchmark(
         name="digits_cnn",
@@ -203,7 +204,7 @@ def test_a_run_has_its_rows(tiny: Benchmark, ran: tuple[Path, dict[str, Any]]) -
 
 
 def test_cells_without_a_gradient_are_null(ran: tuple[Path, dict[str, Any]]) -> None:
-    rows = [row for row in ran[1]["rows"] if row["status"] == sensitivity.ZERO]
+    rows = [row for row in ran[1]["rows"] if row["status"] == sensitivity.Status.ZERO]
     assert {(row["estimator"], row["loss"]) for row in rows} == {("first_order", "output")}
     empty = ("spearman", "kendall", "topk_overlap", "layers_low_10", "layers_low_50", "seconds", "peak_mb")
     assert all(row[key] is None for row in rows for key in empty)

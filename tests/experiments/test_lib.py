@@ -19,7 +19,7 @@ from experiments.lib.page import Code, Picture, Section, render
 from experiments.lib.plots import BLUE, plt
 from experiments.lib.rows import Table, column, schema
 from experiments.lib.times import interleaved
-from mpjax import timing
+from mpjax import xla
 from mpjax.ledger import Ledger
 
 
@@ -94,7 +94,7 @@ def summary() -> dict[str, Any]:
         "experiment": "toy",
         "command": "python -m experiments.toy",
         "config": {"tolerance": [0.1, 10.0]},
-        "environment": timing.environment(device="CPU"),
+        "environment": xla.environment(),
         "seconds": 1.5,
         "ledger": Ledger(forward=3).as_dict(),
         "rows": [row, {**row, "name": "fp32", "nme": None, "nme_low": None, "nme_high": None}],

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from experiments.lib import assets
 from experiments.models.minilm import Shape, TextError, encode, load_minilm, load_tokenizer
-from mpjax.models import from_nnx
+from mpjax.program import from_nnx
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 

@@ -17,7 +17,8 @@ from experiments.number_formats import core
 from experiments.number_formats.core import GRIDS, LOW, VALUE, VARIANTS
 from experiments.problems import benchmarks
 from experiments.problems.benchmarks import Benchmark
-from mpjax import formats, models
+from mpjax import formats
+from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -231,7 +232,7 @@ class Net(nn.Module):
 
 def tiny(count: int, batch: int = 1) -> Benchmark:
     x = jax.random.normal(jax.random.key(0), (count, 6), jnp.float32)
-    model = models.from_linen(Net(), Net().init(jax.random.key(1), x), x[:batch])
+    model = from_linen(Net(), Net().init(jax.random.key(1), x), x[:batch])
     return Benchmark(
         name="pose_landmark_full",
         model=model,

@@ -13,7 +13,7 @@ from experiments.pose_landmark.__main__ import Config
 from experiments.pose_landmark.rows import FORMATS, Row, agreement, layers
 from mpjax.ledger import Ledger
 from mpjax.search import Assignment
-from mpjax.sensitivity import ZERO, Scores
+from mpjax.sensitivity import Scores, Status
 
 
 def scores(name: str, values: list[list[float]], status: str = "ok") -> Scores:
@@ -28,7 +28,7 @@ def scores(name: str, values: list[list[float]], status: str = "ok") -> Scores:
 ALL = {
     "measured": scores("measured", [[1, 3], [2, 2], [3, 1]]),
     "local_rounding": scores("local_rounding", [[1, 3], [2, 2], [3, 1]]),
-    "quadratic": scores("quadratic", [[0, 0]] * 3, ZERO),
+    "quadratic": scores("quadratic", [[0, 0]] * 3, Status.ZERO),
     "logdet": scores("logdet", [[3, 4], [2, 2], [1, 1]]),
 }
 

@@ -10,7 +10,9 @@ from experiments.lib import assets
 from experiments.models.tflite_graph import LAYERS
 from experiments.models.tflite_import import ACTIVATIONS, compute, load_tflite
 from experiments.problems import data
-from mpjax import apply, compiled, evaluation, metrics, models, search, sensitivity
+from mpjax import compiled, evaluation, metrics, search, sensitivity
+from mpjax.apply import apply
+from mpjax.program import from_linen, from_nnx, with_output
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("relaxed_promotion")]
 
@@ -83,9 +85,9 @@ def drift(low, exact):
 def test_linen_and_nnx_agree_on_the_pose_model(crops):
     path, batches = crops
     imported = load_tflite(path, outputs=("Identity",))
-    linen = models.from_linen(imported.module, imported.variables, *batches[0])
+    linen = from_linen(imported.module, imported.variables, *batches[0])
     twin = Twin(imported.module.graph, imported.variables["params"])
-    found = models.from_nnx(twin, *batches[0])
+    found = from_nnx(twin, *batches[0])
     assert linen.names == found.names == imported.layers and len(linen.names) == 72
     for one, two in zip(linen.layers, found.layers, strict=True):
         assert (one.kernel, one.kind, one.kernel_shape, one.flops) == (
@@ -96,13 +98,13 @@ def test_linen_and_nnx_agree_on_the_pose_model(crops):
         )
     results = []
     for model in (linen, found):
-        landmarks = models.with_output(model, lambda outputs: outputs["Identity"])
+        landmarks = with_output(model, lambda outputs: outputs["Identity"])
         scores = sensitivity.local_rounding(num_probes=2)(landmarks, batches, (FORMAT,), jax.random.key(0))
         evaluate = evaluation.Evaluation(landmarks, batches, (FORMAT,), drift)
         everything = evaluate(search.Assignment.uniform(model.names, FORMAT)).value
         problem = search.Problem(layers=model.names, formats=(FORMAT,), penalty=scores.value)
         result = search.solve(problem, search.binary(), evaluate=evaluate, tolerance=TOLERANCE * everything)
-        program = compiled.compile(apply.apply(landmarks, result.assignment), batches)
+        program = compiled.compile(apply(landmarks, result.assignment), batches)
         results.append((scores.value, result.assignment, everything, program(*batches[1])))
     (scores, assignment, everything, outputs), (scores_2, assignment_2, everything_2, outputs_2) = results
     np.testing.assert_allclose(scores, scores_2, rtol=1e-5)

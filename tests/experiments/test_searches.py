@@ -13,7 +13,9 @@ from experiments.problems.searches_tasks import SETS, Task
 from experiments.searches import __main__ as searches
 from experiments.searches import report as searches_report
 from experiments.searches.__main__ import ROW_FIELDS, Config, Runner, ways
-from mpjax import apply, models, plan
+from mpjax import plan, xla
+from mpjax.apply import apply
+from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -28,7 +30,7 @@ class Net(nn.Module):
 
 def make_task() -> Task:
     x = jax.random.normal(jax.random.key(0), (16, 6), jnp.float32)
-    model = models.from_linen(Net(), Net().init(jax.random.key(1), x), x)
+    model = from_linen(Net(), Net().init(jax.random.key(1), x), x)
     benchmark = Benchmark(
         name="digits_cnn",
         model=model,
@@ -52,7 +54,7 @@ def ran(tmp_path_factory):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         folder = tmp_path_factory.mktemp("searches")
         config = Config(quick=True, models=("digits_cnn",), tolerances=(0.1, 0.5))
-        environment = report.environment(device="test")
+        environment = xla.environment()
         pieces = common.Pieces(folder / "pieces", {"test": 1}, fresh=False)
         names = ("rows", "enumerated", "pareto", "latency", "costs", "scores", "solvers")
         tables: dict = {name: [] for name in names}
@@ -106,7 +108,7 @@ def test_a_second_run_measures_nothing_and_says_the_same(ran, monkeypatch) -> No
     pieces = common.Pieces(folder / "pieces", {"test": 1}, fresh=False)
     monkeypatch.setattr(searches.Timer, "__call__", lambda self, assignment: pytest.fail("measured again"))
     tables: dict = {name: [] for name in ("rows", "enumerated", "pareto", "latency", "costs", "scores", "solvers")}
-    Runner(make_task(), config, pieces, folder, report.environment(device="test")).run(tables, lambda steps=1: None)
+    Runner(make_task(), config, pieces, folder, xla.environment()).run(tables, lambda steps=1: None)
     for name in ("rows", "enumerated", "pareto"):
         assert report.jsonable(tables[name]) == summary[name]
 
@@ -119,7 +121,7 @@ def test_plans_can_be_applied_again(ran) -> None:
     assert found
     for path in (each for each in found if "acc16" not in each.name and "0.5" in each.name):
         loaded = plan.load(path)
-        mixed = apply.apply(model, loaded.for_model(model.names), calibration=loaded.calibration)
+        mixed = apply(model, loaded.for_model(model.names), calibration=loaded.calibration)
         errors = [
             task.benchmark.error(
                 np.float64(mixed.call(mixed.params, *batch)), np.float64(model.call(model.params, *batch))

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 from experiments.lib import assets
 from experiments.models.pretrained import in_dtype
 from experiments.models.smollm2 import TextError, encode, generate, load_smollm2, new_cache
-from mpjax import apply, compiled
-from mpjax.models import from_nnx
+from mpjax import compiled
+from mpjax.apply import apply
+from mpjax.program import from_nnx
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -308,7 +309,7 @@ def test_its_layers_take_every_storage_and_decode_with_a_cache(small):
     assert len(model.layers) == 1 + 7 * BLOCKS and model.layers[0].name == "words" and model.layers[0].calls == 2
     assert all(each.reason != "used in other ways than in a product" for each in model.others)
     formats = ("int4_w", "int8_w", "bfloat16", "bfloat16_w")
-    mixed = apply.apply(model, {name: formats[n % 4] for n, name in enumerate(model.names)})
+    mixed = apply(model, {name: formats[n % 4] for n, name in enumerate(model.names)})
     program = compiled.compile(mixed, examples)
     exact = model.call(model.params, *examples[0])["logits"]
     error = np.abs(program(*examples[0])["logits"] - exact).max() / np.abs(exact).max()

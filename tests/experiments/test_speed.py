@@ -13,8 +13,9 @@ from experiments.lib import report
 from experiments.speed import __main__ as speed
 from experiments.speed import report as speed_report
 from experiments.speed import run as speed_run
-from mpjax import timing
+from mpjax import xla
 from mpjax.ledger import Ledger
+from mpjax.xla import timing
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -90,7 +91,7 @@ def test_a_report_is_written_and_keeps_the_contract(tmp_path):
             "executed": "bfloat16",
             "result": "float32",
             "opcode": "dot",
-            "way": "dot",
+            "implementation": "dot",
             "weight_bytes": 2,
             "flops": 4,
             "share": 0.5,
@@ -101,7 +102,7 @@ def test_a_report_is_written_and_keeps_the_contract(tmp_path):
         "experiment": "speed",
         "command": "python -m experiments.speed",
         "config": {},
-        "environment": report.environment(device="a test"),
+        "environment": xla.environment(),
         "seconds": 1.0,
         "ledger": dict.fromkeys(Ledger().as_dict(), 0),
         "rows": POSE + ENCODER,

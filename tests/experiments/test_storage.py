@@ -12,7 +12,8 @@ from experiments.problems import text_data
 from experiments.sentence_encoder import __main__ as sentence_encoder
 from experiments.storage import report as storage_report
 from experiments.storage import store as storage
-from mpjax import apply, compiled, sensitivity
+from mpjax import compiled, sensitivity
+from mpjax.apply import apply
 from mpjax.search import Assignment
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -29,7 +30,7 @@ def subject():
 def test_bytes_and_numbers_are_those_of_the_compiled_program(subject):
     store, batches = subject
     assignment = Assignment(dict(zip(store.model.names, ("int4_w", "float8_e4m3fn_w", "bfloat16_w"), strict=True)))
-    program = compiled.compile(apply.apply(store.model, assignment), batches)
+    program = compiled.compile(apply(store.model, assignment), batches)
     assert store.bytes_of(assignment) == program.weight_bytes
     for found, batch in zip(store.outputs(assignment, batches), batches, strict=True):
         np.testing.assert_allclose(found, program(*batch), atol=1e-6)
@@ -194,7 +195,7 @@ def test_calls_are_timed_in_turns(subject):
     model = store.model
     plain = jax.jit(model.call)
     calls = dict.fromkeys(("jit", "plain"), lambda *each: plain(model.params, *each))
-    programs = {"fp32": model, "int8_w": apply.apply(model, dict.fromkeys(model.names, "int8_w"))}
+    programs = {"fp32": model, "int8_w": apply(model, dict.fromkeys(model.names, "int8_w"))}
     rows = storage_report.timed("batch 4", calls, programs, batches, store.bytes_of({}), 3)
     assert [row["variant"] for row in rows] == ["jit", "plain", "fp32", "int8_w"]
     assert all(0 < row["ms_low"] <= row["ms_median"] <= row["ms_high"] for row in rows) and rows[0]["vs_fp32"] == 1.0

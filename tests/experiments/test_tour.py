@@ -9,7 +9,9 @@ import pytest
 
 from experiments.models import architectures, zoo
 from experiments.tour import __main__ as tour
-from mpjax import apply, compiled, hlo, models
+from mpjax import compiled
+from mpjax.apply import apply
+from mpjax.xla import hlo
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -40,7 +42,7 @@ QUICK = ("mlp", "gpt")
 def test_layers_are_found_and_the_identity_changes_nothing(name):
     subject = architectures.architecture(name)
     model, (x,) = subject.make(), subject.batches[0]
-    assert len(model.layers) >= LAYERS[name], models.summary(model)
+    assert len(model.layers) >= LAYERS[name], model.summary()
     norm = ("scale", "bias")  # scanned, they have two axes
     left = {
         each.path for each in model.others if len(each.shape) > 1 and not each.path.endswith(norm) and not each.folded
@@ -63,8 +65,8 @@ def test_layers_are_found_and_the_identity_changes_nothing(name):
         theirs - ours,
     )  # what depends on nothing is computed once: so not more time
     assert bool(folded) == (name in FOLDED)
-    assert all(layer.name in models.summary(model) for layer in model.layers)
-    mixed = apply.apply(model, dict.fromkeys((each.name for each in model.lowerable), "bfloat16"))
+    assert all(layer.name in model.summary() for layer in model.layers)
+    mixed = apply(model, dict.fromkeys((each.name for each in model.lowerable), "bfloat16"))
     low = compiled.compile(mixed, subject.batches)(x)
     error = np.linalg.norm(low - plain) / np.linalg.norm(plain)
     assert 1e-4 < error < 0.1 and low.dtype == plain.dtype

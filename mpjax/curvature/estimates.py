@@ -1,0 +1,330 @@
+"""Stochastic estimates of an operator's trace, log-determinant, top eigenvalue, diagonal and spectral density.
+
+A factory takes the knobs and returns the function that takes the problem and the key:
+
+    estimate = trace(num_probes=32)(operator, jax.random.key(0))
+
+Every estimate carries its standard error, a residual and its cost. Probes and integrands are matfree's. A padded operator
+(`operator.active`) is estimated as its leading active × active matrix: probes are zero outside it. Nothing is jitted here: wrap
+what you call in `jax.jit`; an operator whose `matvec` is a pytree may be an argument, and one program then serves all values of
+`active`.
+
+`batch_size` probes are multiplied at a time; None takes them one by one. With b = batch_size (1 for None) and n =
+operator.size, the memory bounds below count vectors of n numbers, beside b products. Every factory raises ValueError for a knob
+out of its range, every estimator for an operator that is empty or not real floating.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+from matfree import stochtrace
+
+from mpjax.curvature.lanczos import Key, active_size, dot, dtype_of, lanczos, masked, matvec_of, normals, ritz, signs
+from mpjax.curvature.operators import Operator, check_damping, dense
+from mpjax.ledger import Ledger
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["value", "stderr", "residual"], meta_fields=["ledger"])
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """An estimated number (or an array of them), its error and its cost.
+
+    Attributes:
+        value: the estimate; NaN where the operator is not finite.
+        stderr: standard error from the random probes, of the shape of `value`; 0 where nothing is random, NaN with one probe.
+        residual: indicator of the error that more probes would not remove (the truncation of a Krylov space), of the shape of
+            `value`; 0 where the estimate is unbiased or the space is exhausted.
+        ledger: `operator.matvec_cost` times the number of products.
+    """
+
+    value: Float[Array, "..."]
+    stderr: Float[Array, "..."]
+    residual: Float[Array, "..."]
+    ledger: Ledger
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["grid", "density", "stderr"], meta_fields=["ledger"])
+@dataclass(frozen=True, kw_only=True)
+class Density:
+    """A smoothed spectral density, as points of a curve.
+
+    Attributes:
+        grid: equidistant eigenvalues, in the operator's unit.
+        density: at the grid; its integral over the grid is 1.
+        stderr: of `density`; NaN with one probe.
+        ledger: as in `Estimate`.
+    """
+
+    grid: Float[Array, " points"]
+    density: Float[Array, " points"]
+    stderr: Float[Array, " points"]
+    ledger: Ledger
+
+
+Estimator: TypeAlias = Callable[[Operator, Key], Estimate]
+
+
+def trace(
+    *, num_probes: int, method: Literal["hutchinson", "xtrace"] = "hutchinson", batch_size: int | None = None
+) -> Estimator:
+    """Trace, unbiased, from `num_probes` products.
+
+    "hutchinson": mean of zᵀAz over sign probes z, one product each (Hutchinson 1989, doi 10.1080/03610919008812866). Without
+    variance on a diagonal matrix. Where few eigenvalues make up A, the terms are skewed, and a Student-t 95 % interval of 16
+    probes holds the trace in 92 % of the runs (tests). Memory: 2b vectors.
+
+    "xtrace": num_probes / 2 normal probes, two products each, so num_probes is even. For each probe in turn, the range of A on
+    the others is traced exactly and the rest by the one left out (Epperly, Tropp, Webber 2024, doi 10.1137/23M1548323, with
+    their normalisation). Exact where the rank is below num_probes / 2, much better than Hutchinson where eigenvalues decay
+    fast. Its terms are not independent: `stderr` is an indication, seen as low as two thirds of the true spread. Where
+    n <= num_probes the trace is exact, from n products. Memory: 3 · num_probes vectors.
+    """
+    if method not in ("hutchinson", "xtrace"):
+        raise ValueError(f"method must be 'hutchinson' or 'xtrace'; got {method!r}")
+    hutchinson = _monte_carlo(stochtrace.monte_carlo_trace(), num_probes, batch_size)
+    if method == "hutchinson":
+        return hutchinson
+    if num_probes % 2:
+        raise ValueError(f"xtrace takes two products per probe: num_probes must be even; got {num_probes}")
+
+    def xtrace(operator: Operator, key: Key) -> Estimate:
+        if operator.size <= num_probes:
+            matrix = dense(operator, batch_size=batch_size or 1).astype(dtype_of(operator))
+            value = jnp.sum(masked(operator, jnp.diag(matrix)))
+            return _estimate(operator, value, jnp.zeros_like(value), operator.size)
+        values = _xtrace(operator, key, num_probes // 2, batch_size)
+        return _estimate(operator, jnp.mean(values), _stderr(values), num_probes)
+
+    return xtrace
+
+
+def diagonal(*, num_probes: int, batch_size: int | None = None) -> Estimator:
+    """Diagonal, (n,), unbiased: mean of z ⊙ Az over sign probes z, one product each (Bekas, Kokiopoulou, Saad 2007,
+    doi 10.1016/j.apnum.2007.01.003). Without variance on a diagonal matrix; 0 in the padding.
+
+    Memory: 2b + 3 vectors, whatever the number of probes.
+    """
+    return _monte_carlo(stochtrace.monte_carlo_diagonal(), num_probes, batch_size)
+
+
+def abs_logdet(*, num_probes: int, depth: int, damping: float | Array, batch_size: int | None = None) -> Estimator:
+    """Σ log(|λ| + damping) over the eigenvalues, by stochastic Lanczos quadrature. Finite on an indefinite or singular
+    operator; not log |det(A + damping · I)|, which is another number where A is indefinite.
+
+    Sign probes z, and Gauss quadrature of zᵀf(A)z from `depth` Lanczos steps (Ubaru, Chen, Saad 2017, doi 10.1137/16M1104974).
+    `residual` is |value at depth - value at depth // 2| from the same products; a probe whose Krylov space is exhausted is
+    exact and adds 0. It shows how far the quadrature has settled and is no bound: where |λ| comes near 0, log is not smooth and
+    convergence slow. A damping far below the rounding of A (its norm times eps) is not resolved.
+
+    Products: num_probes · min(depth, n). Memory: b (depth + 4) vectors.
+
+    Args:
+        num_probes: at least 1.
+        depth: Lanczos steps per probe, at least 2; no more than n are taken.
+        damping: > 0, in the unit of A; may be traced.
+        batch_size: probes at a time.
+    """
+    return _slq(lambda x, d: jnp.log(jnp.abs(x) + d), num_probes, depth, damping, batch_size)
+
+
+def logdet_score(*, num_probes: int, depth: int, damping: float | Array, batch_size: int | None = None) -> Estimator:
+    """Σ log(1 + |λ| / damping): for a positive semi-definite A log det(A + damping · I) - n log damping, which does not grow
+    with the number of zero eigenvalues. All else as in `abs_logdet`."""
+    return _slq(lambda x, d: jnp.log1p(jnp.abs(x) / d), num_probes, depth, damping, batch_size)
+
+
+def top_eigenvalue(*, depth: int, num_starts: int = 1) -> Estimator:
+    """Eigenvalue of largest magnitude, with its sign, by Lanczos with full reorthogonalisation (Golub, Van Loan 2013, Matrix
+    Computations, chapter 10) from a normal random vector.
+
+    The value θ is a Ritz value: it never exceeds the true one in magnitude. `residual` is ‖Av - θv‖ of its Ritz vector v: some
+    eigenvalue lies within it of θ, up to rounding (about eps |θ|); that it is the largest one is likely, not proven. With
+    num_starts > 1 the value of largest magnitude is taken, and `stderr` is the standard deviation of |θ| over the starts, an
+    indication of how much one start depends on luck; the error is one-sided, so it makes no interval. With one start it is NaN.
+
+    Products: num_starts · min(depth, n). Memory: depth + 4 vectors.
+    """
+    _check_at_least(1, depth=depth, num_starts=num_starts)
+
+    def estimator(operator: Operator, key: Key) -> Estimate:
+        steps = min(depth, operator.size)
+
+        def one_start(k: Key) -> tuple[Array, Array]:
+            alphas, betas, _ = lanczos(operator, normals(1, operator, k)[0], steps)
+            thetas, vectors = ritz(alphas, betas)
+            i = jnp.argmax(jnp.abs(thetas))
+            return thetas[i], jnp.abs(betas[-1] * vectors[-1, i])
+
+        thetas, residuals = lax.map(one_start, jax.random.split(key, num_starts))
+        i = jnp.argmax(jnp.abs(thetas))
+        spread = jnp.std(jnp.abs(thetas), ddof=1) if num_starts > 1 else jnp.full_like(thetas[0], jnp.nan)
+        return _estimate(operator, thetas[i], spread, num_starts * steps, residuals[i])
+
+    return estimator
+
+
+def spectral_density(
+    *, num_probes: int, depth: int, num_points: int = 1000, width: float = 0.01, batch_size: int | None = None
+) -> Callable[[Operator, Key], Density]:
+    """Density of the eigenvalues for plots: stochastic Lanczos quadrature, each node a Gaussian (Ghorbani, Krishnan, Xiao 2019,
+    arXiv 1901.10159).
+
+    The grid spans the Ritz values of all probes and five widths beyond. Outliers stand where they are; the bulk follows the
+    eigenvalues only as finely as `depth` and `width` allow. Products and memory as `abs_logdet`, and num_probes × num_points
+    numbers.
+
+    Args:
+        num_probes, depth, batch_size: as in `abs_logdet`, depth at least 1.
+        num_points: of the grid; its spacing is at most one width.
+        width: standard deviation of the Gaussians, as a fraction of the range of the Ritz values (where all are equal, of their
+            magnitude).
+    """
+    _check_at_least(1, num_probes=num_probes, depth=depth, batch_size=batch_size)
+    if not (math.isfinite(width) and width > 0):
+        raise ValueError(f"width must be finite and > 0; got {width}")
+    _check_at_least(math.ceil(11 + 1 / width), num_points=num_points)  # span / width = 1 / width + 2 · 5
+
+    def estimator(operator: Operator, key: Key) -> Density:
+        steps = min(depth, operator.size)
+
+        def nodes_and_weights(k: Key) -> tuple[Array, Array]:
+            alphas, betas, _ = lanczos(operator, signs(operator, k), steps)
+            nodes, vectors = ritz(alphas, betas)
+            return nodes, vectors[0] ** 2
+
+        nodes, weights = lax.map(nodes_and_weights, jax.random.split(key, num_probes), batch_size=batch_size)
+        low, high, largest = jnp.min(nodes), jnp.max(nodes), jnp.max(jnp.abs(nodes))
+        span = jnp.where(high - low > 8 * jnp.finfo(nodes.dtype).eps * largest, high - low, largest)
+        sigma = width * jnp.where(span == 0, 1, span)
+        grid = jnp.linspace(low - 5 * sigma, high + 5 * sigma, num_points)
+
+        def smooth(pair: tuple[Array, Array]) -> Array:
+            scaled = (grid[:, None] - pair[0][None, :]) / sigma
+            return dot(jnp.exp(-(scaled**2) / 2), pair[1]) / (sigma * math.sqrt(2 * math.pi))
+
+        curves = lax.map(smooth, (nodes, weights))
+        ledger = operator.matvec_cost * (num_probes * steps)
+        return Density(grid=grid, density=jnp.mean(curves, axis=0), stderr=_stderr(curves), ledger=ledger)
+
+    return estimator
+
+
+def _monte_carlo(integrand: Callable, num_probes: int, batch_size: int | None) -> Estimator:
+    """Mean of a matfree integrand over sign probes."""
+    _check_at_least(1, num_probes=num_probes, batch_size=batch_size)
+
+    def estimator(operator: Operator, key: Key) -> Estimate:
+        matvec = matvec_of(operator)
+        mean, stderr = _mean_and_stderr(lambda k: integrand(matvec, signs(operator, k)), key, num_probes, batch_size)
+        return _estimate(operator, mean, stderr, num_probes)
+
+    return estimator
+
+
+def _slq(function: Callable, num_probes: int, depth: int, damping: float | Array, batch_size: int | None) -> Estimator:
+    """tr f(A) by stochastic Lanczos quadrature; function(eigenvalues, damping), element-wise."""
+    _check_at_least(1, num_probes=num_probes, batch_size=batch_size)
+    _check_at_least(2, depth=depth)
+    check_damping(damping, positive=True)
+
+    def estimator(operator: Operator, key: Key) -> Estimate:
+        steps = min(depth, operator.size)
+
+        def value_and_change(k: Key) -> Array:
+            alphas, betas, exhausted = lanczos(operator, signs(operator, k), steps)
+
+            def quadrature(size: int) -> Array:
+                nodes, vectors = ritz(alphas[:size], betas[:size])
+                return jnp.sum(function(nodes, jnp.asarray(damping, dtype=nodes.dtype)) * vectors[0] ** 2)
+
+            full, half = quadrature(steps), quadrature(max(steps // 2, 1))
+            change = jnp.where(exhausted, 0, full - half)
+            return jnp.asarray(active_size(operator), full.dtype) * jnp.stack([full, change])
+
+        (value, change), (stderr, _) = _mean_and_stderr(value_and_change, key, num_probes, batch_size)
+        return _estimate(operator, value, stderr, num_probes * steps, jnp.abs(change))
+
+    return estimator
+
+
+def _xtrace(operator: Operator, key: Key, m: int, batch_size: int | None) -> Array:
+    """(m,) trace estimates, each with another probe left out of the range.
+
+    matfree.stochtrace.leave_one_out_xtrace (0.6.3) multiplies all m probes at once, knows no padding, and takes A for low-rank
+    where |R_jj| < eps, whatever the scale of A: a float32 Hessian of entries near 1e-11 gets a fraction of its trace, with a
+    standard error of about 0. The tests compare with it where it is right.
+    """
+    products = partial(lax.map, matvec_of(operator), batch_size=batch_size)
+    probes = normals(m, operator, key)  # (m, n): vectors are rows
+    y = products(probes)
+    q, r = jnp.linalg.qr(y.T)
+    q = jax.vmap(partial(masked, operator))(q.T)  # where y is short of rank, QR may fill up with padding
+    z = products(q)
+
+    # Column i of s, in coordinates of q: the direction that the range loses without probe i. An R that is singular to rounding
+    # is filled up; the directions that this gives are those in which A is zero.
+    pivots = jnp.abs(jnp.diag(r))
+    floor = jnp.finfo(r.dtype).eps * jnp.max(pivots)
+    fill = jnp.where(pivots <= floor, jnp.where(floor == 0, 1, floor) - jnp.diag(r), 0)
+    s = jax.scipy.linalg.solve_triangular(r + jnp.diag(fill), jnp.eye(m, dtype=r.dtype), trans=1)
+    s = s / jnp.linalg.norm(s, axis=0, keepdims=True)
+
+    h, w = dot(q, z.T), dot(q, probes.T)
+    ranges = jnp.trace(h) - jnp.sum(s * dot(h, s), axis=0)
+    x = (w - s * jnp.sum(s * w, axis=0, keepdims=True)).T
+    rest, a_rest = probes - dot(x, q), y - dot(x, z)  # a probe outside the range of the others, and A times it
+    square = jnp.sum(rest**2, axis=1)
+    free = jnp.asarray(jnp.maximum(active_size(operator) - (m - 1), 0), r.dtype)
+    return ranges + free * jnp.sum(rest * a_rest, axis=1) / jnp.where(square == 0, 1, square)
+
+
+def _mean_and_stderr(sample: Callable[[Key], Array], key: Key, num: int, batch_size: int | None) -> tuple[Array, Array]:
+    """Mean of `num` samples and its standard error, updated batch by batch (Chan, Golub, LeVeque 1983, doi
+    10.1080/00031305.1983.10483115), so that samples as long as a probe are not all held."""
+    batch = min(batch_size or 1, num)
+    keys = jax.random.split(key, num)
+    like = jax.eval_shape(sample, keys[0])
+    zeros = jnp.zeros(like.shape, like.dtype)
+
+    def add(state: tuple[Array, Array, Array], some: Array) -> tuple[tuple[Array, Array, Array], None]:
+        count, mean, squares = state
+        values = jax.vmap(sample)(some) if len(some) > 1 else sample(some[0])[None]
+        share = len(some) / (count + len(some))
+        change = jnp.mean(values, axis=0) - mean
+        within = jnp.sum((values - jnp.mean(values, axis=0, keepdims=True)) ** 2, axis=0)
+        return (count + len(some), mean + change * share, squares + within + change**2 * (count * share)), None
+
+    whole = num // batch * batch
+    state, _ = lax.scan(add, (jnp.zeros((), like.dtype), zeros, zeros), keys[:whole].reshape(-1, batch))
+    if whole < num:
+        state, _ = add(state, keys[whole:])
+    _, mean, squares = state
+    return mean, jnp.sqrt(squares / (num - 1) / num) if num > 1 else jnp.full_like(mean, jnp.nan)
+
+
+def _stderr(values: Array) -> Array:
+    """Standard error of the mean over the leading axis, with ddof 1 (matfree's has 0)."""
+    m = values.shape[0]
+    return jnp.std(values, axis=0, ddof=1) / math.sqrt(m) if m > 1 else jnp.full_like(values[0], jnp.nan)
+
+
+def _estimate(
+    operator: Operator, value: Array, stderr: Array, products: int, residual: Array | None = None
+) -> Estimate:
+    residual = jnp.zeros_like(value) if residual is None else residual
+    return Estimate(value=value, stderr=stderr, residual=residual, ledger=operator.matvec_cost * products)
+
+
+def _check_at_least(minimum: int, **knobs: int | None) -> None:
+    for name, value in knobs.items():
+        if value is None and name == "batch_size":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ValueError(f"{name} must be an int of at least {minimum}; got {value!r}")

@@ -1,0 +1,91 @@
+"""Rounding of float32 numbers to a narrower dtype, equal to `ml_dtypes` bit for bit within the dtype's range."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mpjax.formats.registry import Format
+
+
+def round_to(x: Float[Array, ...], dtype: str) -> Float[Array, ...]:
+    """Float32 values rounded to the nearest value of `dtype` (ties to even), returned as float32.
+
+    float16 overflows to ±inf (from 65520 on), float8 saturates to ±max; signed zeros, subnormals and NaN are kept.
+    bfloat16 works on the bit pattern (it vectorises on CPUs where a conversion does not); the float8 formats
+    add and subtract 1.5 · 2^(exponent + 23 − mantissa bits), which rounds in one float32 addition.
+    No conversion is left in them for a compiler that is allowed excess precision to remove. The derivative is that of the
+    identity (Bengio et al., arXiv 1308.3432).
+    """
+    x = jnp.asarray(x, jnp.float32)
+    return x if dtype == "float32" else _rounded(dtype, x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _rounded(dtype: str, x: Array) -> Array:
+    if dtype == "bfloat16":
+        return jax.lax.bitcast_convert_type(_bfloat16_bits(x), jnp.float32)
+    if dtype == "float16":
+        return _round_float16(x)
+    info = jnp.finfo(dtype)
+    clipped = jnp.clip(x, -float(info.max), float(info.max))  # NaN passes through
+    return _round_mantissa(clipped, mantissa_bits=info.nmant, min_exponent=int(info.minexp))
+
+
+@_rounded.defjvp
+def _rounded_jvp(dtype: str, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _rounded(dtype, *primals), tangents[0]
+
+
+def narrowed(x: Float[Array, ...], dtype: str) -> Array:
+    """`x.astype(dtype)`, the same numbers; on a CPU float32 → bfloat16 by its bit pattern, which vectorises there."""
+    if dtype != "bfloat16" or x.dtype != jnp.float32 or jax.default_backend() != "cpu":
+        return x.astype(dtype)
+    return _bfloat16(x)
+
+
+@jax.custom_jvp
+def _bfloat16(x: Array) -> Array:
+    return jax.lax.bitcast_convert_type((_bfloat16_bits(x) >> jnp.uint32(16)).astype(jnp.uint16), jnp.bfloat16)
+
+
+@_bfloat16.defjvp
+def _bfloat16_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
+
+
+def _bfloat16_bits(x: Array) -> Array:
+    """Bits of the nearest bfloat16 number, ties to even, as float32; NaN stays NaN, whatever bits are cut off."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    nearest = bits + jnp.uint32(0x7FFF) + ((bits >> jnp.uint32(16)) & jnp.uint32(1))
+    return jnp.where(jnp.isnan(x), bits | jnp.uint32(0x400000), nearest) & jnp.uint32(0xFFFF0000)
+
+
+def amax_scale(amax: Float[Array, ...], fmt: Format) -> Float[Array, ...]:
+    """The scale that maps a largest magnitude `amax` onto the format's largest value; 1 where amax is 0.
+
+    Formats without scales get 1.
+    """
+    amax = jnp.asarray(amax, jnp.float32)
+    if not (fmt.scaled or fmt.weight_only):
+        return jnp.ones_like(amax)
+    tiny = float(np.finfo(np.float32).tiny)  # a smaller scale would be flushed to zero
+    return jnp.where(jnp.isfinite(amax) & (amax > 0), jnp.maximum(amax / fmt.max, tiny), jnp.float32(1.0))
+
+
+def _round_float16(x: Array) -> Array:
+    rounded = _round_mantissa(x, mantissa_bits=10, min_exponent=-14)
+    # From the midpoint between 65504 and the next step on, the nearest value is infinite; NaN · inf stays NaN.
+    return jnp.where(jnp.abs(x) < jnp.float32(65520.0), rounded, x * jnp.float32(jnp.inf))
+
+
+def _round_mantissa(x: Array, *, mantissa_bits: int, min_exponent: int) -> Array:
+    """Nearest multiple of 2^(max(exponent, min_exponent) − mantissa_bits), ties to even; for finite x and NaN."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    power = jax.lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)  # 2^exponent
+    magic = jnp.maximum(power, jnp.float32(2.0**min_exponent)) * jnp.float32(1.5 * 2.0 ** (23 - mantissa_bits))
+    return jnp.copysign((x + magic) - magic, x)

@@ -1,0 +1,105 @@
+"""The table of implementations of a product, each equal to XLA's up to float32 rounding, and a rule that picks one.
+
+Each is a module of this package with `covers` and `compute`. Operands keep their dtype where a matrix product takes them,
+accumulated in float32. They are converted up before they are padded, shifted or multiplied one by one: on a CPU narrow
+arithmetic outside a matrix product is emulated.
+
+`compiled.tune` times them on the device at hand; measured examples are in docs/speed.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+
+from mpjax.kernels import dot, flat, im2col, rows, shift, taps, terms
+from mpjax.program.product import Array, Product
+
+CHOICES = ("xla", "rule", "auto")  # of a whole model
+
+
+class Kernel(Protocol):
+    """An implementation of some products."""
+
+    def covers(self, product: Product, lhs: Any, rhs: Any, /) -> bool:
+        """Whether it is worth trying for operands of these shapes and dtypes (`rhs` viewed)."""
+
+    def compute(self, product: Product, lhs: Array, rhs: Array, result: Any, /) -> Array:
+        """The product that it covers; `result`: its dtype, None for that of the operands."""
+
+
+_KERNELS: Mapping[str, Kernel] = {
+    "dot": dot,
+    "im2col": im2col,
+    "taps": taps,
+    "terms": terms,
+    "shift": shift,
+    "flat": flat,
+    "rows": rows,
+}
+IMPLEMENTATIONS = ("xla", *_KERNELS)  # "xla": lax's own function, as the program has it
+
+
+@dataclass(frozen=True, eq=False)
+class Implemented:
+    """The function of a product that a kernel computes where it covers it, and the product's own function otherwise."""
+
+    product: Product
+    kernel: Kernel
+
+    def __call__(
+        self, lhs: Array, rhs: Array, *arguments: Any, preferred_element_type: Any = None, **more: Any
+    ) -> Array:
+        if self.kernel.covers(self.product, lhs, rhs):
+            return self.kernel.compute(self.product, lhs, rhs, preferred_element_type)
+        return self.product.function(lhs, rhs, *arguments, preferred_element_type=preferred_element_type, **more)
+
+
+def implemented(product: Product, implementation: str) -> Product:
+    """The product, computed by an implementation where that one covers it.
+
+    Raises:
+        ValueError: an unknown implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"Unknown implementation {implementation!r}. Known: {', '.join(IMPLEMENTATIONS)}.")
+    if implementation == "xla" or product.kind not in ("dot", "conv"):
+        return product
+    return replace(product, function=Implemented(product, _KERNELS[implementation]))
+
+
+def implementations(product: Product, lhs: Any, rhs: Any) -> tuple[str, ...]:
+    """The implementations that cover this product of operands of these shapes and dtypes (`rhs` viewed); "xla" first."""
+    return ("xla", *(name for name, kernel in _KERNELS.items() if kernel.covers(product, lhs, rhs)))
+
+
+def rule(product: Product, lhs: Any, rhs: Any, *, narrow: bool = True) -> str:
+    """A good choice without timing, for a CPU; on another backend XLA's own, whose libraries know convolutions.
+
+    `narrow`: whether enough of the program is on narrow operands to run it with YNN's kernels (`apply.runs_narrow`). Without
+    them XLA's own 1x1 convolution is faster than a matrix product.
+    """
+    possible = implementations(product, lhs, rhs)
+    if jax.default_backend() != "cpu" or ("dot" in possible and not narrow):
+        return "xla"
+    if "dot" in possible:
+        return "dot"
+    if "rows" in possible and lhs.dtype.itemsize < 4:
+        return "rows"
+    if "taps" in possible and rhs.shape[3] <= 8 and set(product.window_strides) == {1}:
+        return "taps"
+    if "terms" in possible and rhs.shape[2] <= 4:
+        return "terms"
+    return next((name for name in ("shift", "im2col") if name in possible), "xla")
+
+
+def suited(product: Product) -> Product:
+    """The product as it is emulated and scored: on a CPU depthwise convolutions by the kernel that is tens of times faster there.
+
+    Values differ from XLA's by the order of sums; derivatives are as fast.
+    """
+    grouped = product.kind == "conv" and product.feature_group_count > 1
+    return implemented(product, "shift") if grouped and jax.default_backend() == "cpu" else product

@@ -1,0 +1,56 @@
+"""The measured truth that every other score is judged by."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax.arithmetic import Calibration
+from mpjax.emulation import in_formats
+from mpjax.ledger import Ledger
+from mpjax.losses import OUTPUT, Loss, Outputs
+from mpjax.program import Array, Layer, Params, Product
+from mpjax.sensitivity.scores import Scorer, Scores
+from mpjax.sensitivity.task import ModelTask, scorer_of
+
+
+def measured(*, loss: Loss = OUTPUT, calibration: Calibration | None = None) -> Scorer:
+    """Each layer lowered alone, by emulation: the growth of the loss, which the other scores predict.
+
+    Two compilations (the format of each layer is a traced number), then one forward pass per layer, format and example. A layer
+    whose own product overflows float16 is reported, also where a later clamp hides it from the outputs.
+
+    Args:
+        loss: of any kind; "output" gives ½ ‖f_low − f‖².
+        calibration: activation ranges for scaled formats; None: measured on the batches where they are needed.
+    """
+
+    def estimate(task: ModelTask) -> Scores:
+        ranges, names = task.ranges(calibration), task.names
+
+        def outputs_of(params: Params, index: Array, *batch: Array) -> Outputs:
+            chosen = in_formats(index, names, task.formats, calibration=ranges)
+
+            def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+                out = chosen(layer, product, lhs, rhs)
+                lowered = index[names.index(layer.name)] > 0
+                # NaN everywhere, so that no clamp or pooling after it hides an overflow
+                return jnp.where(lowered & ~jnp.isfinite(out).all(), jnp.asarray(jnp.nan, out.dtype), out)
+
+            return task.model.call(params, *loss.split(batch)[0], override=override)
+
+        def growth(outputs: Outputs, reference: Outputs, *batch: Array) -> Array:
+            targets = loss.split(batch)[1]
+            return jnp.sum(loss.value(outputs, reference, *targets) - loss.value(reference, reference, *targets))
+
+        run, compare = task.timed.jit(outputs_of), task.timed.jit(growth)
+        total = np.zeros((len(names), len(task.formats)))
+        for batch in task.batches:
+            truth = run(task.params, jnp.zeros(len(names), jnp.int32), *batch)
+            for layer, fmt in np.ndindex(*total.shape):
+                index = np.zeros(len(names), np.int32)
+                index[layer] = 1 + fmt
+                total[layer, fmt] += float(compare(run(task.params, jnp.asarray(index), *batch), truth, *batch))
+        value = total / task.examples
+        ledger = Ledger(forward=task.examples * (1 + total.size))
+        return task.scores("measured", value, kind="loss", ledger=ledger, overflowed=task.overflows(value))
+
+    return scorer_of(estimate, loss, weights_only=False)

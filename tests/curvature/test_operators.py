@@ -1,0 +1,225 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.flatten_util import ravel_pytree
+
+from mpjax import curvature, partition
+from mpjax.curvature import LogDet, Operator
+from mpjax.partition import Block
+
+SEEDS = (0, 1, 2)
+TIGHT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def network(seed: int):
+    """A two-layer network: its parameters, (params -> (5, 2) outputs), (params -> scalar)."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "first": {
+            "kernel": jnp.asarray(rng.normal(size=(3, 4))),
+            "bias": jnp.asarray(rng.normal(size=(1, 4))),
+        },
+        "last": {"kernel": jnp.asarray(rng.normal(size=(4, 2)))},
+    }
+    x, target = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)))
+
+    def function(params):
+        hidden = jnp.tanh(x @ params["first"]["kernel"] + jnp.tile(params["first"]["bias"], (5, 1)))
+        return jnp.sin(hidden @ params["last"]["kernel"])
+
+    def loss(params):
+        return 0.5 * jnp.sum((function(params) - target) ** 2)
+
+    return params, function, loss
+
+
+def whole(params) -> Block:
+    return Block(name="all", paths=partition.paths(params))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_hessian_products_and_blocks_are_those_of_the_dense_hessian(seed: int) -> None:
+    params, _, loss = network(seed)
+    flat, unravel = ravel_pytree(params)
+    hessian = np.asarray(jax.jit(jax.hessian(lambda x: loss(unravel(x))))(flat))
+    vector = jnp.asarray(np.random.default_rng(seed + 10).normal(size=flat.shape))
+    product = jax.jit(curvature.hvp, static_argnums=0)(loss, params, unravel(vector))
+    assert jax.tree.structure(product) == jax.tree.structure(params)
+    np.testing.assert_allclose(ravel_pytree(product)[0], hessian @ vector, **TIGHT)
+    rows = {"first": slice(0, 16), "last": slice(16, 24), "all": slice(0, 24)}
+    for block in (*partition.by_module(params), whole(params)):
+        operator = curvature.block_hessian(loss, params, Block(name=block.name, paths=tuple(sorted(block.paths))))
+        np.testing.assert_allclose(curvature.dense(operator), hessian[rows[block.name], rows[block.name]], **TIGHT)
+    if seed == 0:
+        slow = reference.finite_difference_hessian(lambda x: float(loss(unravel(jnp.asarray(x)))), np.asarray(flat))
+        np.testing.assert_allclose(hessian, slow, atol=1e-5)
+
+
+def test_dense_is_the_same_whatever_the_batch_size() -> None:
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(7, 7)))  # not symmetric: returned as is
+    operator = Operator(matvec=lambda v: matrix @ v, size=7, dtype=matrix.dtype)
+    for batch_size in (None, 1, 3, 7, 100):
+        np.testing.assert_allclose(curvature.dense(operator, batch_size=batch_size), matrix, **TIGHT)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_linear_and_logistic_regression(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    x, y, w = rng.normal(size=(8, 3)), rng.integers(2, size=8), jnp.asarray(rng.normal(size=3))
+
+    def outputs(w):  # params may be one bare array
+        return jnp.asarray(x) @ w
+
+    def squares(w):
+        return 0.5 * jnp.sum((outputs(w) - jnp.asarray(y, float)) ** 2)
+
+    def logistic(w):
+        return jnp.sum(jnp.logaddexp(0.0, outputs(w)) - jnp.asarray(y, float) * outputs(w))
+
+    def logistic_hessian_vp(logits, tangent):
+        p = jax.nn.sigmoid(logits)
+        return p * (1 - p) * tangent
+
+    for loss, loss_hessian_vp, expected in (
+        (squares, None, reference.linear_regression_hessian(x)),
+        (logistic, logistic_hessian_vp, reference.logistic_regression_hessian(x, np.asarray(w))),
+    ):
+        np.testing.assert_allclose(curvature.dense(curvature.block_hessian(loss, w, whole(w))), expected, **TIGHT)
+        ggn = curvature.block_ggn(outputs, w, whole(w), loss_hessian_vp=loss_hessian_vp)
+        np.testing.assert_allclose(curvature.dense(ggn), expected, **TIGHT)
+        product = curvature.ggn_vp(outputs, w, w, loss_hessian_vp=loss_hessian_vp)
+        np.testing.assert_allclose(product, expected @ w, **TIGHT)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_gauss_newton_is_the_hessian_of_the_output_loss_at_the_reference(seed: int) -> None:
+    params, function, _ = network(seed)
+    target = function(params)
+
+    def output_loss(p):
+        return 0.5 * jnp.sum((function(p) - target) ** 2)
+
+    vector = jax.tree.map(jnp.cos, params)
+    product = jax.jit(lambda p, v: curvature.ggn_vp(function, p, v))(params, vector)
+    chex.assert_trees_all_close(product, curvature.hvp(output_loss, params, vector), **TIGHT)
+    multiply = jax.jit(lambda operator, vector: operator.matvec(vector))  # an operator may be an argument
+    for block in partition.by_module(params):
+        hessian = curvature.block_hessian(output_loss, params, block)
+        ggn = curvature.block_ggn(function, params, block)
+        np.testing.assert_allclose(curvature.dense(ggn), curvature.dense(hessian), **TIGHT)
+        ones = jnp.ones(ggn.size)
+        np.testing.assert_allclose(multiply(ggn, ones), multiply(hessian, ones), **TIGHT)
+
+
+def test_a_block_of_mixed_dtypes_takes_vectors_of_the_widest() -> None:
+    params = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(3, jnp.float32), "unused": jnp.arange(3)}
+
+    def loss(p):
+        return jnp.sum(p["a"].astype(jnp.float32) ** 2) + 2 * jnp.sum(p["b"] ** 2)
+
+    operator = curvature.block_hessian(loss, params, Block(name="ab", paths=("a", "b")))
+    assert operator.dtype == jnp.float32
+    np.testing.assert_allclose(curvature.dense(operator), np.diag([2, 2, 4, 4, 4]))
+
+
+@pytest.mark.parametrize("spectrum", [[1.0, 2, 3], [-1.0, -2, 3, 4], [-1e-9, 1e9, 1.0], [-5.0, -1, -2]])
+def test_logdet_agrees_with_slogdet_on_definite_and_indefinite_matrices(spectrum: list[float]) -> None:
+    for seed in SEEDS:
+        matrix = reference.symmetric_with_eigenvalues(np.array(spectrum), seed)
+        for damping in (0.0, 0.1, 1.5):
+            result = curvature.logdet(jnp.asarray(matrix), damping=damping)
+            sign, logabsdet = np.linalg.slogdet(matrix + damping * np.eye(len(spectrum)))
+            if min(abs(np.array(spectrum) + damping)) > 1e-6 * max(np.abs(spectrum)):  # else rounding decides
+                assert float(result.sign) == sign
+                assert int(result.num_negative) == sum(value + damping < 0 for value in spectrum)
+                np.testing.assert_allclose(float(result.logabsdet), logabsdet, **TIGHT)
+            assert result.size == len(spectrum)
+
+
+def test_logdet_of_a_singular_matrix_and_of_one_that_is_not_finite() -> None:
+    result = curvature.logdet(jnp.zeros((3, 3)), damping=0.0)
+    assert (float(result.sign), float(result.logabsdet), int(result.num_negative)) == (0, -np.inf, 0)
+    for bad in (np.nan, np.inf):
+        result = curvature.logdet(jnp.eye(3).at[0, 1].set(bad), damping=1.0)
+        assert np.isnan(result.sign) and np.isnan(result.logabsdet) and int(result.num_negative) == -1
+
+
+def test_logdet_under_jit_and_vmap_over_dampings() -> None:
+    matrix = jnp.asarray(reference.symmetric_with_eigenvalues(np.array([-1.0, 2, 3]), 0))
+    results = jax.jit(jax.vmap(lambda damping: curvature.logdet(matrix, damping=damping)))(jnp.array([0.5, 2.0]))
+    assert isinstance(results, LogDet)
+    np.testing.assert_allclose(results.sign, [-1, 1])
+    np.testing.assert_allclose(results.num_negative, [1, 0])
+
+
+def test_an_asymmetric_matrix_is_refused_or_nan_where_it_is_traced() -> None:
+    matrix = jnp.array([[1.0, 2.0], [0.0, 1.0]])
+    with pytest.raises(ValueError, match=r"symmetric matrix; max \|A - Aᵀ\| is 2"):
+        curvature.logdet(matrix, damping=1.0)
+    assert np.isnan(jax.jit(lambda m: curvature.logdet(m, damping=1.0).logabsdet)(matrix))
+    curvature.logdet(jnp.eye(2).at[0, 1].set(1e-9), damping=1.0)  # rounding is not asymmetry
+
+
+def test_losses_and_outputs_of_a_wrong_kind_are_refused() -> None:
+    params, function, loss = network(0)
+    block = partition.by_module(params)[0]
+    with pytest.raises(ValueError, match=r"one scalar.*\(5, 2\)"):
+        curvature.hvp(function, params, params)
+    with pytest.raises(ValueError, match="without aux"):
+        curvature.block_hessian(lambda p: (loss(p), 0.0), params, block)
+    with pytest.raises(ValueError, match="the loss: .*int64"):
+        curvature.block_hessian(lambda p: jnp.sum(p["first"]["bias"]).astype(int), params, block)
+    with pytest.raises(ValueError, match="the outputs: .*'label' is int64"):
+        curvature.block_ggn(lambda p: {"label": jnp.argmax(function(p), axis=-1)}, params, block)
+
+
+def test_parameters_of_a_wrong_kind_are_refused_before_tracing() -> None:
+    def never(params):
+        raise AssertionError("was traced")
+
+    integers = {"w": jnp.ones(2), "steps": jnp.arange(2)}
+    for call in (curvature.hvp, curvature.ggn_vp):
+        with pytest.raises(ValueError, match="params: .*'steps' is int64"):
+            call(never, integers, integers)
+        with pytest.raises(ValueError, match="without leaves"):
+            call(never, {}, {})
+    for make in (curvature.block_hessian, curvature.block_ggn):
+        with pytest.raises(ValueError, match="unknown path 'v'; the nearest"):
+            make(never, integers, Block(name="b", paths=("v",)))
+        with pytest.raises(ValueError, match="block 'b': .*'steps' is int64"):
+            make(never, integers, Block(name="b", paths=("w", "steps")))
+        with pytest.raises(ValueError, match="no elements"):
+            make(never, {"w": jnp.ones((0, 2))}, Block(name="b", paths=("w",)))
+
+
+@pytest.mark.parametrize(
+    ("vector", "message"),
+    [
+        ({"w": jnp.ones(3)}, r"vector at 'w' must have .*\(2,\).* got .*\(3,\)"),
+        ({"w": jnp.ones(2, jnp.float32)}, "vector at 'w' must have .*float32"),
+        ([jnp.ones(2)], "structure of params"),
+    ],
+)
+def test_a_vector_that_does_not_match_is_refused(vector, message: str) -> None:
+    for call in (curvature.hvp, curvature.ggn_vp):
+        with pytest.raises(ValueError, match=message):
+            call(lambda p: jnp.sum(p["w"]), {"w": jnp.ones(2)}, vector)
+
+
+def test_arguments_out_of_range_are_refused() -> None:
+    operator = Operator(matvec=lambda v: v, size=1000, dtype=jnp.float64)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        curvature.dense(operator, batch_size=-1)
+    with pytest.raises(ValueError, match="1000 x 1000 matrix of float64 takes 8,000,000 bytes"):
+        curvature.dense(operator, max_bytes=7_999_999)
+    for shape in ((2, 3), (3,), (0, 0)):
+        with pytest.raises(ValueError, match="square matrix"):
+            curvature.logdet(jnp.ones(shape), damping=1.0)
+    with pytest.raises(ValueError, match="matrix: .*int64"):
+        curvature.logdet(jnp.eye(2, dtype=int), damping=1.0)
+    for damping in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="damping must be a finite scalar >= 0"):
+            curvature.logdet(jnp.eye(2), damping=damping)

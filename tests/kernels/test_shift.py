@@ -1,0 +1,109 @@
+"""Depthwise convolutions by shifted sums against jax.lax.conv_general_dilated, the slow and obvious one."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from mpjax.kernels import implemented, shift
+from mpjax.program import Product
+
+TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 2e-6, "float64": 1e-14}  # relative to max |reference|
+
+
+def operands(channels=6, multiplier=1, kernel=(3, 3), size=(9, 8), batch=2, dtype="float32"):
+    keys = jax.random.split(jax.random.key(0), 2)
+    lhs = jax.random.normal(keys[0], (batch, *size, channels), jnp.float32).astype(dtype)
+    rhs = jax.random.normal(keys[1], (*kernel, 1, channels * multiplier), jnp.float32).astype(dtype)
+    return lhs, rhs
+
+
+def depthwise(channels=6, strides=(1, 1), padding="SAME", dilation=(1, 1)):
+    """By lax, and by the kernel."""
+    product = Product(
+        kind="conv",
+        function=lax.conv_general_dilated,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        window_strides=strides,
+        padding=padding,
+        lhs_dilation=(1, 1),
+        rhs_dilation=dilation,
+        feature_group_count=channels,
+    )
+    return product, implemented(product, "shift")
+
+
+def assert_close(value, reference, dtype, slack=1):
+    assert value.dtype == reference.dtype and value.shape == reference.shape
+    value, reference = np.asarray(value, "float64"), np.asarray(reference, "float64")
+    assert np.abs(value - reference).max() <= slack * TOLERANCE[dtype] * np.abs(reference).max()
+
+
+@pytest.mark.parametrize(
+    ("strides", "padding", "dilation", "multiplier"),
+    list(itertools.product([(1, 1), (2, 3)], ["SAME", ((2, 1), (-1, 3))], [(1, 1), (2, 1)], [1, 3])),
+)
+def test_equals_lax(strides, padding, dilation, multiplier):
+    arrays = operands(multiplier=multiplier, kernel=(3, 2))
+    exact, fast = depthwise(strides=strides, padding=padding, dilation=dilation)
+    assert_close(jax.jit(fast)(*arrays), exact(*arrays), "float32")
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(fast)(*arrays))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "accumulate"),
+    [("float16", None), ("bfloat16", None), ("bfloat16", "float32"), ("float32", "float64"), ("float64", None)],
+)
+def test_dtypes(dtype, accumulate):
+    arrays = operands(dtype=dtype)
+    exact, fast = depthwise()
+    assert_close(
+        fast.multiply(*arrays, accumulate=accumulate),
+        exact.multiply(*arrays, accumulate=accumulate),
+        accumulate or dtype,
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "strides", "dilation"),
+    [
+        ("float32", (2, 2), (1, 1)),
+        ("float64", (1, 1), (1, 1)),
+        ("float64", (2, 3), (1, 1)),
+        ("float64", (1, 1), (2, 2)),
+    ],
+)
+def test_derivatives_and_vmap(dtype, strides, dilation):
+    lhs, rhs = operands(dtype=dtype, multiplier=2)
+
+    def functions(conv):
+        def f(lhs, rhs):
+            return jnp.tanh(conv(lhs, rhs))
+
+        def loss(lhs, rhs):
+            return jnp.sum(f(lhs, rhs))
+
+        stacked = jnp.stack([lhs, lhs * lhs]), jnp.stack([rhs, rhs * rhs])
+        return (
+            *jax.grad(loss, (0, 1))(lhs, rhs),
+            jax.jvp(f, (lhs, rhs), (lhs, rhs))[1],
+            jax.jvp(lambda rhs: jax.grad(loss, 1)(lhs, rhs), (rhs,), (rhs,))[1],
+            jax.vmap(f)(*stacked),
+            jax.vmap(jax.grad(loss, 1), in_axes=(0, None))(stacked[0], rhs),
+        )
+
+    exact, fast = (jax.jit(functions, static_argnums=0)(conv) for conv in depthwise(strides=strides, dilation=dilation))
+    for value, reference in zip(fast, exact, strict=True):
+        assert_close(value, reference, dtype, slack=20)  # sums of about a hundred terms, some of them cancelling
+
+
+@pytest.mark.parametrize(("channels", "multiplier", "blocks"), [(250, 1, 2), (200, 3, 2), (208, 1, 2), (96, 1, 1)])
+def test_wide_kernels_are_computed_in_blocks_of_channels(channels, multiplier, blocks):
+    lhs, rhs = operands(channels=channels, multiplier=multiplier, kernel=(5, 5) if multiplier == 1 else (3, 3))
+    exact, fast = depthwise(channels, strides=(2, 1))
+    assert_close(fast(lhs, rhs), exact(lhs, rhs), "float32")
+    width = shift._block(rhs)
+    assert -(-rhs.shape[3] // width) == blocks and (blocks == 1 or width % 16 == 0)

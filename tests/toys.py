@@ -1,0 +1,52 @@
+"""Toy models that several test files use."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax.program import Batches, Model, from_linen
+
+
+def drawn(module: nn.Module, *inputs: jax.Array) -> Model:
+    """The module with random weights, drawn by NumPy, so that nothing is compiled."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if path[-1].key == "scale":
+            return jnp.ones(leaf.shape, leaf.dtype)
+        fan_in = 100 if leaf.ndim == 1 else np.prod(leaf.shape[:-1])
+        return jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(fan_in), leaf.dtype)
+
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    return from_linen(module, jax.tree_util.tree_map_with_path(draw, shapes), *inputs)
+
+
+def linen(module: nn.Module, *shape: int) -> tuple[Model, Batches]:
+    """The module with random weights, and two batches of normal numbers of this shape."""
+    rng = np.random.default_rng(1)
+    batches = [(jnp.asarray(rng.standard_normal(shape, np.float32)),) for _ in range(2)]
+    return drawn(module, *batches[0]), batches
+
+
+class TwoOutputs(nn.Module):
+    """A 3x3, a depthwise and a 1x1 convolution and a Dense layer that only one of the outputs needs; for (N, 8, 8, 3)."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="stem")(x))
+        x = nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(x)
+        x = nn.relu(nn.Conv(16, (1, 1), name="pointwise")(x))
+        return {"out": nn.Dense(3, name="head")(x.mean((1, 2))), "mean": x.mean((1, 2, 3))}
+
+
+class SmallConv(nn.Module):
+    """Conv 3x3 to half the size, depthwise 3x3, two equal Dense layers, a head without bias; for (N, 8, 8, 3)."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(8, (3, 3), strides=2, name="stem")(x))
+        x = nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(x)
+        x = x.mean((1, 2))
+        x = nn.Dense(8, name="second")(nn.relu(nn.Dense(8, name="first")(x)))
+        return nn.Dense(5, use_bias=False, name="head")(x)
