@@ -42,7 +42,9 @@ def local_rounding(
                 total = total + squares.sum(axis=(0, 1))
                 continue
             total = total + squares.mean(axis=1).sum(axis=0)
-            variance = variance + (squares.var(axis=1, ddof=1).sum(axis=0) / num_probes if num_probes > 1 else np.nan)
+            with np.errstate(invalid="ignore"):  # inf - inf, where a layer overflows
+                spread = squares.var(axis=1, ddof=1).sum(axis=0) if num_probes > 1 else np.nan
+            variance = variance + spread / num_probes
         value = total / task.examples
         return task.scores(
             f"local_rounding[{'exact' if num_probes is None else num_probes}]",
