@@ -72,8 +72,8 @@ def window(product: Product, lhs: Any, rhs: Any) -> Window | None:
         return None
     if 0 in (*lhs.shape, *rhs.shape) or set(product.lhs_dilation or ()) - {1}:
         return None
-    found = geometry(product, lhs.shape[1:3], rhs.shape[:2])
-    return found if min(found.out) > 0 else None
+    whole = geometry(product, lhs.shape[1:3], rhs.shape[:2])
+    return whole if min(whole.out) > 0 else None
 
 
 def ungrouped(product: Product, lhs: Any, rhs: Any) -> Window | None:
@@ -86,7 +86,7 @@ def accumulated(multiply: Callable[..., Array]) -> Callable[[Product, Array, Arr
 
     def compute(product: Product, lhs: Array, rhs: Array, result: Any) -> Array:
         result = jnp.dtype(result or lhs.dtype)
-        dtype = max(jnp.dtype(jnp.float32), lhs.dtype, result, key=lambda each: each.itemsize)
+        dtype = max(jnp.dtype(jnp.float32), lhs.dtype, result, key=lambda dtype: dtype.itemsize)
         return multiply(lhs, rhs, window(product, lhs, rhs), dtype, product.precision).astype(result)
 
     return compute
