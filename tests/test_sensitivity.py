@@ -450,13 +450,16 @@ def test_measured_under_a_labelled_loss_is_its_growth(classifier):
         assert found.value[row, 0] == pytest.approx(float(np.mean(growth)), rel=1e-2, abs=1e-7)
 
 
-@pytest.mark.optimised  # changes of 1e-7, so another order of sums shows
 def test_local_rounding_under_kl_predicts_measured_kl(classifier):
     model, batches = classifier
+    head = model.layer(
+        "head"
+    ).kernel  # times 8: small logits change the divergence by little more than float32's own noise
+    model = dataclasses.replace(model, params=model.params | {head: 8 * model.params[head]})
     batches = strip(batches, losses.OUTPUT)
     truth = of(sensitivity.measured(loss=losses.KL), model, batches, ("bfloat16",))
     found = of(sensitivity.local_rounding(num_probes=None, loss=losses.KL), model, batches, ("bfloat16",))
-    np.testing.assert_allclose(found.value, truth.value, rtol=0.1)
+    np.testing.assert_allclose(found.value, truth.value, rtol=0.03)
 
 
 def test_an_overflow_that_a_clamp_hides_is_reported():
