@@ -93,7 +93,9 @@ class Table:
         for line in frame.values:
             table.add_row(*map(rich.text.Text, line))
         console = rich.console.Console()
-        console.print(table, width=None if console.is_terminal else 120)
+        if not console.is_terminal:
+            console.width = 120
+        console.print(table)
 
     def frame(self, *, short: bool = False, intervals: bool = True) -> pd.DataFrame:
         """The cells as shown, under the titles."""
