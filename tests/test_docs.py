@@ -15,7 +15,6 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SKIPPED = re.compile(r"<!-- not run: \S.* -->\n+$")  # right before a block, with the reason
 LINK = re.compile(r"\]\(([^()\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 MOST_ROWS = 12  # of a table
-TESTS_ONLY = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS")  # pages are compiled as users compile
 
 
 def script(text: str) -> str:
@@ -38,9 +37,7 @@ def test_skipped_and_other_blocks_are_left_out():
 def test_code_runs(page, tmp_path):
     file = tmp_path / f"{PAGES[page].stem}.py"
     file.write_text(script(PAGES[page].read_text("utf-8")), encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name not in TESTS_ONLY} | {
-        "PYTHONPATH": str(ROOT)
-    }
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, file], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, check=False
     )
