@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checks import agree, normal
+from checks import agree, normal, variables
 from flax import nnx
 
 from mpjax import compiled, cost, emulation, evaluation, search, sensitivity
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 def block(wrap=lambda module: module):
     module = wrap(Block)()
-    return from_linen(module, module.init(KEY, TOKENS), TOKENS)
+    return from_linen(module, variables(module, TOKENS), TOKENS)
 
 
 FREE = ("attention/scores", "attention/values")

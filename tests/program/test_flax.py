@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import agree, normal
+from checks import agree, normal, variables
 from flax import nnx
 from flax.core import freeze
 
@@ -27,10 +27,9 @@ def rngs():
     return nnx.Rngs(params=0)
 
 
-def linen(module, x, **kwargs):
-    """Variables, with biases that matter, and the model."""
-    variables = jax.tree.map(lambda w: w + 0.1 * normal(0, *w.shape) if w.ndim == 1 else w, module.init(KEY, x))
-    return variables, from_linen(module, variables, x, **kwargs)
+def linen(module, x):
+    drawn = variables(module, x)
+    return drawn, from_linen(module, drawn, x)
 
 
 # --- linen ------------------------------------------------------------------------------------------------------------
@@ -53,19 +52,18 @@ class Network(nn.Module):
 
 @pytest.fixture(scope="module")
 def network():
-    variables = Network().init(KEY, IMAGES)
-    return variables, from_linen(Network(), variables, IMAGES)
+    return linen(Network(), IMAGES)
 
 
 def test_the_identity_changes_nothing_and_an_override_replaces_the_result(network):
-    variables, model = network
+    drawn, model = network
     seen = []
 
     def override(layer, product, lhs, rhs):
         seen.append(layer.name)
         return product(lhs, rhs)
 
-    plain, expected = model.call(model.params, IMAGES), Network().apply(variables, IMAGES)
+    plain, expected = model.call(model.params, IMAGES), Network().apply(drawn, IMAGES)
     # the batch norm's factor is computed once, where the module divides each time
     np.testing.assert_allclose(plain, expected, rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(model.call(model.params, IMAGES, override=override), plain)
@@ -146,9 +144,9 @@ SCALED = ("dense_general", "conv_transpose_flipped", "einsum", "einsum_swapped",
 @pytest.mark.parametrize("name", LINEN)
 def test_linen_modules_are_reached_and_execute_what_is_emulated(name):
     module, x, expected = LINEN[name]
-    variables, model = linen(module, x)
+    drawn, model = linen(module, x)
     assert {layer.name: layer.weights for layer in model.layers} == expected
-    np.testing.assert_array_equal(jax.jit(model.call)(model.params, x), jax.jit(module.apply)(variables, x))
+    np.testing.assert_array_equal(jax.jit(model.call)(model.params, x), jax.jit(module.apply)(drawn, x))
     agree(model, (x,), ("bfloat16", "float8_e4m3fn", "int4_w"), least=1e-5, most=0.3, apart=0.3)
     if name == "scanned":
         blocks, head = model.layers
@@ -183,18 +181,18 @@ def test_a_weight_that_is_used_otherwise_stays_and_one_that_is_computed_is_round
             return nn.Dense(3, name="head")(x @ (kernel / jnp.linalg.norm(kernel, axis=0)))
 
     with pytest.warns(UserWarning, match="1 weights stay as they are: kernel .Otherwise: used in other ways"):
-        variables, model = linen(Otherwise(), TOKENS)
+        drawn, model = linen(Otherwise(), TOKENS)
     (other,) = (other for other in model.others if other.path == "kernel")
     assert model.names == ("head",) and "kernel" in model.summary()
     assert other.reason == "used in other ways than in a product"
-    np.testing.assert_array_equal(model.call(model.params, TOKENS), Otherwise().apply(variables, TOKENS))
+    np.testing.assert_array_equal(model.call(model.params, TOKENS), Otherwise().apply(drawn, TOKENS))
 
-    variables, model = linen(Norm(), TOKENS)
+    drawn, model = linen(Norm(), TOKENS)
     assert model.names == ("Norm", "head") and model.layers[0].sources == ("kernel",)
-    kernel = variables["params"]["kernel"]
+    kernel = drawn["params"]["kernel"]
     np.testing.assert_allclose(model.params["kernel"], kernel / jnp.linalg.norm(kernel, axis=0), rtol=1e-6)
     assert "1 of their weights are computed from parameters, once: Norm (of kernel)" in model.summary()
-    np.testing.assert_allclose(model.call(model.params, TOKENS), Norm().apply(variables, TOKENS), rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(model.call(model.params, TOKENS), Norm().apply(drawn, TOKENS), rtol=2e-6, atol=1e-6)
 
 
 def test_a_jitted_inner_function_is_part_of_the_program():
@@ -213,12 +211,12 @@ def test_a_jitted_inner_function_is_part_of_the_program():
             x = nn.Dense(4, name="outside")(x)
             return cached(self.variables["params"] if self.owner else weights, x)
 
-    weights = Inner().init(KEY, X)["params"]
-    variables = {"params": {"outside": weights["inside"], **weights}}
-    Outer().apply(variables, X)  # its trace is cached before mpjax sees the model
-    model = from_linen(Outer(), variables, X)
+    weights = variables(Inner(), X)["params"]
+    drawn = {"params": {"outside": weights["inside"], **weights}}
+    Outer().apply(drawn, X)  # its trace is cached before mpjax sees the model
+    model = from_linen(Outer(), drawn, X)
     assert model.names == ("outside", "inside")
-    np.testing.assert_allclose(model.call(model.params, X), Outer().apply(variables, X), rtol=1e-6)
+    np.testing.assert_allclose(model.call(model.params, X), Outer().apply(drawn, X), rtol=1e-6)
     closed = from_linen(Outer(owner=False), {"params": {"outside": weights["inside"]}}, X)
     assert closed.names == ("outside",)
     assert [(other.shape, other.reason) for other in closed.others if other.path == "(constant)"] == [
@@ -229,13 +227,12 @@ def test_a_jitted_inner_function_is_part_of_the_program():
 def test_layers_of_other_dtypes_stay_and_are_listed():
     module = nn.Dense(3, dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match=r"kernel: its product is computed in bfloat16. Nothing here can be lowered"):
-        from_linen(module, module.init(KEY, X), X)
+        linen(module, X)
     mixed = nn.Sequential([nn.Dense(3, dtype=jnp.bfloat16), nn.Dense(2, dtype=jnp.float32)])
-    variables = mixed.init(KEY, X)
     with pytest.warns(UserWarning, match="1 weights stay as they are: layers_0/kernel .Dense: its product is comput"):
-        model = from_linen(mixed, variables, X)
+        drawn, model = linen(mixed, X)
     assert model.names == ("layers_1",)
-    np.testing.assert_array_equal(jax.jit(model.call)(model.params, X), jax.jit(mixed.apply)(variables, X))
+    np.testing.assert_array_equal(jax.jit(model.call)(model.params, X), jax.jit(mixed.apply)(drawn, X))
 
 
 def test_several_inputs_keyword_arguments_and_collections():
@@ -247,15 +244,15 @@ def test_several_inputs_keyword_arguments_and_collections():
             return scale * nn.Dropout(0.5, deterministic=not train)(x)
 
     module, other = Both(), TOKENS[..., :3]
-    variables = module.init({"params": KEY, "dropout": KEY}, TOKENS, other, train=False)
-    model = from_linen(module, variables, TOKENS, other, train=False, scale=2.0)
+    drawn = module.init({"params": KEY, "dropout": KEY}, TOKENS, other, train=False)
+    model = from_linen(module, drawn, TOKENS, other, train=False, scale=2.0)
     assert model.names == ("a", "b")
-    expected = module.apply(variables, TOKENS, other, train=False, scale=2.0)
+    expected = module.apply(drawn, TOKENS, other, train=False, scale=2.0)
     np.testing.assert_array_equal(model.call(model.params, TOKENS, other), expected)
     with pytest.raises(ModelError, match="random numbers|collection"):
-        from_linen(module, variables, TOKENS, other, train=True)
+        from_linen(module, drawn, TOKENS, other, train=True)
     with pytest.raises(ModelError, match="cannot be called with .*Pass the inputs"):
-        from_linen(module, variables, TOKENS, train=False)
+        from_linen(module, drawn, TOKENS, train=False)
 
 
 def test_an_array_as_a_keyword_is_an_input():
@@ -265,13 +262,13 @@ def test_an_array_as_a_keyword_is_an_input():
             return nn.Dense(3)((jnp.tanh(nn.Dense(8)(x)) * mask[..., None]).mean(1))
 
     mask = jnp.tril(jnp.ones((2, 6)))
-    variables = Net().init(KEY, TOKENS, mask)
+    drawn = variables(Net(), TOKENS, mask)
     with pytest.raises(
         ValueError, match=r"keyword 'mask' holds an array of the examples' leading axis, \(2, 6\): pass"
     ):
-        from_linen(Net(), variables, TOKENS, mask=mask)
-    assert len(from_linen(Net(), variables, TOKENS, mask).layers) == 2
-    assert len(from_linen(Net(), variables, TOKENS, mask=jnp.ones((1, 6))).layers) == 2
+        from_linen(Net(), drawn, TOKENS, mask=mask)
+    assert len(from_linen(Net(), drawn, TOKENS, mask).layers) == 2
+    assert len(from_linen(Net(), drawn, TOKENS, mask=jnp.ones((1, 6))).layers) == 2
 
 
 def test_boxed_frozen_sown_and_random_variables():
@@ -281,11 +278,11 @@ def test_boxed_frozen_sown_and_random_variables():
             boxed = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
             return nn.Dense(4, name="b")(nn.relu(nn.Dense(16, kernel_init=boxed, name="a")(x)))
 
-    variables = Boxed().init(KEY, X)
-    for given in (variables, freeze(nn.meta.unbox(variables))):
+    boxed = Boxed().init(KEY, X)
+    for given in (boxed, freeze(nn.meta.unbox(boxed))):
         model = from_linen(Boxed(), given, X)
         assert model.names == ("a", "b")
-        np.testing.assert_allclose(model.call(model.params, X), Boxed().apply(variables, X), rtol=1e-6)
+        np.testing.assert_allclose(model.call(model.params, X), Boxed().apply(boxed, X), rtol=1e-6)
 
     class Sown(nn.Module):
         @nn.compact
@@ -295,9 +292,9 @@ def test_boxed_frozen_sown_and_random_variables():
             return y
 
     net = nn.Sequential([Sown(), nn.Dense(2)])
-    variables = {"params": net.init(KEY, X)["params"]}
-    model = from_linen(net, variables, X, mutable=["intermediates"])
-    expected = net.apply(variables, X, mutable=["intermediates"])
+    drawn = {"params": variables(net, X)["params"]}
+    model = from_linen(net, drawn, X, mutable=["intermediates"])
+    expected = net.apply(drawn, X, mutable=["intermediates"])
     assert jax.tree.structure(model.call(model.params, X)) == jax.tree.structure(expected)
 
     class DropDense(nn.Dense):
@@ -306,9 +303,9 @@ def test_boxed_frozen_sown_and_random_variables():
             return super().__call__(nn.Dropout(0.5, deterministic=False)(x))
 
     random = {"dropout": KEY}
-    variables = DropDense(4).init({"params": KEY, **random}, X)
-    model = from_linen(DropDense(4), variables, X, rngs=random)
-    expected = DropDense(4).apply(variables, X, rngs=random)
+    drawn = DropDense(4).init({"params": KEY, **random}, X)
+    model = from_linen(DropDense(4), drawn, X, rngs=random)
+    expected = DropDense(4).apply(drawn, X, rngs=random)
     np.testing.assert_allclose(model.call(model.params, X), expected, rtol=1e-6)
 
 
@@ -320,21 +317,21 @@ def test_a_head_that_is_not_called_is_not_warned_of():
         def __call__(self, x, train=False):
             return (self.a(x), self.aux(x)) if train else self.a(x)
 
-    variables = Net().init(KEY, X, True)
+    drawn = Net().init(KEY, X, True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = from_linen(Net(), variables, X)
+        model = from_linen(Net(), drawn, X)
     assert {e.reason for e in model.others if e.path.startswith("aux")} == {"not used with these inputs"}
 
 
 def test_wrong_modules_and_variables_are_refused(network):
-    variables, _ = network
+    drawn, _ = network
     with pytest.raises(ValueError, match="'params' collection"):
-        from_linen(Network(), variables["params"], IMAGES)
+        from_linen(Network(), drawn["params"], IMAGES)
     with pytest.raises(ValueError, match="at least one example input"):
-        from_linen(Network(), variables)
+        from_linen(Network(), drawn)
     with pytest.raises(ValueError, match="modules seen: .'LayerNorm'"):
-        from_linen(nn.LayerNorm(), nn.LayerNorm().init(KEY, X), X)
+        linen(nn.LayerNorm(), X)
     with pytest.raises(TypeError, match="Expected a linen module, found Linear.*from_nnx.*from_function"):
         from_linen(nnx.Linear(3, 2, rngs=rngs()), {"params": {}}, X)
     with pytest.raises(TypeError, match="Expected an NNX module, found Dense.*from_linen"):
@@ -376,8 +373,8 @@ class NnxText(nnx.Module):
 def text(framework, tied="no"):
     """The model of that framework, and its plain outputs."""
     if framework == "linen":
-        variables, model = linen(Text(tied=tied), IDS)
-        return model, jax.jit(Text(tied=tied).apply)(variables, IDS)
+        drawn, model = linen(Text(tied=tied), IDS)
+        return model, jax.jit(Text(tied=tied).apply)(drawn, IDS)
     module = NnxText(tied)
     return from_nnx(module, IDS), nnx.jit(lambda module, ids: module(ids))(module, IDS)
 
@@ -406,15 +403,15 @@ def test_subclasses_and_stacks_of_embeddings():
             return super().__call__(inputs) * 2.0
 
     module = nn.Sequential([Scaled(12, 8), nn.Dense(3)])
-    variables, model = linen(module, IDS)
+    drawn, model = linen(module, IDS)
     assert model.names == ("layers_0", "layers_1") and model.layers[0].module == "Scaled"
-    np.testing.assert_array_equal(jax.jit(model.call)(model.params, IDS), jax.jit(module.apply)(variables, IDS))
+    np.testing.assert_array_equal(jax.jit(model.call)(model.params, IDS), jax.jit(module.apply)(drawn, IDS))
 
     lifted = nn.vmap(nn.Embed, in_axes=0, variable_axes={"params": 0}, split_rngs={"params": True})
     module, both = nn.Sequential([lifted(12, 8), nn.Dense(3)]), jnp.stack([IDS, IDS])
-    variables, model = linen(module, both)
+    drawn, model = linen(module, both)
     assert model.names == ("layers_0", "layers_1") and model.layers[0].kernel_shape == (2, 12, 8)
-    np.testing.assert_allclose(model.call(model.params, both), module.apply(variables, both), atol=1e-6)
+    np.testing.assert_allclose(model.call(model.params, both), module.apply(drawn, both), atol=1e-6)
     agree(model, (both,), ("bfloat16", "int8_w", "int4_w"), ("layers_0",))
     one = nn.Sequential([nn.Embed(1, 8), nn.Dense(3)])
     assert linen(one, IDS)[1].names == ("layers_1",)  # its row is broadcast, whatever is looked up
@@ -616,10 +613,9 @@ class NnxEncoder(nnx.Module):
 
 
 def test_linen_and_nnx_agree_in_names_scores_and_assignment():
-    variables = LinenEncoder().init(KEY, TOKENS)
-    one = from_linen(LinenEncoder(), variables, TOKENS)
+    drawn, one = linen(LinenEncoder(), TOKENS)
     graphdef, params, rest = nnx.split(NnxEncoder(), nnx.Param, ...)
-    nnx.replace_by_pure_dict(params, variables["params"])
+    nnx.replace_by_pure_dict(params, drawn["params"])
     two = from_nnx(nnx.merge(graphdef, params, rest), TOKENS)
     assert one.names == two.names and len(one.names) == 6
     np.testing.assert_allclose(one.call(one.params, TOKENS), two.call(two.params, TOKENS), atol=1e-6)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import normal
+from checks import normal, variables
 from flax import nnx
 
 from mpjax.apply import apply
@@ -13,13 +13,12 @@ from mpjax.program import from_linen, from_nnx, graph, with_output
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
-KEY = jax.random.key(0)
 X = normal(0, 2, 4)
 
 
 def linen(module, *inputs):
     inputs = inputs or (X,)
-    return from_linen(module, jax.jit(module.init)(KEY, *inputs), *inputs)
+    return from_linen(module, variables(module, *inputs), *inputs)
 
 
 def dependence(model, *inputs):

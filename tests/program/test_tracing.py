@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORMATS, agree, exactly, normal
+from checks import FORMATS, agree, exactly, normal, variables
 from jax import lax
 
 from experiments.models.architectures import NAMES, architecture
@@ -245,14 +245,13 @@ IMAGES = normal(1, 2, 8, 8, 4)
 @pytest.mark.parametrize("kind", ["standardised", "masked", "weight_norm", "spectral_norm", "merged"])
 def test_a_computed_weight_is_what_a_format_rounds(kind):
     module = Folding(kind)
-    variables = module.init(KEY, IMAGES)
-    model = from_linen(module, variables, IMAGES)
+    drawn = variables(module, IMAGES)
+    model = from_linen(module, drawn, IMAGES)
     (layer,) = model.layers
     assert layer.kernel_shape[-1] == 8 and layer.folded
     assert len(layer.sources) == (3 if kind == "merged" else 2 if kind == "weight_norm" else 1)
     assert len([name for name in model.params if not name.endswith("bias")]) == 1
-    others = {k: v for k, v in variables.items() if k != "params"}
-    exactly(model, lambda p, x: module.apply({**others, "params": p}, x), variables["params"], IMAGES, rtol=2e-6)
+    exactly(model, lambda p, x: module.apply({**drawn, "params": p}, x), drawn["params"], IMAGES, rtol=2e-6)
     agree(model, (IMAGES,), ("bfloat16", "float8_e4m3fn", "int8_w", "int4_w"), most=0.3)
     if kind == "merged":  # what fed the fold alone is not held
         assert [other.reason for other in model.others] == [f"computed into {layer.name}"] * 3
@@ -411,7 +410,7 @@ def test_weights_named_otherwise_are_reached():
             return x @ (0.1 * self.param("weight", nn.initializers.normal(1.0), (6, 6)))
 
     net = nn.Sequential([nn.Dense(6), Scaled(), Recurrent()])
-    model = from_linen(net, net.init(KEY, X), X)
+    model = from_linen(net, variables(net, X), X)
     assert model.names == ("layers_0", "layers_1", "layers_2/wh") and model.layers[2].calls == 3
 
 
