@@ -40,17 +40,16 @@ def test_scores_are_those_of_the_dense_hessian(make):
     quadratic = from_loss.quadratic()(loss, params, blocks, FORMATS, KEY)
     trace = from_loss.trace(num_probes=64, scale="none")(loss, params, blocks, FORMATS, KEY)
     for row, block in enumerate(blocks):
-        own = partition.select(params, block)
-        leaves, tree = jax.tree.flatten(own)
+        leaves, tree = jax.tree.flatten(partition.select(params, block))
         flat, unflatten = jax.flatten_util.ravel_pytree(leaves)
 
-        def of_block(vector, unflatten=unflatten, tree=tree):
+        def block_loss(vector, unflatten=unflatten, tree=tree):
             return loss(partition.replace(params, jax.tree.unflatten(tree, unflatten(vector))))
 
-        hessian = np.asarray(jax.hessian(of_block)(flat), np.float64)
+        hessian = np.asarray(jax.hessian(block_loss)(flat), np.float64)
         for column, name in enumerate(FORMATS):
             rounded = [round_weights(leaf, parse(name)) - leaf for leaf in leaves]
-            delta = np.concatenate([np.ravel(each) for each in rounded]).astype(np.float64)
+            delta = np.concatenate([np.ravel(delta) for delta in rounded]).astype(np.float64)
             np.testing.assert_allclose(
                 quadratic.value[row, column], 0.5 * delta @ hessian @ delta, rtol=1e-3, atol=1e-12
             )
