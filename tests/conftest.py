@@ -24,6 +24,7 @@ if version("jaxlib").startswith("0.10."):  # jaxlib 0.12 has no other emitters, 
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
+import gc  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -40,6 +41,12 @@ hypothesis.settings.register_profile("thorough", deadline=None, derandomize=True
 hypothesis.settings.load_profile("quick")
 
 OPTIMISED = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"].lower() not in ("1", "true")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of every garbage collection to come."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
