@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import linen
+from toys import linen
 
 from mpjax import compiled, cost, emulation, search, sensitivity
 from mpjax.apply import apply
