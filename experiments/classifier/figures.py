@@ -16,7 +16,7 @@ NEVER = "#bbbbbb"
 def sensitivity(scores: Sequence[Score], tolerances: Sequence[float], fmt: str) -> Figure:
     """Bars of the layers' predicted KL, one panel per form; colours say from which tolerance the search lowered them."""
     shades = plt.get_cmap("Greens_r")(np.linspace(0, 0.6, len(tolerances)))  # the least tolerance is the darkest
-    colours = dict(zip(sorted(tolerances), map(to_hex, shades), strict=True))
+    colours: dict[float | None, str] = dict(zip(sorted(tolerances), map(to_hex, shades), strict=True))
     figure, axes = plt.subplots(2, 1, figsize=(11, 7), sharex=True, sharey=True)
     for axis, form in zip(axes, COLOURS, strict=True):
         rows = [row for row in scores if (row.format, row.batch_norm) == (fmt, form)]
