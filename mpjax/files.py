@@ -40,28 +40,26 @@ def jsonable(obj: Any) -> Any:
 
     Mappings, dataclasses, sequences, sets (sorted) and paths are converted too; anything else is a TypeError.
     """
+    if isinstance(obj, np.generic | np.ndarray) or hasattr(obj, "__array__"):
+        obj = np.asarray(obj).tolist()
+    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        obj = {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj)}
     match obj:
-        case None | bool() | str() if not isinstance(obj, np.generic):
+        case None | bool() | str():
             return obj
-        case np.generic():
-            return jsonable(obj.item())
         case int():
             return int(obj)
         case float():
             return float(obj) if math.isfinite(obj) else None
-        case Mapping():
-            return {_json_key(key): jsonable(value) for key, value in obj.items()}
+        case Mapping() if all(isinstance(key, str) for key in obj):
+            return {key: jsonable(value) for key, value in obj.items()}
         case list() | tuple():
             return [jsonable(value) for value in obj]
         case Set():
             return sorted(jsonable(value) for value in obj)
         case Path():
             return obj.as_posix()
-    if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        return {field.name: jsonable(getattr(obj, field.name)) for field in dataclasses.fields(obj)}
-    if hasattr(obj, "__array__"):
-        return jsonable(np.asarray(obj).tolist())
-    raise TypeError(f"{type(obj).__name__} has no JSON form: {obj!r}")
+    raise TypeError(f"{type(obj).__name__} has no JSON form (keys of an object are strings): {obj!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,12 +126,6 @@ class Checkpoint:
                 raise ValueError("it holds another piece")
             arrays = {key.removeprefix("array/"): file[key] for key in file.files if key != "note"}
         return Piece(arrays=arrays, meta=note["meta"])
-
-
-def _json_key(key: Any) -> str:
-    if isinstance(key, str):
-        return key
-    raise TypeError(f"a key of a JSON object is a string, not {key!r}")
 
 
 def source_digest(*folders: Path) -> str:

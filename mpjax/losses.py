@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+__all__ = ["CROSS_ENTROPY", "KL", "Loss", "MSE", "OUTPUT"]
+
 Outputs = Any  # what the model returns: a pytree of arrays with leading axis N
 
 
@@ -71,7 +73,7 @@ def flat(outputs: Outputs) -> Array:
         shapes = [f"{leaf.dtype} {leaf.shape}" for leaf in jax.tree.leaves(outputs)]
         raise ValueError(
             f"Expected floating-point outputs with one leading axis of examples, found {', '.join(shapes)}. Choose those that "
-            "count: models.with_output(model, lambda outputs: …)."
+            "count: mpjax.program.with_output(model, lambda outputs: …)."
         )
     rows = [leaf.reshape(leaf.shape[0], -1) for leaf in leaves]
     parts = [part for row in rows for part in ((row.real, row.imag) if jnp.iscomplexobj(row) else (row,))]
@@ -111,20 +113,18 @@ def _half_squares(outputs: Outputs, reference: Outputs) -> Array:
 
 
 def _signs(key: Array, outputs: Outputs) -> Outputs:
+    """Random signs, also of the imaginary parts; zero for what `flat` leaves out."""
     leaves, structure = jax.tree.flatten(outputs)
-    keys = jax.random.split(key, len(leaves))
-    drawn = [_sign(k, leaf) for k, leaf in zip(keys, leaves, strict=True)]
-    return jax.tree.unflatten(structure, drawn)
 
+    def drawn(key: Array, leaf: Array) -> Array:
+        if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return jnp.zeros_like(leaf)
+        if jnp.iscomplexobj(leaf):
+            parts = (jax.random.rademacher(part, leaf.shape, leaf.real.dtype) for part in jax.random.split(key))
+            return lax.complex(*parts)
+        return jax.random.rademacher(key, leaf.shape, leaf.dtype)
 
-def _sign(key: Array, leaf: Array) -> Array:
-    """A cotangent of random signs; zero for what `flat` leaves out."""
-    if not leaf.ndim or not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        return jnp.zeros_like(leaf)
-    if jnp.iscomplexobj(leaf):
-        real, imaginary = (jax.random.rademacher(part, leaf.shape, leaf.real.dtype) for part in jax.random.split(key))
-        return lax.complex(real, imaginary)
-    return jax.random.rademacher(key, leaf.shape, leaf.dtype)
+    return jax.tree.unflatten(structure, map(drawn, jax.random.split(key, len(leaves)), leaves))
 
 
 def _mean_squares(outputs: Outputs, reference: Outputs, targets: Array) -> Array:
@@ -182,12 +182,7 @@ def _sampled_labels(key: Array, outputs: Outputs, *targets: Array) -> Outputs:
     return jax.tree.unflatten(jax.tree.structure(outputs), [change])
 
 
-OUTPUT = Loss(
-    name="output",
-    value=_half_squares,
-    stationary=True,
-    cotangents=lambda key, outputs: _signs(key, outputs),
-)
+OUTPUT = Loss(name="output", value=_half_squares, stationary=True, cotangents=_signs)
 """½ ‖f(x) − f₀(x)‖², summed over all outputs: its Hessian at the trained weights is exactly JᵀJ."""
 
 KL = Loss(name="kl", value=_kl, stationary=True, cotangents=_sampled_labels)

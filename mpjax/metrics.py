@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+__all__ = ["mean_interval", "nme", "pck", "spearman"]
+
 Floats = NDArray[np.float64]
 
 
@@ -30,7 +32,7 @@ def nme(predicted: ArrayLike, truth: ArrayLike, normaliser: ArrayLike) -> Floats
         normaliser: (N,) positive lengths in that unit (for a pose: shoulder midpoint to hip midpoint).
 
     Returns:
-        (N,) without unit. A NaN landmark makes its sample NaN: a numerical failure is data.
+        (N,) without unit. A NaN landmark makes its sample NaN.
 
     Raises:
         ValueError: shapes do not match, no samples, or a normaliser that is not positive and finite.
@@ -65,18 +67,18 @@ def bootstrap_interval(
     """Percentile interval of the mean over samples, by resampling whole blocks with replacement.
 
     Samples of one block (a person in one second of video) depend on each other, so whole blocks are drawn, as
-    many as there are. With independent samples give each its own block. With fewer than about 20 blocks, or skewed values, the
-    percentile interval is too narrow (it covers less often than `confidence`): take `mean_interval`.
+    many as there are. With fewer than about 20 blocks, or skewed values, the percentile interval covers less often than
+    `confidence`: take `mean_interval`.
 
     Sources: Efron 1979, doi 10.1214/aos/1176344552 (bootstrap); Künsch 1989, doi 10.1214/aos/1176347265
-    (blocks of dependent samples). The blocks here are given and disjoint; Künsch's are overlapping windows.
+    (blocks of dependent samples; there overlapping windows, here disjoint).
 
     Args:
         per_sample: (N,) values. A NaN makes the interval NaN.
-        blocks: (N,) block of each sample, integers or strings; sizes may differ.
+        blocks: (N,) block of each sample, integers or strings; sizes may differ. Independent samples have one each.
         confidence: coverage aimed at, in (0, 1).
         num_resamples: number of bootstrap draws.
-        seed: seed of the draws; the same seed gives the same interval.
+        seed: of the draws.
 
     Raises:
         ValueError: shapes do not match, no samples, a single block, confidence outside (0, 1), no resamples.
@@ -94,9 +96,8 @@ def mean_interval(per_sample: ArrayLike, blocks: ArrayLike, *, confidence: float
     """Interval of the mean over samples, for few blocks of dependent samples and skewed values.
 
     Student's t over the blocks (their sums, linearised where sizes differ), corrected for skewness by Hall's transformation:
-    errors of a model are mostly small and now and then large, and then the upper end is too low without. It speaks of further
-    blocks of the same population. With 2 blocks it is Student's t with one degree of freedom, and very wide. What the blocks do
-    not show, a rare large error that none of them has, no interval knows.
+    errors of a model are mostly small and now and then large, and then the upper end is too low without. A rare large error that
+    none of the blocks has is in no interval.
 
     Sources: Hall 1992, On the removal of skewness by transformation, Journal of the Royal Statistical Society B 54, 221-228;
     Cochran 1977, Sampling Techniques, chapter 9 (means over clusters of different size).
@@ -147,11 +148,9 @@ def spearman(a: ArrayLike, b: ArrayLike) -> float | None:
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape:
         raise ValueError(f"a and b must both be (N,); got {x.shape} and {y.shape}")
-    if np.isnan(x).any() or np.isnan(y).any():
+    if np.isnan(x).any() or np.isnan(y).any() or min(len(np.unique(x)), len(np.unique(y))) < 2:
         return None
-    x, y = _centred_ranks(x), _centred_ranks(y)
-    scale = np.sqrt((x @ x) * (y @ y))
-    return float(np.clip(x @ y / scale, -1.0, 1.0)) if scale > 0 else None
+    return float(np.clip(np.corrcoef(stats.rankdata(x), stats.rankdata(y))[0, 1], -1.0, 1.0))
 
 
 def relative_error(a: ArrayLike, b: ArrayLike) -> float:
@@ -191,7 +190,7 @@ def _blocks(per_sample: ArrayLike, blocks: ArrayLike, confidence: float) -> tupl
 
 
 def _distances(predicted: ArrayLike, truth: ArrayLike, normaliser: ArrayLike) -> tuple[Floats, Floats]:
-    """Checked (N, K) distances and (N,) normalisers."""
+    """(N, K) distances and (N,) normalisers, checked."""
     p, t, length = (np.asarray(x, dtype=np.float64) for x in (predicted, truth, normaliser))
     if p.ndim != 3 or p.shape[-1] != 2 or p.shape != t.shape:
         raise ValueError(f"predicted and truth must both be (N, K, 2); got {p.shape} and {t.shape}")
@@ -199,16 +198,8 @@ def _distances(predicted: ArrayLike, truth: ArrayLike, normaliser: ArrayLike) ->
         raise ValueError(f"normaliser must be (N,) = ({p.shape[0]},); got {length.shape}")
     if p.size == 0:
         raise ValueError(f"no landmarks to compare: predicted has shape {p.shape}")
-    bad = ~(np.isfinite(length) & (length > 0))
-    if bad.any():
-        i = int(np.flatnonzero(bad)[0])
-        raise ValueError(f"normaliser must be positive and finite; sample {i} has {length[i]} (drop the sample)")
+    if bad := np.flatnonzero(~(np.isfinite(length) & (length > 0))).tolist():
+        raise ValueError(
+            f"normaliser must be positive and finite; sample {bad[0]} has {length[bad[0]]} (drop the sample)"
+        )
     return np.asarray(np.linalg.norm(p - t, axis=-1)), length
-
-
-def _centred_ranks(x: Floats) -> Floats:
-    """(N,) average ranks minus their mean."""
-    _, group, count = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    rank = last - (count - 1) / 2
-    return np.asarray(rank[group] - (len(x) + 1) / 2)

@@ -1,8 +1,7 @@
 """Blocks of a parameter pytree: which leaves belong together, by slash path.
 
-A path joins the keys of a leaf: `encoder/0/kernel`. Dicts, lists, tuples and registered dataclasses work
-alike; the path of a bare array is `.`, and so is the parent of a top-level leaf. A partition need not cover
-every leaf: what it leaves out is held fixed by the estimators.
+A path joins the keys of a leaf: `encoder/0/kernel`; the path of a bare array is `.`, and so is the parent of a top-level leaf.
+A partition need not cover every leaf: the estimators hold the others fixed.
 """
 
 import difflib
@@ -13,6 +12,8 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+
+__all__ = ["Block", "by_leaf", "by_module", "by_rules"]
 
 Params: TypeAlias = Any  # a pytree of arrays
 
@@ -47,7 +48,7 @@ def paths(params: Params) -> tuple[str, ...]:
     Raises:
         ValueError: no leaves, or two leaves with one path (a key that itself contains a slash).
     """
-    return tuple(_some_leaves(params))
+    return tuple(_known_leaves(params))
 
 
 def by_leaf(params: Params) -> Partition:
@@ -72,20 +73,19 @@ def by_rules(params: Params, rules: Mapping[str, str]) -> Partition:
     Raises:
         ValueError: a rule that takes no leaf, or that is not a regular expression.
     """
-    known = paths(params)
-    groups: dict[str, list[str]] = {name: [] for name in rules}
-    compiled = {name: _compile(name, rule) for name, rule in rules.items()}
-    for path in known:
-        for name, rule in compiled.items():
-            if rule.fullmatch(path):
-                groups[name].append(path)
-                break
-    for name, members in groups.items():
+    left, blocks = list(paths(params)), []
+    for name, rule in rules.items():
+        try:
+            matched = [path for path in paths(params) if re.fullmatch(rule, path)]
+        except re.error as error:
+            raise ValueError(f"rule {name!r} = {rule!r} is not a regular expression: {error}") from error
+        members = [path for path in left if path in matched]
         if not members:
-            taken = any(compiled[name].fullmatch(path) for path in known)
-            why = "matches only leaves that earlier rules took" if taken else "matches no leaf"
-            raise ValueError(f"rule {name!r} = {rules[name]!r} {why}; leaves are {_some(known)}")
-    return tuple(Block(name=name, paths=tuple(members)) for name, members in groups.items())
+            why = "matches only leaves that earlier rules took" if matched else "matches no leaf"
+            raise ValueError(f"rule {name!r} = {rule!r} {why}; leaves are {_some(paths(params))}")
+        left = [path for path in left if path not in matched]
+        blocks.append(Block(name=name, paths=tuple(members)))
+    return tuple(blocks)
 
 
 def select(params: Params, block: Block) -> dict[str, jax.Array]:
@@ -94,8 +94,7 @@ def select(params: Params, block: Block) -> dict[str, jax.Array]:
     Raises:
         ValueError: the block names a path that the parameters do not have.
     """
-    leaves = _some_leaves(params)
-    _check_known(block.paths, leaves)
+    leaves = _known_leaves(params, block.paths)
     return {path: leaves[path] for path in block.paths}
 
 
@@ -119,8 +118,7 @@ def replace(params: Params, values: Mapping[str, jax.Array], *, reshape: bool = 
     Raises:
         ValueError: an unknown path, or a value of another shape.
     """
-    leaves = _some_leaves(params)
-    _check_known(values, leaves)
+    leaves = _known_leaves(params, values)
     for path, value in values.items():
         if not reshape and jnp.shape(value) != jnp.shape(leaves[path]):
             raise ValueError(f"{path!r} has shape {jnp.shape(leaves[path])}; got {jnp.shape(value)}")
@@ -140,25 +138,16 @@ def named_leaves(params: Params) -> dict[str, Any]:
     return named
 
 
-def _some_leaves(params: Params) -> dict[str, Any]:
-    if not (named := named_leaves(params)):
+def _known_leaves(params: Params, names: Iterable[str] = ()) -> dict[str, Any]:
+    """`named_leaves`, of which there is one at least, and one of each name."""
+    leaves = named_leaves(params)
+    if not leaves:
         raise ValueError(f"the parameter tree has no leaves: {params!r}")
-    return named
-
-
-def _check_known(names: Iterable[str], known: Iterable[str]) -> None:
-    known = list(known)
     for name in names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ValueError(f"unknown path {name!r}; the nearest is {near[0]!r}, of {len(known)} leaves")
-
-
-def _compile(name: str, rule: str) -> re.Pattern[str]:
-    try:
-        return re.compile(rule)
-    except re.error as error:
-        raise ValueError(f"rule {name!r} = {rule!r} is not a regular expression: {error}") from error
+        if name not in leaves:
+            (near,) = difflib.get_close_matches(name, leaves, n=1, cutoff=0.0)
+            raise ValueError(f"unknown path {name!r}; the nearest is {near!r}, of {len(leaves)} leaves")
+    return leaves
 
 
 def _some(names: Iterable[str]) -> str:

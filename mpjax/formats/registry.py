@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """How one layer computes. What follows from the fields is asked by the properties, outside of `formats` and `arithmetic`.
+    """How one layer computes. `scaled`, `weight_only` and `accumulate` are read in `formats` and `arithmetic` alone.
 
     Attributes:
         storage: dtype of the stored weights.
@@ -56,16 +56,6 @@ class Format:
     def needs_range(self) -> bool:
         """Whether a product needs the largest magnitude of its activations, from a calibration."""
         return self.scaled
-
-    @property
-    def emulated_only(self) -> bool:
-        """Whether no hardware that XLA knows computes it, so that a mixed model emulates the product."""
-        return self.accumulate == "float16"
-
-    @property
-    def narrow(self) -> bool:
-        """Whether a mixed model multiplies operands of a narrow dtype."""
-        return self.operand != "float32" and not self.emulated_only
 
     @property
     def multiplied_out(self) -> bool:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +153,11 @@ def weight_bytes(layer: Layer, fmt: Format) -> int:
     return stored_bytes(fmt, layer.kernel_shape, layer.summed, layer.stacked) if layer.kernel else 0
 
 
+def scale_dtype(fmt: Format) -> Any:
+    """Of the stored scales: bfloat16 for groups, of which there are many."""
+    return jnp.bfloat16 if fmt.group else jnp.float32
+
+
 def packed(numbers: Array) -> Array:
     """Integers from -8 to 7, any shape -> (ceil(n / 2),) bytes."""
     flat = jnp.ravel(numbers).astype(jnp.uint8) & 0xF
@@ -175,10 +180,10 @@ def _order(rank: int, fmt: Format, summed: Summed) -> list[int]:
 
 
 def _scaled(weights: Array, fmt: Format, summed: Summed, stacked: Sequence[int]) -> tuple[Array, Array]:
-    """The weights in groups, and their scales: bfloat16 where groups are small, of which there are many."""
+    """The weights in groups, and their scales."""
     groups, axes = _groups(weights, fmt, summed, stacked)
     amax = jnp.max(jnp.abs(groups), axis=axes, keepdims=True, initial=0.0)
-    return groups, amax_scale(amax, fmt).astype(jnp.bfloat16 if fmt.group else jnp.float32)
+    return groups, amax_scale(amax, fmt).astype(scale_dtype(fmt))
 
 
 def _groups(weights: Array, fmt: Format, summed: Summed, stacked: Sequence[int]) -> tuple[Array, Axes]:

@@ -23,16 +23,10 @@ import numpy as np
 
 from mpjax.partition import Block, named_leaves
 from mpjax.program import running
-from mpjax.program.product import Array as Array
-from mpjax.program.product import Layer as Layer
-from mpjax.program.product import OtherParameter as OtherParameter
-from mpjax.program.product import Override as Override
-from mpjax.program.product import Params as Params
-from mpjax.program.product import Product as Product
+from mpjax.program.product import Array, Layer, OtherParameter, Override, Params
 from mpjax.program.steps import Program, products_of, values
 from mpjax.program.summary import UNUSED, summary
 from mpjax.program.traced import Traced, dtype_of
-from mpjax.program.traced import spec as spec
 
 Batches = Sequence[tuple[Array, ...]]
 

@@ -180,7 +180,9 @@ class _Tracer:
         if isinstance(value, View):
             start: Ref = self._weight(value.base, taken=True)
             for equation, positions in value.moves:
-                (start,) = self._bind(equation, [start, *(self.ref(position, block) for position in positions)], block, "")
+                (start,) = self._bind(
+                    equation, [start, *(self.ref(position, block) for position in positions)], block, ""
+                )
             return start
         if value.equation is None and not value.sources:
             return Constant(value.constant)

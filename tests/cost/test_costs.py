@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import linen
-from toys import SmallConv
+from toys import SmallConv, linen
 
 from mpjax import cost
 from mpjax.cost import measuring
