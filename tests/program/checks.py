@@ -30,9 +30,9 @@ def variables(module, *inputs):
 
 def exactly(model, function, params, *inputs, rtol=0.0):
     """Compares the jitted model with the jitted function; `rtol`: of the largest number."""
-    found, expected = jax.jit(model.call)(model.params, *inputs), jax.jit(function)(params, *inputs)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    outputs, expected = jax.jit(model.call)(model.params, *inputs), jax.jit(function)(params, *inputs)
+    assert jax.tree.structure(outputs) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * float(np.abs(b).max()))
 
 

@@ -279,7 +279,7 @@ def test_layers_inside_a_branch():
         def __call__(self, x):
             x = nn.Dense(4, name="stem")(x)
             inside = nn.Dense(4, name="inside")
-            inside(x)  # linen wants parameters made outside
+            inside(x)  # linen makes parameters outside of branches alone
             x = jax.lax.cond(x[0, 0] > 0, lambda y: inside(y), lambda y: y, x)
             return nn.Dense(1, name="head")(x)
 
