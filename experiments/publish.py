@@ -50,7 +50,7 @@ def main(config: Config) -> None:
     before, _, rest = pages[marked[0]].partition(start)
     pages[marked[0]] = before + start + (run / "docs.md").read_text() + end + rest.partition(end)[2]
     texts = "".join(pages.values()) + (docs.parent / "README.md").read_text()
-    linked = sorted(set(re.findall(rf"\]\((?:docs/)?{config.name}/([\w.-]+)\)", texts)))
+    linked = sorted(set(re.findall(rf"[(\"](?:docs/)?{config.name}/([\w.-]+)[)\"]", texts)))
     if missing := [name for name in linked if not (run / name).exists()]:
         raise SystemExit(f"Not published: {run} lacks {', '.join(missing)}, which pages link to.")
     marked[0].write_text(pages[marked[0]])

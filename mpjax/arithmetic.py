@@ -73,20 +73,20 @@ def emulated(fmt: Format, product: Product, lhs: Array, rhs: Array, *, ranges: R
     Returns:
         An array of the format's output dtype.
     """
-    multiply = kernels.suited(product)
+    suited = kernels.suited(product)
     if fmt == FLOAT32 or (fmt.weight_only and not product.weighted):
-        return multiply(lhs, rhs)
+        return suited(lhs, rhs)
     if product.kind == "lookup":
         return _rounded_rows(fmt, product, lhs, rhs).astype(fmt.output)
     rhs = (
         round_weights(rhs, fmt, product.summed, product.stacked) if product.weighted else _rounded(fmt, rhs, ranges[1])
     )
     if fmt.weight_only:
-        return multiply(lhs, rhs)
+        return suited(lhs, rhs)
     lhs = _rounded(fmt, lhs, ranges[0])
     if fmt.accumulate == "float16":
         return float16.compute(product, lhs, product.viewed(rhs)).astype(fmt.output)
-    return multiply(lhs, rhs)
+    return suited(lhs, rhs)
 
 
 def executed(
@@ -110,15 +110,15 @@ def executed(
         implementation: how it is computed (`kernels`).
         as_stored: whether weights may be read as they are stored (`kernels.stored`): with kernels that are fast for it.
     """
-    multiply = kernels.implemented(product, implementation)
+    computed = kernels.implemented(product, implementation)
     if fmt == FLOAT32 or (fmt.weight_only and not product.weighted):
-        return multiply(lhs, rhs)
+        return computed(lhs, rhs)
     if product.kind == "lookup":
         return _stored_rows(fmt, product, lhs, rhs, shape)
     if fmt.weight_only:
         if as_stored and stored.covers(product, lhs, rhs):
             return stored.compute(product, lhs, rhs)
-        return multiply(lhs, _multiplied_out(fmt, product, rhs, shape))
+        return computed(lhs, _multiplied_out(fmt, product, rhs, shape))
     if fmt.accumulate == "float16":
         return emulated(fmt, product, lhs, rhs.astype(jnp.float32), ranges=ranges)
     lhs, scale = operand(fmt, lhs, ranges[0])
@@ -132,7 +132,7 @@ def executed(
             scale, rhs = scale * _output_scale(product, rhs, lhs), rhs.numbers
     if product.kind == "ragged":  # XLA's own takes operands of one width
         lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
-    out = multiply.multiply(lhs, rhs, accumulate=fmt.accumulate)
+    out = computed.multiply(lhs, rhs, accumulate=fmt.accumulate)
     return out if isinstance(scale, float) and scale == 1.0 else out * scale
 
 

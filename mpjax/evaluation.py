@@ -59,10 +59,8 @@ class Evaluation:
             confidence: of the interval.
 
         Raises:
-            ValueError: ragged or empty batches, unknown formats, blocks of another length, a missing calibration.
+            ValueError: ragged or empty batches, unknown formats, a missing calibration, blocks or confidence without interval.
         """
-        if not 0 < confidence < 1:
-            raise ValueError(f"confidence must lie in (0, 1), e.g. 0.95; got {confidence}")
         low = parse_all(formats)
         check_ranges(itertools.product(model.layers, low), calibration)
 
@@ -105,28 +103,22 @@ class Evaluation:
         self.evaluations += 1
         if per_sample.shape != (self.examples,):
             raise ValueError(f"Expected error(low, reference) of shape ({self.examples},), found {per_sample.shape}.")
-        value = float(per_sample.mean())
-        if self.blocks is None:
-            return Measurement(value=value, per_sample=per_sample)
-        interval = metrics.mean_interval(per_sample, self.blocks, confidence=self.confidence)
-        return Measurement(
-            value=value, low=interval.low, high=interval.high, confidence=self.confidence, per_sample=per_sample
-        )
+        interval = self._interval(per_sample)
+        return Measurement(value=float(per_sample.mean()), per_sample=per_sample, **interval)
 
     def _set(self, batches: Batches, blocks: Sequence[Any] | np.ndarray | None) -> None:
-        self.batches = check_batches(batches)
-        self.blocks = None if blocks is None else np.asarray(blocks)
+        self.batches, self.blocks = check_batches(batches), blocks
         self.examples = sum(len(batch[0]) for batch in self.batches)
         self.evaluations = 0
         self._reference = None
-        if self.blocks is not None and self.blocks.shape != (self.examples,):
-            raise ValueError(
-                f"Expected one block for each of {self.examples} examples, found shape {self.blocks.shape}."
-            )
-        if self.blocks is not None and len(np.unique(self.blocks)) < 2:
-            raise ValueError(
-                "An interval needs at least 2 blocks of dependent examples, found one: pass blocks=None without."
-            )
+        self._interval(np.zeros(self.examples))  # refuses blocks that do not fit
+
+    def _interval(self, per_sample: np.ndarray) -> dict[str, Any]:
+        if self.blocks is None:
+            return {}
+        return vars(metrics.mean_interval(per_sample, self.blocks, confidence=self.confidence)) | {
+            "confidence": self.confidence
+        }
 
     @property
     def ledger(self) -> Ledger:

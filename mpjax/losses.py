@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+__all__ = ["CROSS_ENTROPY", "KL", "Loss", "MSE", "OUTPUT"]
+
 Outputs = Any  # what the model returns: a pytree of arrays with leading axis N
 
 

@@ -19,14 +19,12 @@ SETTINGS = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-if tuple(map(int, version("jaxlib").split(".")[:2])) < (
-    0,
-    12,
-):  # later ones have no other emitters and abort at the flag
+if version("jaxlib").startswith("0.10."):  # jaxlib 0.12 has no other emitters, and aborts at the flag
     SETTINGS["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
+import gc  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 
 import hypothesis  # noqa: E402
@@ -43,6 +41,12 @@ hypothesis.settings.register_profile("thorough", deadline=None, derandomize=True
 hypothesis.settings.load_profile("quick")
 
 OPTIMISED = os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"].lower() not in ("1", "true")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of every garbage collection to come."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

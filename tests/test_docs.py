@@ -37,7 +37,7 @@ def test_skipped_and_other_blocks_are_left_out():
 def test_code_runs(page, tmp_path):
     file = tmp_path / f"{PAGES[page].stem}.py"
     file.write_text(script(PAGES[page].read_text("utf-8")), encoding="utf-8")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, file], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, check=False
     )

@@ -9,8 +9,9 @@
         vs_fp32: float | None = column("time / fp32", ".2f")
 
 A field made by `column` is shown on the page and in LaTeX, one with `short=True` in the terminal and in docs/ too; a plain field
-is in the summary and the CSV alone. Plain fields `X_low` and `X_high` beside a column `X` are its interval and shown in its cell.
-A column that no row has a value for is left out. `dataclasses.make_dataclass` makes rows whose fields depend on the run.
+is in the summary and the CSV alone. Plain fields `X_low` and `X_high`, or quartiles `X_q1` and `X_q3`, beside a column `X` are
+shown in its cell. A column that no row has a value for is left out. `dataclasses.make_dataclass` makes rows whose fields
+depend on the run.
 """
 
 import dataclasses
@@ -92,7 +93,9 @@ class Table:
         for line in frame.values:
             table.add_row(*map(rich.text.Text, line))
         console = rich.console.Console()
-        console.print(table, width=None if console.is_terminal else 120)
+        if not console.is_terminal:
+            console.width = 120
+        console.print(table)
 
     def frame(self, *, short: bool = False, intervals: bool = True) -> pd.DataFrame:
         """The cells as shown, under the titles."""
@@ -114,11 +117,11 @@ class Table:
 
     def _cell(self, record: dict[str, Any], field: dataclasses.Field, intervals: bool) -> str:
         form, name = field.metadata["format"], field.name
-        text = _text(record[name], form)
-        low, high = (record.get(f"{name}_{end}") for end in ("low", "high"))
-        columns = {other.name for other in self.fields()}
-        plain = not intervals or low is None or high is None or f"{name}_low" in columns
-        return text if plain else f"{text} ({low:{form}}–{high:{form}})"
+        text, columns = _text(record[name], form), {other.name for other in self.fields()}
+        for low, high in ((f"{name}_low", f"{name}_high"), (f"{name}_q1", f"{name}_q3")):
+            if intervals and record.get(low) is not None and record.get(high) is not None and low not in columns:
+                text += f" ({record[low]:{form}}–{record[high]:{form}})"
+        return text
 
 
 def _text(value: Any, form: str) -> str:

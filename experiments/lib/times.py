@@ -1,6 +1,6 @@
 """Wall times of functions that take turns, round after round, so that whatever else the machine does falls on all alike."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,17 +22,17 @@ class Quartiles(NamedTuple):
 class Times:
     """Name -> (R,) milliseconds, one a round."""
 
-    ms: Mapping[str, np.ndarray]
+    ms: Mapping[Any, np.ndarray]
 
-    def quartiles(self, name: str) -> Quartiles:
+    def quartiles(self, name: Hashable) -> Quartiles:
         """In milliseconds."""
         return Quartiles(*np.percentile(self.ms[name], (25, 50, 75)).tolist())
 
-    def fastest(self, name: str) -> float:
+    def fastest(self, name: Hashable) -> float:
         """The least, in milliseconds."""
         return float(self.ms[name].min())
 
-    def ratio(self, name: str, reference: str) -> Quartiles:
+    def ratio(self, name: Hashable, reference: Hashable) -> Quartiles:
         """Of the ratios within each round: below 1, `name` is faster."""
         return Quartiles(*np.percentile(self.ms[name] / self.ms[reference], (25, 50, 75)).tolist())
 

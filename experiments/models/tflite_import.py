@@ -1,12 +1,13 @@
 """A .tflite file as a Flax linen module with ordinary layers, and its parameters.
 
-``load_tflite(path)`` reads the operators (``tflite_graph``) and interprets them in execution order.
-Convolutions and dense layers are ``nn.Conv`` and ``nn.Dense`` submodules named by kind and running number
-(``conv_00``, ``depthwise_01`` …), the same names whatever outputs are kept; each is called once.  Slopes and operands that the
-file stores are parameters, too.
+Convolutions and dense layers are ``nn.Conv`` and ``nn.Dense`` submodules, named by kind and running number (``conv_00``,
+``depthwise_01`` …), with the same names whatever outputs are kept; each is called once. Slopes, and operands that the file
+stores, are parameters, too.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,28 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from experiments.models.tflite_graph import LAYERS, Graph, Op, TFLiteError, read
-from mpjax.kernels.resize import doubled
+from experiments.models import DAMAGED
+from experiments.models.tflite_file import File, TFLiteError, Unsupported
+from experiments.models.tflite_operators import ACTIVATIONS, LAYERS, OPERATORS, Op, Weights, compute, read
 
-__all__ = ["Imported", "TFLiteError", "TFLiteModule", "load_tflite"]
+_LINES = 20  # of operators in a message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """The operators that the outputs need, in execution order; hashable, without weights.
+
+    Attributes:
+        input: tensor index of the one input.
+        input_shape: (1, H, W, C); the leading axis is free.
+        outputs: (name, tensor index) pairs.
+    """
+
+    ops: tuple[Op, ...]
+    input: int
+    input_shape: tuple[int, ...]
+    outputs: tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +67,26 @@ def load_tflite(
         path: the file.
         outputs: names of the outputs to keep, or of any other value that an operator computes; operators that they do not need
             are dropped.  None keeps all outputs.
-        dtype: handed to every layer, Flax's own way of computing in another dtype; None computes in float32.
-        plain: `jax.image.resize` for twice the size, in place of mpjax's own, which is faster on a CPU.
+        dtype: handed to every layer, Flax's plain way of computing in another dtype; None computes in float32.
+        plain: `jax.image.resize` for twice the size, in place of mpjax's, which is faster on a CPU.
 
     Raises:
         TFLiteError: a foreign or damaged file, an unknown output, or operators that are not supported (all kinds listed).
         FileNotFoundError: no such file.
     """
-    graph, weights = read(path, outputs=outputs)
-    params = {name: {key: jnp.asarray(value) for key, value in group.items()} for name, group in weights.items()}
+    size = Path(path).stat().st_size
+    try:
+        graph, weights = _read(path, outputs)
+    except TFLiteError:
+        raise
+    except DAMAGED as error:
+        raise TFLiteError(
+            f"{path}: a damaged or truncated .tflite file of {size} bytes ({type(error).__name__}: {error})."
+            " Compare its checksum with the source and fetch it again."
+        ) from error
     return Imported(
         module=TFLiteModule(graph=graph, dtype=dtype, plain=plain),
-        variables={"params": params},
+        variables={"params": jax.tree.map(jnp.asarray, weights)},
         input_shape=graph.input_shape,
         outputs=tuple(name for name, _ in graph.outputs),
         layers=tuple(op.name for op in graph.ops if op.kind in LAYERS),
@@ -102,124 +126,109 @@ class TFLiteModule(nn.Module):
         if x.shape[1:] != self.graph.input_shape[1:] or x.ndim != len(self.graph.input_shape):
             expected = ("N", *self.graph.input_shape[1:])
             raise ValueError(f"input of shape {x.shape}, expected ({', '.join(map(str, expected))})")
+        layers = {"CONV_2D": nn.Conv, "DEPTHWISE_CONV_2D": nn.Conv, "FULLY_CONNECTED": nn.Dense}
         values = {self.graph.input: x}
         for op in self.graph.ops:
             inputs = [values[index] for index in op.inputs]
             if op.stored is not None:
-                inputs.insert(op.stored, Constant(op.shape, name=op.name)().astype(inputs[0].dtype))
-            with_weights = op.kind in (*LAYERS, "prelu")
-            out = self._layer(op, inputs[0]) if with_weights else compute(op, inputs, plain=self.plain)
+                place, shape = op.stored
+                inputs.insert(place, Constant(shape, name=op.name)().astype(inputs[0].dtype))
+            if op.kind == "PRELU":
+                out = PReLU(name=op.name)(*inputs)
+            elif op.kind in layers:
+                out = layers[op.kind](**dict(op.settings), dtype=self.dtype, name=op.name)(*inputs)
+            else:
+                out = compute(op, inputs, plain=self.plain)
             values[op.output] = ACTIVATIONS[op.activation](out)
         return {name: values[index] for name, index in self.graph.outputs}
 
-    def _layer(self, op: Op, x: jax.Array) -> jax.Array:
-        """An operator with weights; the compact method that calls this adopts it."""
-        if op.kind == "prelu":
-            return PReLU(name=op.name)(x)
-        if op.kind == "dense":
-            return nn.Dense(op.features, use_bias=op.use_bias, dtype=self.dtype, name=op.name)(x)
-        return nn.Conv(
-            op.features,
-            op.window,
-            strides=op.strides,
-            padding=op.padding,
-            kernel_dilation=op.dilation,
-            feature_group_count=x.shape[-1] if op.kind == "depthwise" else 1,
-            use_bias=op.use_bias,
-            dtype=self.dtype,
-            name=op.name,
-        )(x)
+
+# --- from the file to the graph ---------------------------------------------------------------------------------------
 
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "sigmoid": nn.sigmoid,
-    "tanh": nn.tanh,
-    "relu": nn.relu,
-    "relu6": nn.relu6,
-    "relu_n1_to_1": lambda x: jnp.clip(x, -1, 1),
-    "elu": nn.elu,
-    "hard_swish": nn.hard_swish,
-    "exp": jnp.exp,
-    "log": jnp.log,
-    "sqrt": jnp.sqrt,
-    "rsqrt": lax.rsqrt,
-    "square": jnp.square,
-    "abs": jnp.abs,
-    "neg": jnp.negative,
-}
-ACTIVATIONS = {"none": lambda x: x, **{name: _FUNCTIONS[name] for name in ("relu", "relu6", "relu_n1_to_1")}}
-_OF_TWO: dict[str, Callable[..., Any]] = {
-    "add": jnp.add,
-    "sub": jnp.subtract,
-    "mul": jnp.multiply,
-    "div": jnp.divide,
-    "maximum": jnp.maximum,
-    "minimum": jnp.minimum,
-}
-_REDUCTIONS: dict[str, Callable[..., Any]] = {"mean": jnp.mean, "sum": jnp.sum, "reduce_max": jnp.max}
+def _read(path: Path | str, wanted: tuple[str, ...] | None) -> tuple[Graph, dict[str, Weights]]:
+    file = File(path)
+    outputs, names = _outputs(file, str(path), wanted), _names(file)
+    ops, weights, refused = [], dict[str, Weights](), dict[tuple[str, str], list[int]]()
+    sound, border = {file.input}, set[int]()  # values that can be computed; those of them that refused operators read
+    for index in _needed(file, set(outputs.values())):
+        node = file.nodes[index]
+        if node.kind not in OPERATORS:
+            refused.setdefault((node.kind, "unknown operator"), []).append(index)
+        elif all(value in sound or file.is_constant(value) for value in node.inputs):
+            try:
+                op, parameters = read(node, names[index])
+                ops.append(op)
+                weights |= {op.name: parameters} if parameters else {}
+                sound.update(node.outputs)
+                continue
+            except Unsupported as problem:
+                refused.setdefault((node.kind, str(problem)), []).append(index)
+        border |= sound.intersection(node.inputs) - {file.input}
+    if refused:
+        free = [name for name, value in outputs.items() if value in sound]
+        free = free or [name for name, value in file.computed().items() if value in border]
+        raise TFLiteError(_refusal(path, refused, free))
+    for name, value in outputs.items():
+        if value not in sound:
+            raise TFLiteError(f"{path}: the output {name!r} is not computed from the input. Leave it out.")
+    shape = file.shape(file.input)
+    return Graph(ops=tuple(ops), input=file.input, input_shape=shape, outputs=tuple(outputs.items())), weights
 
 
-def compute(op: Op, inputs: Sequence[jax.Array], *, plain: bool = False) -> jax.Array:
-    """One operator without weights, its stored operand among the inputs, and without its fused activation (`ACTIVATIONS`)."""
-    x = inputs[0]
-    if op.kind in _FUNCTIONS:
-        return _FUNCTIONS[op.kind](x)
-    if op.kind in _OF_TWO:
-        return _OF_TWO[op.kind](inputs[0], inputs[1])
-    if op.kind in _REDUCTIONS:
-        return _REDUCTIONS[op.kind](x, axis=op.axes).reshape(x.shape[0], *op.shape)
-    match op.kind:
-        case "concat":
-            return jnp.concatenate(inputs, axis=op.axis)
-        case "pad":
-            return jnp.pad(x, [pair for pair in op.padding if not isinstance(pair, str)])
-        case "max_pool":
-            return nn.max_pool(x, op.window, op.strides, op.padding)
-        case "avg_pool":
-            return _mean_pool(x, op)
-        case "resize":
-            return _resized(x, op.places) if op.places else doubled(x, implementation="xla" if plain else "blend")
-        case "reshape":
-            return x.reshape(x.shape[0], *op.shape)
-        case "transpose":
-            return x.transpose(op.axes)
-        case "slice":
-            return x[:, *(slice(*cut) for cut in op.cuts)].reshape(x.shape[0], *op.shape)
-        case "depth_to_space":
-            count, height, width, _ = x.shape
-            squares = x.reshape(count, height, width, op.block, op.block, -1).transpose(0, 1, 3, 2, 4, 5)
-            return squares.reshape(count, height * op.block, width * op.block, -1)
-        case "space_to_depth":
-            count, height, width = x.shape[0], x.shape[1] // op.block, x.shape[2] // op.block
-            squares = x.reshape(count, height, op.block, width, op.block, -1).transpose(0, 1, 3, 2, 4, 5)
-            return squares.reshape(count, height, width, -1)
-        case "softmax":
-            return nn.softmax(op.number * x, axis=-1)
-        case "leaky_relu":
-            return nn.leaky_relu(x, op.number)
-    raise TFLiteError(f"operator {op.name}: no rule for kind {op.kind!r}")
+def _outputs(file: File, path: str, wanted: tuple[str, ...] | None) -> dict[str, int]:
+    """Name -> tensor index."""
+    known = file.computed() | file.outputs
+    if wanted is None:
+        return file.outputs
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise TFLiteError(
+                f"{path}: no output {name!r}; did you mean {near}? Known: {', '.join(file.outputs)}; and every other value"
+                " that an operator computes."
+            )
+    if not wanted:
+        raise TFLiteError(f"{path}: no output was asked for. Known: {', '.join(file.outputs)}.")
+    return {name: known[name] for name in wanted}
 
 
-def _resized(x: jax.Array, places: tuple[tuple[float, ...], ...]) -> jax.Array:
-    """Rows, then columns, blended of the two beside each place."""
-    for axis, each in enumerate(places, start=1):
-        below = np.floor(each).astype(np.int32)
-        share = np.asarray(each) - below
-        lower = jnp.take(x, below, axis=axis)
-        if share.any():
-            upper = jnp.take(x, np.ceil(each).astype(np.int32), axis=axis)
-            along = [-1 if number == axis else 1 for number in range(x.ndim)]
-            lower = lower + (upper - lower) * share.astype(x.dtype).reshape(along)
-        x = lower
-    return x
+def _needed(file: File, values: set[int]) -> list[int]:
+    """The operators that these values need, in execution order."""
+    needed = []
+    for index in reversed(range(len(file.nodes))):
+        node = file.nodes[index]
+        if values.intersection(node.outputs) and node.outputs[0] not in file.widened:
+            needed.append(index)
+            values |= {*node.inputs}
+    return needed[::-1]
 
 
-def _mean_pool(x: jax.Array, op: Op) -> jax.Array:
-    """Means over windows, padding not counted (``nn.avg_pool`` would count in float64 where x64 is on)."""
-    window, strides = (1, *op.window, 1), (1, *op.strides, 1)
+def _names(file: File) -> list[str]:
+    """Prefix and running number of every operator of the file; all layers share one sequence."""
+    prefixes = [getattr(OPERATORS.get(node.kind), "prefix", "") or node.kind.lower() for node in file.nodes]
+    sequences = ["layer" if node.kind in LAYERS else prefix for node, prefix in zip(file.nodes, prefixes, strict=True)]
+    totals, numbers, names = Counter(sequences), Counter[str](), []
+    for prefix, sequence in zip(prefixes, sequences, strict=True):
+        width = max(2, len(str(totals[sequence] - 1)))
+        names.append(f"{prefix}_{numbers[sequence]:0{width}d}")
+        numbers[sequence] += 1
+    return names
 
-    def sums(value: jax.Array) -> jax.Array:
-        zero = np.zeros((), value.dtype)
-        return lax.reduce_window(value, zero, lax.add, window, strides, op.padding)
 
-    return sums(x) / sums(jnp.ones((1, *x.shape[1:3], 1), x.dtype))
+def _refusal(path: Path | str, refused: dict[tuple[str, str], list[int]], free: list[str]) -> str:
+    """Each kind of operator once for each reason, and what can be had without them."""
+    lines = []
+    for (kind, reason), indices in refused.items():
+        more = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
+        lines.append(f"  operator {indices[0]} {kind}{more}: {reason}")
+    lines[_LINES:] = [f"  and {len(lines) - _LINES} more such lines"] if len(lines) > _LINES else []
+    advice = f"What does not need them: outputs={tuple(free[:8])}." if free else "No output can do without them."
+    return "\n".join(
+        [
+            f"{path}: {sum(map(len, refused.values()))} operator(s) cannot be imported:",
+            *lines,
+            f"Supported: {', '.join(sorted(OPERATORS))}.",
+            f"{advice} Or extend experiments/models/tflite_operators.py.",
+        ]
+    )

@@ -18,45 +18,34 @@ bias; norms are no layers). PyHessian has the whole-model trace only, so per lay
 parameters frozen. mpjax takes all layers from joint probes, one HVP per probe; joint probes have a larger variance, so times
 are given at the same number of probes and at the same standard error. What the peers' calls do exactly stands in
 experiments/peers_curvature/torch_side.py. The pose model's gradient and HVP are timed on mpjax's side alone.
-
-Writes results/peers_curvature/: summary.json, tables (CSV, LaTeX), the figure and report.html. A row's `quantity` is
-"gradient", "hvp" (from the parameters), "hvp_again" (a further product at the same point), "trace", "top_eigenvalue",
-"layer_traces" (the time of all) or "layer_trace" (one layer's value). `vs_pyhessian` is its time over PyHessian's in the same
-round, `gradients` its time over the same tool's gradient, `seconds_q1` and `seconds_q3` are quartiles; `z` and `difference` are
-against mpjax's value (a layer's: from per-layer probes).
 """
 
 import importlib
 import math
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tyro
 
-from experiments.lib import common, report
-from experiments.peers_curvature import measure as peers_measure
-from experiments.peers_curvature import report as peers_report
-from experiments.peers_curvature.networks import MATRIX, PLAIN, Network, cnn_network, mlp_network
-from experiments.peers_curvature.stats import CURVLINOPS, EXACT, JOINT, PER_LAYER, PYHESSIAN, ROW_FIELDS, Row
-from mpjax import xla
-from mpjax.ledger import Ledger
+from experiments.lib.page import Section
+from experiments.lib.progress import progress
+from experiments.lib.rows import Table
+from experiments.lib.run import Options, Run
+from experiments.peers_curvature import figures, measure
+from experiments.peers_curvature.networks import Network, cnn_network, mlp_network
+from experiments.peers_curvature.rows import CURVLINOPS, PASSES, PYHESSIAN, Check, Row, findings
 from mpjax.program import Params
-
-Notes = dict[str, Any]
 
 AGREE = 1e-4  # largest accepted relative difference between the frameworks, ‖a - b‖ / ‖b‖
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Options):
     """How the comparison runs."""
 
     quick: bool = False
@@ -73,8 +62,6 @@ class Config:
     """Lanczos steps of the top eigenvalue."""
     seed: int = 0
     """Seed of weights and probes."""
-    results: Path = Path("results")
-    """Folder of the results."""
 
     def __post_init__(self) -> None:
         if self.probes < 2 or self.rounds < 3 or self.trace_rounds < 2 or self.depth < 2:
@@ -94,49 +81,92 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Run the comparison, and print where the report is."""
-    start = time.perf_counter()
-    torch_side = peers()
-    folder = report.run_folder(config.results, "peers_curvature")
-    config = config.effective
-    environment = xla.environment()
-    torch_side.use_threads(environment["cores"])
+    """Checks that both frameworks compute the same, then measures."""
+    config, torch_side = config.effective, peers()
+    run = Run("peers_curvature", config)
+    torch_side.use_threads(run.environment["cores"])
     # from_loss compiles at each call: with a cache only the first one does, and every call's own seconds leave it out.
     cache = tempfile.TemporaryDirectory(prefix="mpjax-peers-")
     jax.config.update("jax_compilation_cache_dir", cache.name)
-    rows: list[Row] = []
-    ledger = Ledger()
-    notes: dict[str, Notes] = {}
     networks = (cnn_network(config.seed), mlp_network(config.seed))
-    with report.progress("peers", 5 * len(networks) + (not config.quick)) as advance:
+    rows: list[Row] = []
+    checks: list[Check] = []
+    norms = {}
+    with progress("peers", 5 * len(networks) + (not config.quick)) as advance:
         for network in networks:
-            found, cost, notes[network.name] = compare(config, network, torch_side, advance)
-            rows, ledger = rows + found, ledger + cost
+            measured, same, norms[network.name] = compare(run, config, network, torch_side, advance)
+            rows, checks = rows + measured, checks + same
         if not config.quick:
-            found, cost = peers_measure.pose_passes(rounds=config.rounds)
-            rows, ledger = rows + found, ledger + cost
+            measured, cost = measure.pose_passes(rounds=config.rounds)
+            rows, run.ledger = rows + measured, run.ledger + cost
             advance()
-    figure = peers_report.draw(folder, rows)
-    summary = report.jsonable(
-        {
-            "schema": report.SCHEMA,
-            "experiment": "peers_curvature",
-            "command": " ".join(["python -m experiments.peers_curvature", *sys.argv[1:]]),
-            "config": report.jsonable(config),
-            "environment": environment,
-            "seconds": time.perf_counter() - start,
-            "ledger": ledger.as_dict(),
-            "rows": rows,
-            "commit": common.commit(),
-            "peers": {**torch_side.versions(), "torch_threads": environment["cores"]},
-            "networks": notes,
-            "targets": targets(rows),
-            "peak_rss_mb": common.peak_memory_mb(),
-        }
+    finish(run, rows, checks, {network.name: network.notes for network in networks}, norms, torch_side.versions())
+
+
+def finish(
+    run: Run,
+    rows: Sequence[Row],
+    checks: Sequence[Check],
+    networks: dict[str, Any],
+    norms: dict[str, float],
+    versions: dict[str, str],
+) -> None:
+    """The tables, the figure, the page."""
+
+    def table(name: str, *quantities: str) -> Table:
+        return Table(name, Row, [row for row in rows if row.quantity in quantities])
+
+    passes, layers = table("passes", *PASSES), table("all_layers", "layer_traces")
+    whole, each_layer = table("whole_model", "trace", "top_eigenvalue"), table("each_layer", "layer_trace")
+    compared = Table("checks", Check, checks)
+    picture = run.save(figures.times(rows), "times", alt="Time per pass and tool, one panel per network, logarithmic")
+    batches = "; ".join(
+        f"{name}: {notes['layers']} layers, {notes['parameters']:,} parameters, batch {notes['batch']}, loss {notes['loss']:.2f} "
+        f"after {notes['training_steps']} steps"
+        for name, notes in networks.items()
     )
-    report.write_summary(folder, summary, row_fields=ROW_FIELDS)
-    peers_report.write_report(folder, summary, figure)
-    print(f"\n{summary['seconds']:.0f} s; report: {folder / 'report.html'}")
+    run.finish(
+        "Curvature: mpjax, PyHessian, curvlinops",
+        lead=f"The same networks, weights and batches in Flax and torch. {batches}.",
+        results=Table("rows", Row, rows),
+        overview=layers,
+        tables=[passes, whole, each_layer, compared],
+        findings=findings(rows),
+        sections=[
+            Section(
+                "The traces of all layers",
+                "PyHessian has no trace per layer: each layer is one call with all other parameters frozen, which lets torch "
+                "skip what lies below it. curvlinops has an operator per layer, and its diagonal estimator gives joint probes. "
+                "Relative deviation: the median over the layers of one probe's standard deviation over the trace; per-layer "
+                "probes are the same estimator in all tools, so that theirs is pooled. The last columns: what a median relative "
+                "standard error of 10 % takes. Seconds leave compilation out.",
+                picture,
+            ),
+            Section(
+                "Gradient and Hessian-vector product",
+                "Interleaved in one process, medians and quartiles; ratios are taken within a round. 'hvp' starts from the "
+                "parameters, 'hvp_again' is a further product at the same point. curvlinops keeps nothing between products.",
+                passes,
+            ),
+            Section(
+                "Whole model",
+                "z and difference are against mpjax's value. The standard errors of Hutch++ and XTrace are from the spread of "
+                "few whole calls. PyHessian's power iteration stops where two values in a row agree, which is not where it has "
+                "converged.",
+                whole,
+            ),
+            Section(
+                "The same network?",
+                "curvlinops gets a LayerNorm that is written out: through torch's own, its forward-over-reverse derivative is "
+                "off (relative difference to PyHessian's product: "
+                + "; ".join(f"{name} {difference:.1e}" for name, difference in norms.items())
+                + ").",
+                compared,
+            ),
+            Section("Each layer", each_layer),
+        ],
+        facts={"peers": versions, "networks": networks, "curvlinops_with_builtin_norms": norms},
+    )
 
 
 def peers() -> Any:
@@ -159,40 +189,35 @@ def peers() -> Any:
 
 
 def compare(
-    config: Config, network: Network, torch_side: Any, advance: Callable[[], None]
-) -> tuple[list[Row], Ledger, Notes]:
-    """Everything about one network: rows, mpjax's cost, and how far the frameworks differ before anything is measured."""
+    run: Run, config: Config, network: Network, torch_side: Any, advance: Callable[[], None]
+) -> tuple[list[Row], list[Check], float]:
+    """Everything about one network: rows, how far the frameworks differ, and curvlinops with torch's own norms."""
     weights = jax.tree.map(np.asarray, network.params)
     inputs, labels = np.asarray(network.inputs), np.asarray(network.labels)
     twin = torch_side.Twin(network.module, weights, inputs, labels, [block.name for block in network.layers])
     torch_side.seed(config.seed)
-    vector = peers_measure.signs(network.params, 0)
-    own = peers_measure.own_passes(network.losses, network.params, vector)
-    differences = check_same(network, twin, own, vector)
+    vector = measure.signs(network.params, 0)
+    ours = measure.our_passes(network.losses, network.params, vector)
+    checks = check_same(network, twin, ours, vector)
     tensors = list(twin.tensors(jax.tree.map(np.asarray, vector)))
     builtin = twin.tree(twin.operator(builtin_norms=True) @ tensors)
-    notes = {
-        **network.notes,
-        "relative_differences": differences,
-        "curvlinops_with_builtin_norms": relative_difference(builtin, twin.tree(twin.pyhessian_hvp(tensors))),
-    }
+    norms = relative_difference(builtin, twin.tree(twin.pyhessian_hvp(tensors)))
     advance()
     rows: list[Row] = []
-    ledger = Ledger()
     many: dict[str, Any] = {"rounds": config.trace_rounds, "seed": config.seed}
-    for measure in (
-        partial(peers_measure.passes, own=own, rounds=config.rounds),
-        partial(peers_measure.whole_traces, products=config.products, **many),
-        partial(peers_measure.top_eigenvalues, depth=config.depth, seed=config.seed),
-        partial(peers_measure.layer_traces, probes=config.probes, **many),
+    for step in (
+        partial(measure.passes, ours=ours, rounds=config.rounds),
+        partial(measure.whole_traces, products=config.products, **many),
+        partial(measure.top_eigenvalues, depth=config.depth, seed=config.seed),
+        partial(measure.layer_traces, probes=config.probes, **many),
     ):
-        found, cost = measure(network, twin)
-        rows, ledger = rows + found, ledger + cost
+        measured, cost = step(network, twin)
+        rows, run.ledger = rows + measured, run.ledger + cost
         advance()
-    return rows, ledger, {**notes, "agreement": agreement(rows, network.name)}
+    return rows, checks, norms
 
 
-def check_same(network: Network, twin: Any, own: Sequence[peers_measure.Pass], vector: Params) -> dict[str, float]:
+def check_same(network: Network, twin: Any, ours: Sequence[measure.Pass], vector: Params) -> list[Check]:
     """Relative differences of loss, outputs, gradient and one HVP between Flax (each way of mpjax) and torch (each peer).
 
     Raises:
@@ -209,19 +234,19 @@ def check_same(network: Network, twin: Any, own: Sequence[peers_measure.Pass], v
         "loss": relative_difference(network.notes["loss"], twin.loss().item()),
         "outputs": relative_difference(outputs, twin.logits()),
     }
-    for each in own:
-        if each.quantity == "gradient":
-            differences[f"gradient, {each.tool}"] = relative_difference(each.run(), gradient)
-        elif each.quantity == "hvp":
+    for one in ours:
+        if one.quantity == "gradient":
+            differences[f"gradient, {one.tool}"] = relative_difference(one.run(), gradient)
+        elif one.quantity == "hvp":
             for peer, hvp in hvps.items():
-                differences[f"hvp, {each.tool} and {peer}"] = relative_difference(each.run(), hvp)
+                differences[f"hvp, {one.tool} and {peer}"] = relative_difference(one.run(), hvp)
     bad = [f"{name}: {value:.1e}" for name, value in differences.items() if not value <= AGREE]
     if bad:
         raise SystemExit(
             f"{network.name}: the frameworks do not compute the same (largest accepted relative difference {AGREE:.0e}): "
             + "; ".join(bad)
         )
-    return differences
+    return [Check(network=network.name, what=what, difference=value) for what, value in differences.items()]
 
 
 def relative_difference(tree: Any, reference: Any) -> float:
@@ -233,68 +258,6 @@ def relative_difference(tree: Any, reference: Any) -> float:
     if any(a.shape != b.shape for a, b in pairs):
         raise ValueError(f"Shapes differ: {[(a.shape, b.shape) for a, b in pairs if a.shape != b.shape]}.")
     return math.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(b**2) for _, b in pairs))
-
-
-# --- what came out ----------------------------------------------------------------------------------------------
-
-
-def agreement(rows: Sequence[Row], network: str) -> dict[str, Any]:
-    """How far the tools' values lie apart, in standard errors: per tool over the layers, the head against its exact trace,
-    the whole model's traces; and the relative differences of the top eigenvalue."""
-    own = [each for each in rows if each["network"] == network]
-    layers: dict[str, list[float]] = {}
-    head: dict[str, float] = {}
-    layer_rows = [each for each in own if each["quantity"] == "layer_trace"]
-    exact = next(each["value"] for each in layer_rows if each["tool"] == EXACT)
-    for each in layer_rows:
-        name = f"{each['tool']}, {each['method']}"
-        if each["tool"] != EXACT and each["z"] is not None:
-            layers.setdefault(name, []).append(each["z"])
-        if each["tool"] != EXACT and each["layer"] == "head":
-            head[name] = (each["value"] - exact) / each["stderr"]
-    return {
-        "layer_traces": {
-            name: {
-                "layers": len(z),
-                "largest_z": float(np.abs(z).max()),
-                "rms_z": float(np.sqrt(np.mean(np.square(z)))),
-                "within_2": int(np.sum(np.abs(z) <= 2)),
-            }
-            for name, z in layers.items()
-        },
-        "head_z_to_exact": head,
-        "trace_z": {
-            f"{each['tool']}, {each['method']}": each["z"]
-            for each in own
-            if each["quantity"] == "trace" and each["z"] is not None
-        },
-        "top_eigenvalue_difference": {
-            f"{each['tool']}, {each['method']}": each["difference"]
-            for each in own
-            if each["quantity"] == "top_eigenvalue" and each["difference"] is not None
-        },
-    }
-
-
-def targets(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Per network, of mpjax's own best way: an HVP in gradients; and times over PyHessian's (below 1 is faster) of an HVP, of
-    all layer traces at the same number of probes, and at the same standard error by joint and by per-layer probes."""
-    found: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(each["network"] for each in rows):
-        own = {(each["quantity"], each["tool"], each["method"]): each for each in rows if each["network"] == name}
-        tool = [each for each in (PLAIN, MATRIX) if any(key[1] == each for key in own)][-1]
-        hvp = next(each for key, each in own.items() if key[:2] == ("hvp", tool))
-        found[name] = {"hvp_in_gradients": hvp["gradients"]}
-        if hvp["vs_pyhessian"] is not None:
-            joint, single = (own["layer_traces", tool, method] for method in (JOINT, PER_LAYER))
-            peer = own["layer_traces", PYHESSIAN, PER_LAYER]["seconds_at_target"]
-            found[name] |= {
-                "hvp_vs_pyhessian": hvp["vs_pyhessian"],
-                "layer_traces_vs_pyhessian": joint["vs_pyhessian"],
-                "layer_traces_vs_pyhessian_at_stderr": joint["seconds_at_target"] / peer,
-                "per_layer_probes_vs_pyhessian_at_stderr": single["seconds_at_target"] / peer,
-            }
-    return found
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
+from experiments.peers_curvature.rows import MATRIX, PLAIN
 from experiments.problems import data
 from mpjax import partition
 from mpjax.partition import Block, Partition
@@ -19,8 +20,6 @@ from mpjax.program import Override, Params, from_linen
 from mpjax.sensitivity import gradients
 
 Loss = Callable[[Params], jax.Array]
-
-PLAIN, MATRIX = "mpjax", "mpjax[matrix_gradients]"
 
 
 class Cnn(nn.Module):
@@ -160,9 +159,9 @@ def network(
     value, taken = math.inf, 0
     while value >= until and taken < steps:
         before = params
-        found, params, state = step(params, state)
-        value, taken = float(found), taken + 1
-    params = before  # where `value` was found
+        loss, params, state = step(params, state)
+        value, taken = float(loss), taken + 1
+    params = before  # where the loss is `value`
     blocks = {block.name: block for block in partition.by_module(params)}
     layers = tuple(blocks[layer.name] for layer in model.layers)
     features = np.asarray(module.apply({"params": params}, x, features=True), np.float64)

@@ -65,8 +65,8 @@ class Program:
     weights_mb: float = column("weights MB", ".2f")
     peak_mb: float = column("peak MB", ".1f")
     ms: float = column("ms", ".2f")
-    ms_low: float
-    ms_high: float
+    ms_q1: float
+    ms_q3: float
     vs_fp32: float = column("time / fp32", ".2f")
 
 

@@ -240,8 +240,8 @@ def executed_rows(
                 weights_mb=program.weight_bytes / 1e6,
                 peak_mb=program.peak_bytes / 1e6,
                 ms=quartiles.median,
-                ms_low=quartiles.low,
-                ms_high=quartiles.high,
+                ms_q1=quartiles.low,
+                ms_q3=quartiles.high,
                 vs_fp32=ratio,
             )
         )

@@ -65,14 +65,14 @@ def as_function(
     """A function of (weights, *inputs), and its arguments.
 
     The weights are a flat tuple, which is quickest to pass, and all float32 vectors (biases, say) are one array: each argument
-    of a call costs about .2 µs, on the iris model 5 % of the time. `needed`: the leaves of the params to keep; the others are
-    taken as zeros, which reach no output.
+    of a call costs about .2 µs, on the iris model 5 % of the time. `needed`: which leaves of the params to pass; the others are
+    zeros, which reach no output.
     """
     leaves, tree = jax.tree.flatten(model.params)
-    kept = [i for i in range(len(leaves)) if needed is None or needed[i]]
-    vectors = [i for i in kept if leaves[i].ndim == 1 and leaves[i].dtype == jnp.float32]
+    used = [i for i in range(len(leaves)) if needed is None or needed[i]]
+    vectors = [i for i in used if leaves[i].ndim == 1 and leaves[i].dtype == jnp.float32]
     vectors = vectors if len(vectors) > 1 else []
-    others = [i for i in kept if i not in vectors]
+    others = [i for i in used if i not in vectors]
     ends = np.cumsum([leaves[i].size for i in vectors]).tolist()
     shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
     packed = (np.concatenate([np.asarray(leaves[i]) for i in vectors]),) if vectors else ()

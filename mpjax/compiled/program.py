@@ -205,23 +205,20 @@ def fastest(programs: Mapping[str, Compiled], *inputs: Array, rounds: int = 15) 
     placed = jax.device_put(inputs)
     runs = [lambda run=program: jax.block_until_ready(run(*placed)) for program in programs.values()]
     samples = np.array(timing.in_turns(runs, rounds, shortest=timing.WHOLE))
+    low, median, high = np.percentile([samples, samples / samples[0]], (25, 50, 75), axis=-1)
 
-    def quartiles(x: np.ndarray) -> tuple[dict[str, float], dict[str, float]]:
-        low, median, high = np.percentile(x, (25, 50, 75), axis=1)
-        return dict(zip(programs, median.tolist(), strict=True)), dict(
-            zip(programs, (high - low).tolist(), strict=True)
-        )
+    def by_name(numbers: np.ndarray) -> dict[str, float]:
+        return dict(zip(programs, numbers.tolist(), strict=True))
 
-    seconds, spread = quartiles(samples)
-    ratio, ratio_spread = quartiles(samples / samples[0])
+    ratio = by_name(median[1])
     best = min(ratio, key=ratio.__getitem__)
     return Fastest(
         name=best if ratio[best] < _CLEARLY else next(iter(programs)),
         programs=programs,
-        seconds=seconds,
-        spread=spread,
+        seconds=by_name(median[0]),
+        spread=by_name(high[0] - low[0]),
         ratio=ratio,
-        ratio_spread=ratio_spread,
+        ratio_spread=by_name(high[1] - low[1]),
     )
 
 

@@ -147,18 +147,6 @@ def _identity(call: Call) -> tuple:
     return (id(product["function"]), settings, *(repr(spec) for spec in (call.lhs, call.rhs, call.out)))
 
 
-def _describe(call: Call) -> str:
-    """A call in words, for a reader of the cache; what it leaves out is in the program's digest."""
-    product = call.product
-    shape = " * ".join("x".join(map(str, spec.shape)) for spec in (call.lhs, call.rhs))
-    function = getattr(product.function, "__name__", type(product.function).__name__)
-    window = ""
-    if product.kind == "conv":
-        strides = "x".join(map(str, product.window_strides))
-        window = f", strides {strides}, padding {product.padding}, groups {product.feature_group_count}"
-    return f"{product.kind} {shape}{window}, {function}"
-
-
 def _candidates(fmt: Format, call: Call, implementation: str, ynn: bool) -> dict[str, str]:
     """What is timed of a product: label -> implementation. "rule" is a label: a layer's products may differ in what it picks."""
     if implementation == "xla":
@@ -170,9 +158,9 @@ def _candidates(fmt: Format, call: Call, implementation: str, ynn: bool) -> dict
 
 
 def _programs(fmt: Format, call: Call, implementation: str, as_stored: bool) -> timing.Programs:
-    described = f"{fmt.name}: {_describe(call)}{'' if implementation == 'xla' else f' as {implementation}'}"
-    rng = np.random.default_rng(0)
-    product, shape = call.product, call.rhs.shape
+    product, shape, rng = call.product, call.rhs.shape, np.random.default_rng(0)
+    sizes = " * ".join("x".join(map(str, spec.shape)) for spec in (call.lhs, call.rhs))
+    name = f"{fmt.name}: {product.kind} {sizes}{'' if implementation == 'xla' else f' as {implementation}'}"
     if product.kind == "ragged":
         groups = np.full(shape[0], call.lhs.shape[0] // shape[0], np.int32)
         product = replace(product, operands=(groups,))
@@ -195,4 +183,4 @@ def _programs(fmt: Format, call: Call, implementation: str, as_stored: bool) -> 
     narrow = None
     if fmt != FLOAT32 and product.kind != "lookup":
         narrow = (whole, (lhs.astype(jnp.dtype(fmt.operand)), rhs))
-    return timing.Programs(name=described, whole=(whole, (lhs, rhs)), product=narrow)
+    return timing.Programs(name=name, whole=(whole, (lhs, rhs)), product=narrow)

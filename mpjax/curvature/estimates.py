@@ -41,7 +41,7 @@ class Estimate:
         stderr: standard error from the random probes, of the shape of `value`; 0 where nothing is random, NaN with one probe.
         residual: indicator of the error that more probes would not remove (the truncation of a Krylov space), of the shape of
             `value`; 0 where the estimate is unbiased or the space is exhausted.
-        ledger: `operator.matvec_cost` times the number of products.
+        ledger: passes used; here `operator.matvec_cost` times the number of products.
     """
 
     value: Float[Array, "..."]

@@ -103,7 +103,8 @@ def logdet_score(eigenvalues: Floats, *, damping: float) -> float:
     """Σ log(1 + λ/ε) = log det(εI + A) - n log ε of a positive semi-definite A, without unit; in float64.
 
     Eigenvalues 0 add nothing, so the score of JᵀJ (d × d) is that of J Jᵀ (k × k), whatever the sizes, and
-    log det(εI_d + JᵀJ) is the score + d log ε. Eigenvalues that are negative only by rounding count as 0; a matrix that is really indefinite gives NaN (`curvature.logdet` is for those).
+    log det(εI_d + JᵀJ) is the score + d log ε. Eigenvalues that are negative only by rounding count as 0; a matrix
+    that is really indefinite gives NaN (`curvature.logdet` is for those).
 
     Args:
         eigenvalues: (n,) of A, in any order.

@@ -72,8 +72,8 @@ def window(product: Product, lhs: Any, rhs: Any) -> Window | None:
         return None
     if 0 in (*lhs.shape, *rhs.shape) or set(product.lhs_dilation or ()) - {1}:
         return None
-    window = geometry(product, lhs.shape[1:3], rhs.shape[:2])
-    return window if min(window.out) > 0 else None
+    whole = geometry(product, lhs.shape[1:3], rhs.shape[:2])
+    return whole if min(whole.out) > 0 else None
 
 
 def ungrouped(product: Product, lhs: Any, rhs: Any) -> Window | None:

@@ -3,11 +3,13 @@
 import numpy as np
 
 from mpjax.sensitivity.scores import Scorer
-from mpjax.sensitivity.task import scorer_of
+from mpjax.sensitivity.task import exactly, scorer_of
 
 
 def depth() -> Scorer:
     """−position: the layers nearest to the input are the most sensitive. Baseline; kind "ranking"."""
     return scorer_of(
-        lambda task: task.scores("depth", -np.arange(float(len(task.names))), kind="ranking"), None, weights_only=False
+        lambda task: task.scores("depth", exactly(-np.arange(float(len(task.names)))), kind="ranking"),
+        None,
+        weights_only=False,
     )

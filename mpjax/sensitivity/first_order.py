@@ -7,7 +7,7 @@ from mpjax.ledger import Ledger
 from mpjax.losses import Loss
 from mpjax.program import Array, Params
 from mpjax.sensitivity.scores import Scorer, Scores
-from mpjax.sensitivity.task import Task, Values, check_not_stationary, scorer_of
+from mpjax.sensitivity.task import Task, Values, check_not_stationary, exactly, scorer_of
 
 
 def first_order(*, loss: Loss) -> Scorer:
@@ -28,4 +28,4 @@ def gradient_products(task: Task) -> Scores:
         return jnp.stack([task.block_dots(gradient, delta) for delta in deltas], axis=1)
 
     value = np.abs(task.sum_batches(task.timed.jit(products), task.rounding.deltas) / task.examples)
-    return task.scores("first_order", value, kind="loss", rounded=True, ledger=Ledger(vjp=task.examples))
+    return task.scores("first_order", exactly(value, Ledger(vjp=task.examples)), kind="loss", rounded=True)

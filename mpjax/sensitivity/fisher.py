@@ -9,7 +9,16 @@ from mpjax.losses import OUTPUT, Loss
 from mpjax.program import Array, Params
 from mpjax.sensitivity.output_probes import half_square_scores, probe
 from mpjax.sensitivity.scores import Scorer, Scores
-from mpjax.sensitivity.task import ModelTask, Task, Values, check_choice, check_not_stationary, check_probes, scorer_of
+from mpjax.sensitivity.task import (
+    ModelTask,
+    Task,
+    Values,
+    check_choice,
+    check_not_stationary,
+    check_probes,
+    exactly,
+    scorer_of,
+)
 
 
 def fisher(
@@ -41,8 +50,7 @@ def fisher(
     def estimate(task: ModelTask) -> Scores:
         if elementwise:
             return half_square_scores(task, name, "elementwise", probes)
-        value, stderr, ledger = probe(task, "squares", probes)
-        return task.curvature_scores(name, value, stderr, scale="noise", mean=True, ledger=ledger)
+        return task.curvature_scores(name, probe(task, "squares", probes), scale="noise", mean=True)
 
     return scorer_of(estimate, loss)
 
@@ -60,5 +68,5 @@ def squared_gradient(task: Task) -> Scores:
         [0.5 * sum(np.sum((mean[p] * np.float64(delta[p])) ** 2) for p in block.paths) for delta in deltas]
         for block in task.blocks
     ]
-    ledger = Ledger(vjp=task.examples)
-    return task.scores("fisher[empirical,elementwise]", np.array(value), kind="loss", rounded=True, ledger=ledger)
+    estimate = exactly(np.array(value), Ledger(vjp=task.examples))
+    return task.scores("fisher[empirical,elementwise]", estimate, kind="loss", rounded=True)

@@ -9,10 +9,10 @@ model and batches (`sensitivity`) it squares the gradient of each example.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, TypeAlias
+from typing import ParamSpec, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,114 +23,23 @@ from mpjax.partition import Partition
 from mpjax.program import Array, Params
 from mpjax.sensitivity.first_order import gradient_products
 from mpjax.sensitivity.fisher import squared_gradient
-from mpjax.sensitivity.logdet import Form, hessian_logdet
+from mpjax.sensitivity.logdet import hessian_logdet
 from mpjax.sensitivity.quadratic import with_hessian
 from mpjax.sensitivity.scores import Key, Scores
 from mpjax.sensitivity.task import Task
-from mpjax.sensitivity.top_eigenvalue import Scale as EigenvalueScale
 from mpjax.sensitivity.top_eigenvalue import lanczos
-from mpjax.sensitivity.trace import Probes, hessian_trace
-from mpjax.sensitivity.trace import Scale as TraceScale
+from mpjax.sensitivity.trace import Probes as Probes
+from mpjax.sensitivity.trace import hessian_trace
 
 LossFunction: TypeAlias = Callable[[Params], Array]
 LossScorer: TypeAlias = Callable[[LossFunction, Params, Partition, Sequence[str | Format], Key], Scores]
-
-
-def quadratic() -> LossScorer:
-    """½ δᵀHδ with the block's Hessian and its real rounding error δ: one Hessian-vector product per block and format.
-
-    Source: LeCun, Denker and Solla, "Optimal brain damage", NIPS 1989; Dong et al. (HAWQ), arXiv 1905.03696.
-    """
-    return _scorer_of(partial(with_hessian, name="quadratic[hessian]"))
-
-
-def first_order() -> LossScorer:
-    """|gᵀδ|, g the gradient of the loss: one gradient for all blocks and formats. Near 0 at an optimum."""
-    return _scorer_of(gradient_products)
-
-
-def fisher() -> LossScorer:
-    """½ Σ g²δ², g the gradient of the loss as it is given: one gradient for all blocks and formats.
-
-    Of a loss over a single example this is the empirical Fisher (FIT, arXiv 2210.08502); of a mean over many it is only the
-    square of the mean gradient, which vanishes at an optimum.
-    """
-    return _scorer_of(squared_gradient)
-
-
-def trace(
-    *,
-    num_probes: int = 8,
-    method: Literal["hutchinson", "xtrace"] = "hutchinson",
-    probes: Probes = "joint",
-    scale: TraceScale = "noise",
-    batch_size: int = 1,
-) -> LossScorer:
-    """Trace of each block of the Hessian; by default HAWQ-V2's score ½ · (trace / d) · ‖δ‖², d the block's parameters.
-
-    Joint probes cost one Hessian-vector product per probe whatever the number of blocks, and the cross terms between blocks add
-    variance (no bias); per-layer probes cost one per probe and block. Sources as in `sensitivity.trace`.
-
-    Args:
-        num_probes: random vectors.
-        method: "xtrace" needs per-layer probes, and an even number of them.
-        scale: "noise" for the score, "none" for the trace itself (kind "ranking").
-        batch_size: products at a time (Hutchinson); memory grows with it.
-    """
-    return _scorer_of(
-        hessian_trace(num_probes=num_probes, method=method, probes=probes, scale=scale, batch_size=batch_size)
-    )
-
-
-def top_eigenvalue(*, depth: int = 20, scale: EigenvalueScale = "per_parameter") -> LossScorer:
-    """Eigenvalue of largest magnitude of each block, with its sign, by Lanczos: `depth` products per block.
-
-    Source: Dong et al. (HAWQ), arXiv 1905.03696, which ranks by λ / d, d the block's parameters.
-
-    Args:
-        depth: Lanczos steps.
-        scale: "per_parameter" λ / d; "noise" ½ λ ‖δ‖², an upper bound of ½ δᵀHδ; "none" λ.
-    """
-    return _scorer_of(lanczos(depth=depth, scale=scale))
-
-
-def logdet(
-    *,
-    damping: float,
-    method: Literal["exact", "slq"] = "slq",
-    form: Form = "score",
-    per_parameter: bool = False,
-    num_probes: int = 8,
-    depth: int = 20,
-    max_bytes: int = 2**31,
-) -> LossScorer:
-    """Log-determinant of each block of the Hessian, over absolute eigenvalues: finite on an indefinite Hessian, too.
-
-    "score" is Σ log(1 + |λ|/ε), "raw" Σ log(|λ| + ε) = score + d log ε: the log-determinant of H + εI where H is positive
-    semi-definite. Kind "ranking"; it does not depend on the format.
-
-    Sources: Ubaru, Chen and Saad 2017, doi 10.1137/16M1104974 (stochastic Lanczos quadrature).
-
-    Args:
-        damping: ε > 0, in the unit of H.
-        method: "exact" by the dense block (d² numbers, at most max_bytes), "slq" by `num_probes` probes of `depth` products.
-        per_parameter: divide by d.
-    """
-    return _scorer_of(
-        hessian_logdet(
-            damping=damping,
-            method=method,
-            form=form,
-            per_parameter=per_parameter,
-            num_probes=num_probes,
-            depth=depth,
-            max_bytes=max_bytes,
-        )
-    )
+Knobs = ParamSpec("Knobs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class _LossTask(Task):
+class LossTask(Task):
+    """A loss that is closed over its data."""
+
     loss: LossFunction
 
     def total(self, params: Params, *batch: Array) -> Array:
@@ -162,7 +71,7 @@ def _scorer_of(estimate: Callable[[Task], Scores]) -> LossScorer:
                 f"Expected loss(params) to return one floating-point scalar, found {shape}: take the mean or sum."
             )
         return estimate(
-            _LossTask(
+            LossTask(
                 params=params,
                 blocks=tuple(blocks),
                 batches=((),),
@@ -175,3 +84,40 @@ def _scorer_of(estimate: Callable[[Task], Scores]) -> LossScorer:
         )
 
     return scorer
+
+
+def _lifted(factory: Callable[Knobs, Callable[[Task], Scores]]) -> Callable[Knobs, LossScorer]:
+    """A factory of estimators as one of scorers of plain losses."""
+
+    @functools.wraps(factory)
+    def make(*args: Knobs.args, **knobs: Knobs.kwargs) -> LossScorer:
+        return _scorer_of(factory(*args, **knobs))
+
+    return make
+
+
+def quadratic() -> LossScorer:
+    """½ δᵀHδ with the block's Hessian and its real rounding error δ: one Hessian-vector product per block and format.
+
+    Source: LeCun, Denker and Solla, "Optimal brain damage", NIPS 1989; Dong et al. (HAWQ), arXiv 1905.03696.
+    """
+    return _scorer_of(functools.partial(with_hessian, name="quadratic[hessian]"))
+
+
+def first_order() -> LossScorer:
+    """|gᵀδ|, g the gradient of the loss: one gradient for all blocks and formats. Near 0 at an optimum."""
+    return _scorer_of(gradient_products)
+
+
+def fisher() -> LossScorer:
+    """½ Σ g²δ², g the gradient of the loss as it is given: one gradient for all blocks and formats.
+
+    Of a loss over a single example this is the empirical Fisher (FIT, arXiv 2210.08502); of a mean over many it is only the
+    square of the mean gradient, which vanishes at an optimum.
+    """
+    return _scorer_of(squared_gradient)
+
+
+trace = _lifted(hessian_trace)
+top_eigenvalue = _lifted(lanczos)
+logdet = _lifted(hessian_logdet)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from mpjax import partition
-from mpjax.curvature.estimates import Estimator
+from mpjax.curvature.estimates import Estimate, Estimator
 from mpjax.curvature.operators import Operator, unravel
 from mpjax.ledger import Ledger
 from mpjax.partition import Block
@@ -19,8 +19,8 @@ from mpjax.sensitivity.scores import Key
 from mpjax.sensitivity.task import Task, Values
 
 
-def estimate_blocks(task: Task, estimator: Estimator) -> tuple[np.ndarray, np.ndarray, np.ndarray, Ledger]:
-    """Value, standard error and residual, each (L,), for every block of the mean loss's Hessian.
+def estimate_blocks(task: Task, estimator: Estimator) -> Estimate:
+    """The estimates (L,) for every block of the mean loss's Hessian.
 
     Vectors are padded to the largest block, and the number of the block is traced. Memory: one Hessian-vector product of a
     batch, and the estimator's own vectors, as long as the largest block.
@@ -66,4 +66,5 @@ def estimate_blocks(task: Task, estimator: Estimator) -> tuple[np.ndarray, np.nd
         key = jax.random.fold_in(task.key, zlib.crc32(block.name.encode()))
         rows.append([float(x) for x in compiled(task.params, jnp.asarray(index), key, *stacked)])
     value, stderr, residual = np.array(rows).T
-    return value, stderr, residual, Ledger(hvp=products[0] * len(blocks) * task.examples)
+    ledger = Ledger(hvp=products[0] * len(blocks) * task.examples)
+    return Estimate(value=value, stderr=stderr, residual=residual, ledger=ledger)

@@ -1,12 +1,15 @@
 """Each layer's own rounding error, carried to the output."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 
 from mpjax.arithmetic import Calibration
 from mpjax.losses import OUTPUT, Loss
 from mpjax.sensitivity.scores import Scorer, Scores
 from mpjax.sensitivity.taps import tap_ledger, tap_samples
-from mpjax.sensitivity.task import ModelTask, check_probes, scorer_of
+from mpjax.sensitivity.task import ModelTask, check_probes, exactly, scorer_of
 
 
 def local_rounding(
@@ -35,22 +38,20 @@ def local_rounding(
 
     def estimate(task: ModelTask) -> Scores:
         ranges = task.ranges(calibration)
-        total, variance = np.zeros(()), np.zeros(())
+        total, variance = (np.zeros((len(task.names), len(task.formats))) for _ in range(2))
         for samples in tap_samples(task, num_probes, ranges):
             squares = samples**2 / 2.0  # (N, P, L, F)
             if num_probes is None:
                 total = total + squares.sum(axis=(0, 1))
                 continue
             total = total + squares.mean(axis=1).sum(axis=0)
-            variance = variance + (squares.var(axis=1, ddof=1).sum(axis=0) / num_probes if num_probes > 1 else np.nan)
+            with np.errstate(invalid="ignore"):  # inf - inf, where a layer overflows
+                spread = squares.var(axis=1, ddof=1).sum(axis=0) if num_probes > 1 else np.nan
+            variance = variance + spread / num_probes
         value = total / task.examples
-        return task.scores(
-            f"local_rounding[{'exact' if num_probes is None else num_probes}]",
-            value,
-            stderr=np.broadcast_to(np.sqrt(variance) / task.examples, value.shape),
-            kind="loss",
-            ledger=tap_ledger(task, num_probes),
-            overflowed=task.overflows(value),
-        )
+        stderr: Any = variance**0.5 / task.examples
+        estimate = replace(exactly(value, tap_ledger(task, num_probes)), stderr=stderr)
+        name = f"local_rounding[{'exact' if num_probes is None else num_probes}]"
+        return task.scores(name, estimate, kind="loss", overflowed=task.overflows(value))
 
     return scorer_of(estimate, loss, weights_only=False)

@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from mpjax.curvature import estimates, grams
+from mpjax.curvature.estimates import Estimate
 from mpjax.curvature.operators import block_hessian, dense, eigenvalues
 from mpjax.ledger import Ledger
 from mpjax.losses import OUTPUT, Loss
@@ -18,7 +19,7 @@ from mpjax.sensitivity.hessian import estimate_blocks
 from mpjax.sensitivity.output_probes import output_size, probe
 from mpjax.sensitivity.scores import Scorer, Scores, label
 from mpjax.sensitivity.spectra import Spectra, check_given, exact_spectra, per_layer
-from mpjax.sensitivity.task import ModelTask, Task, check_choice, check_probes, scorer_of
+from mpjax.sensitivity.task import ModelTask, Task, check_choice, check_probes, exactly, scorer_of
 
 Form = Literal["score", "raw"]
 
@@ -60,18 +61,17 @@ def logdet(
     finish = partial(_scores, form=form, per_parameter=per_parameter)
 
     def by_slq(task: ModelTask) -> Scores:
-        traces, _, passes = probe(replace(task, key=jax.random.fold_in(task.key, 1)), "squares", num_probes)
-        finite = np.isfinite(traces)
+        traces = probe(replace(task, key=jax.random.fold_in(task.key, 1)), "squares", num_probes)
+        finite = np.isfinite(traces.value)
         ranks = np.minimum(task.sizes, task.examples * output_size(task.model, task.batches, loss))[finite].sum()
-        epsilon = damping * float(traces[finite].sum()) / max(1, int(ranks)) or 1.0
-        value, stderr, residual, ledger = _quadrature(task, num_probes, depth, epsilon)
-        return finish(task, "slq", epsilon, value, stderr, residual, ledger=ledger + passes)
+        epsilon = damping * float(np.sum(traces.value, where=finite)) / max(1, int(ranks)) or 1.0
+        estimate = _quadrature(task, num_probes, depth, epsilon)
+        return finish(task, "slq", epsilon, replace(estimate, ledger=estimate.ledger + traces.ledger))
 
     def exact(task: ModelTask) -> Scores:
         known = exact_spectra(task, max_outputs, spectra)
         epsilon = damping * known.mean
-        value = per_layer(known, lambda values: grams.logdet_score(values, damping=epsilon))
-        return finish(task, "exact", epsilon, value, ledger=known.ledger)
+        return finish(task, "exact", epsilon, per_layer(known, partial(grams.logdet_score, damping=epsilon)))
 
     return scorer_of(by_slq if method == "slq" else exact, loss)
 
@@ -79,20 +79,27 @@ def logdet(
 def hessian_logdet(
     *,
     damping: float,
-    method: Literal["exact", "slq"],
-    form: Form,
-    per_parameter: bool,
-    num_probes: int,
-    depth: int,
-    max_bytes: int,
+    method: Literal["exact", "slq"] = "slq",
+    form: Form = "score",
+    per_parameter: bool = False,
+    num_probes: int = 8,
+    depth: int = 20,
+    max_bytes: int = 2**31,
 ) -> Callable[[Task], Scores]:
-    """`logdet` of the true Hessian over absolute eigenvalues; `damping` in its unit, "exact" by the dense block."""
+    """Log-determinant of each block of the Hessian, over absolute eigenvalues: finite on an indefinite Hessian, too.
+
+    "score" is Σ log(1 + |λ|/ε), "raw" Σ log(|λ| + ε) = score + d log ε: the log-determinant of H + εI where H is positive
+    semi-definite. Kind "ranking"; it does not depend on the format.
+
+    Sources: Ubaru, Chen and Saad 2017, doi 10.1137/16M1104974 (stochastic Lanczos quadrature).
+
+    Args:
+        damping: ε > 0, in the unit of H.
+        method: "exact" by the dense block (d² numbers, at most max_bytes), "slq" by `num_probes` probes of `depth` products.
+        per_parameter: divide by d.
+    """
     _check(damping, method, form)
     finish = partial(_scores, form=form, per_parameter=per_parameter)
-
-    def by_slq(task: Task) -> Scores:
-        value, stderr, residual, ledger = _quadrature(task, num_probes, depth, damping)
-        return finish(task, "slq", damping, value, stderr, residual, ledger=ledger)
 
     def exact(task: Task) -> Scores:
         def spectrum(block: Block, params: Params) -> Array:
@@ -102,9 +109,11 @@ def hessian_logdet(
         spectra = [np.abs(np.float64(task.timed.jit(partial(spectrum, block))(task.params))) for block in task.blocks]
         value = np.array([np.sum(np.log1p(values / damping)) for values in spectra])
         ledger = Ledger(hvp=int(task.sizes.sum()), vjp=len(task.blocks))
-        return finish(task, "exact", damping, value, ledger=ledger)
+        return finish(task, "exact", damping, exactly(value, ledger))
 
-    return by_slq if method == "slq" else exact
+    if method == "exact":
+        return exact
+    return lambda task: finish(task, "slq", damping, _quadrature(task, num_probes, depth, damping))
 
 
 def _check(damping: float, method: str, form: str) -> None:
@@ -115,28 +124,17 @@ def _check(damping: float, method: str, form: str) -> None:
     check_choice("form", form, ("score", "raw"))
 
 
-def _quadrature(task: Task, num_probes: int, depth: int, damping: float) -> tuple:
-    """Σ log(1 + |λ|/ε) of the true Hessian's blocks by stochastic Lanczos quadrature, as `estimate_blocks` returns it."""
+def _quadrature(task: Task, num_probes: int, depth: int, damping: float) -> Estimate:
+    """Σ log(1 + |λ|/ε) of the true Hessian's blocks by stochastic Lanczos quadrature."""
     return estimate_blocks(task, estimates.logdet_score(num_probes=num_probes, depth=depth, damping=damping))
 
 
-def _scores(
-    task: Task,
-    method: str,
-    damping: float,
-    value: np.ndarray,
-    stderr: np.ndarray | float = 0.0,
-    residual: np.ndarray | float = 0.0,
-    *,
-    form: Form,
-    per_parameter: bool,
-    ledger: Ledger,
-) -> Scores:
+def _scores(task: Task, method: str, damping: float, estimate: Estimate, *, form: Form, per_parameter: bool) -> Scores:
     """Σ log(1 + |λ|/ε) as scores; "raw" adds d log ε."""
+    sizes: Any = task.sizes
     if form == "raw":
-        value = value + task.sizes * np.log(damping)
-    divisor = task.sizes if per_parameter else np.ones(len(task.blocks))
+        estimate = replace(estimate, value=estimate.value + sizes * np.log(damping))
+    if per_parameter:
+        estimate = jax.tree.map(lambda array: array / sizes, estimate)
     name = label("logdet", method, "" if form == "score" else form, "per_parameter" if per_parameter else "")
-    return task.scores(
-        name, value / divisor, stderr=stderr / divisor, residual=residual / divisor, kind="ranking", ledger=ledger
-    )
+    return task.scores(name, estimate, kind="ranking")

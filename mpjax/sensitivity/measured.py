@@ -9,7 +9,7 @@ from mpjax.ledger import Ledger
 from mpjax.losses import OUTPUT, Loss, Outputs
 from mpjax.program import Array, Layer, Params, Product
 from mpjax.sensitivity.scores import Scorer, Scores
-from mpjax.sensitivity.task import ModelTask, scorer_of
+from mpjax.sensitivity.task import ModelTask, exactly, scorer_of
 
 
 def measured(*, loss: Loss = OUTPUT, calibration: Calibration | None = None) -> Scorer:
@@ -51,6 +51,6 @@ def measured(*, loss: Loss = OUTPUT, calibration: Calibration | None = None) -> 
                 total[layer, fmt] += float(compare(run(task.params, jnp.asarray(index), *batch), truth, *batch))
         value = total / task.examples
         ledger = Ledger(forward=task.examples * (1 + total.size))
-        return task.scores("measured", value, kind="loss", ledger=ledger, overflowed=task.overflows(value))
+        return task.scores("measured", exactly(value, ledger), kind="loss", overflowed=task.overflows(value))
 
     return scorer_of(estimate, loss, weights_only=False)

@@ -9,6 +9,7 @@ every format: E[(gᵀδ)²] = δᵀJᵀHJδ, and E[‖g‖²] is the trace. With
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import jax
@@ -17,19 +18,20 @@ import numpy as np
 from jax import lax
 
 from mpjax import losses
+from mpjax.curvature.estimates import Estimate
 from mpjax.ledger import Ledger
 from mpjax.losses import Loss, flat, inexact, with_inexact
 from mpjax.program import Array, Batches, Model, Params
 from mpjax.sensitivity.gradients import scored
 from mpjax.sensitivity.scores import Key, Scores
-from mpjax.sensitivity.task import ModelTask, Values, per_block
+from mpjax.sensitivity.task import ModelTask, Values, exactly, per_block
 
 
 def probe(
     task: ModelTask,
     reduce: Literal["directional", "elementwise", "squares"],
     num_probes: int | None,
-) -> tuple[np.ndarray, np.ndarray, Ledger]:
+) -> Estimate:
     """Mean over examples and probes of a square of g = Jᵀu, and its standard error; all layers from the same products.
 
     Args:
@@ -77,16 +79,16 @@ def probe(
         for number, batch in enumerate(task.batches)
     ]
     total, variance = (np.asarray(sum(np.float64(array) for array in arrays)) for arrays in zip(*parts, strict=True))
-    stderr = np.zeros_like(total) if num_probes is None else np.sqrt(variance) / task.examples
-    return total / task.examples, stderr, Ledger(forward=task.examples, vjp=task.examples * count)
+    estimate = exactly(total / task.examples, Ledger(forward=task.examples, vjp=task.examples * count))
+    return estimate if num_probes is None else replace(estimate, stderr=np.sqrt(variance) / task.examples)
 
 
 def half_square_scores(
     task: ModelTask, name: str, reduce: Literal["directional", "elementwise"], num_probes: int | None
 ) -> Scores:
     """½ E of a square of g with δ: a predicted loss."""
-    value, stderr, ledger = probe(task, reduce, num_probes)
-    return task.scores(name, value / 2, stderr=stderr / 2, kind="loss", rounded=True, ledger=ledger)
+    halves = jax.tree.map(lambda array: array / 2, probe(task, reduce, num_probes))
+    return task.scores(name, halves, kind="loss", rounded=True)
 
 
 def output_gradient(loss: Loss, outputs: losses.Outputs, targets: Sequence[Array]) -> losses.Outputs:

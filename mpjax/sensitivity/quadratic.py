@@ -15,7 +15,7 @@ from mpjax.losses import OUTPUT, Loss
 from mpjax.program import Array, Params
 from mpjax.sensitivity.output_probes import output_gradient
 from mpjax.sensitivity.scores import Scorer, Scores
-from mpjax.sensitivity.task import ModelTask, Task, Values, check_choice, scorer_of
+from mpjax.sensitivity.task import ModelTask, Task, Values, check_choice, exactly, scorer_of
 
 
 def quadratic(*, hessian: Literal["gauss_newton", "true"] = "gauss_newton", loss: Loss = OUTPUT) -> Scorer:
@@ -44,7 +44,7 @@ def with_hessian(task: Task, name: str) -> Scores:
     rows = [[task.sum_batches(run, delta, jnp.asarray(row)) for delta in deltas] for row in range(len(blocks))]
     value = np.array(rows) / task.examples
     ledger = Ledger(vjp=task.examples * len(deltas), hvp=task.examples * value.size)
-    return task.scores(name, value, kind="loss", rounded=True, ledger=ledger)
+    return task.scores(name, exactly(value, ledger), kind="loss", rounded=True)
 
 
 def _gauss_newton(task: ModelTask) -> Scores:
@@ -66,4 +66,4 @@ def _gauss_newton(task: ModelTask) -> Scores:
     run = task.timed.jit(score_all)
     value = np.stack([task.sum_batches(run, delta) for delta in task.rounding.deltas], axis=1) / task.examples
     ledger = Ledger(forward=task.examples * len(task.formats), jvp=task.examples * value.size)
-    return task.scores("quadratic[gauss_newton]", value, kind="loss", rounded=True, ledger=ledger)
+    return task.scores("quadratic[gauss_newton]", exactly(value, ledger), kind="loss", rounded=True)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from mpjax.sensitivity.scores import Scorer, Scores
-from mpjax.sensitivity.task import ModelTask, scorer_of
+from mpjax.sensitivity.task import ModelTask, exactly, scorer_of
 
 
 def random() -> Scorer:
@@ -14,6 +14,7 @@ def random() -> Scorer:
 
     def estimate(task: ModelTask) -> Scores:
         keys = [jax.random.fold_in(task.key, zlib.crc32(name.encode())) for name in task.names]
-        return task.scores("random", np.array([float(jax.random.uniform(key)) for key in keys]), kind="ranking")
+        value = np.array([float(jax.random.uniform(key)) for key in keys])
+        return task.scores("random", exactly(value), kind="ranking")
 
     return scorer_of(estimate, None, weights_only=False)

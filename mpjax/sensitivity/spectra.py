@@ -10,12 +10,13 @@ import numpy as np
 from jax import lax
 
 from mpjax.curvature import grams
+from mpjax.curvature.estimates import Estimate
 from mpjax.ledger import Ledger
 from mpjax.losses import OUTPUT, Loss, flat
 from mpjax.program import Array, Batches, Model, Params
 from mpjax.sensitivity.gradients import scored
 from mpjax.sensitivity.output_probes import half_hessian, output_size
-from mpjax.sensitivity.task import ModelTask, examples_in
+from mpjax.sensitivity.task import ModelTask, exactly, examples_in
 from mpjax.sensitivity.timed import Timed
 
 
@@ -112,9 +113,9 @@ def exact_spectra(task: ModelTask, max_outputs: int, given: Spectra | None) -> S
     return exact
 
 
-def per_layer(exact: Spectra, function: Callable[[np.ndarray], float]) -> np.ndarray:
+def per_layer(exact: Spectra, function: Callable[[np.ndarray], float]) -> Estimate:
     """(L,) a function of each layer's eigenvalues."""
-    return np.array([function(values) for values in exact.values.values()])
+    return exactly(np.array([function(values) for values in exact.values.values()]), exact.ledger)
 
 
 def check_given(spectra: Spectra | None, method: str) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from mpjax import losses, partition
 from mpjax.arithmetic import Calibration
+from mpjax.curvature.estimates import Estimate
 from mpjax.emulation import calibrate
 from mpjax.formats import FLOAT32, Format, parse_all
 from mpjax.formats.storage import round_weights
@@ -130,31 +131,20 @@ class Task:
         )
 
     def scores(
-        self,
-        name: str,
-        value: np.ndarray,
-        *,
-        kind: Kind,
-        stderr: np.ndarray | None = None,
-        residual: np.ndarray | None = None,
-        ledger: Ledger = Ledger(),  # noqa: B008
-        rounded: bool = False,
-        overflowed: np.ndarray | None = None,
+        self, name: str, estimate: Estimate, *, kind: Kind, rounded: bool = False, overflowed: np.ndarray | None = None
     ) -> Scores:
-        """Scores with their status.
+        """An estimate as scores, with their status.
 
         Args:
-            value, stderr, residual: (L, F), or (L,) for a score that does not depend on the format.
-            ledger: passes; compilations and calibration are added.
+            estimate: (L, F), or (L,) for a score that does not depend on the format; compilations and calibration are added to
+                its ledger.
             rounded: the score is one of the weights' rounding: 0 by construction where that changes nothing.
             overflowed: (L, F) True where the layer's own product left float16's range; default: where its weights do (`rounded`).
         """
         shape = (len(self.names), len(self.formats))
         value, stderr, residual = (
-            np.zeros(shape)
-            if array is None
-            else np.array(np.broadcast_to(np.float64(array).reshape(shape[0], -1), shape))
-            for array in (value, stderr, residual)
+            np.array(np.broadcast_to(np.reshape(np.asarray(array, np.float64), (shape[0], -1)), shape))
+            for array in (estimate.value, estimate.stderr, estimate.residual)
         )
         finite = np.isfinite(value)
         status = np.where(finite, Status.OK, Status.NOT_FINITE).astype("U32")
@@ -170,7 +160,6 @@ class Task:
             status[self.rounding.unchanged & finite] = Status.ZERO
         if kind == "loss":
             status[:, [fmt == FLOAT32 for fmt in self.formats]] = Status.ZERO  # float32 itself, as one of the formats
-        timed = self.timed
         return Scores(
             estimator=name,
             loss=self.loss_name,
@@ -181,41 +170,25 @@ class Task:
             formats=tuple(fmt.name for fmt in self.formats),
             kind=kind,
             status=status,
-            ledger=ledger + timed.ledger,
-            seconds=timed.seconds,
-            compile_seconds=timed.compile_seconds,
-            peak_mb=timed.peak_mb,
+            ledger=estimate.ledger + self.timed.ledger,
+            seconds=self.timed.seconds,
+            compile_seconds=self.timed.compile_seconds,
+            peak_mb=self.timed.peak_mb,
         )
 
-    def curvature_scores(
-        self,
-        name: str,
-        value: np.ndarray,
-        stderr: np.ndarray | None = None,
-        residual: np.ndarray | None = None,
-        *,
-        scale: str,
-        mean: bool,
-        ledger: Ledger,
-    ) -> Scores:
+    def curvature_scores(self, name: str, estimate: Estimate, *, scale: str, mean: bool) -> Scores:
         """A curvature (L,) as scores: as it is ("none"), per parameter, or times half the rounding's power ("noise").
 
         With `mean` the curvature is a trace, and "noise" takes its mean over the block's parameters (HAWQ-V2).
         """
-        factors = np.ones((len(self.blocks), len(self.formats)))
-        if scale == "per_parameter":
+        factors, noise = np.ones((len(self.blocks), len(self.formats))), scale == "noise"
+        if scale == "per_parameter" or (noise and mean):
             factors /= self.sizes[:, None]
-        elif scale == "noise":
-            factors = 0.5 * self.rounding.squares / (self.sizes[:, None] if mean else 1.0)
+        if noise:
+            factors *= 0.5 * self.rounding.squares
         with np.errstate(invalid="ignore"):  # where a weight overflows: 0 · inf
-            value, stderr, residual = (
-                factors * np.reshape(0.0 if array is None else array, (-1, 1)) for array in (value, stderr, residual)
-            )
-        noise = scale == "noise"
-        return self.scores(
-            name, value, stderr=stderr, residual=residual,
-            kind="loss" if noise else "ranking", rounded=noise, ledger=ledger,
-        )  # fmt: skip
+            estimate = jax.tree.map(lambda array: factors * np.reshape(array, (-1, 1)), estimate)
+        return self.scores(name, estimate, kind="loss" if noise else "ranking", rounded=noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,15 +314,15 @@ def examples_in(batches: Batches) -> int:
     return sum(batch[0].shape[0] for batch in batches)
 
 
+def exactly(value: Any, ledger: Ledger | None = None) -> Estimate:
+    """A value without error as an estimate."""
+    zeros: Any = np.zeros(np.shape(value))
+    return Estimate(value=value, stderr=zeros, residual=zeros, ledger=ledger or Ledger())
+
+
 def per_block(blocks: Partition, term: Callable[[str], Array]) -> Array:
     """(L, …) sums of term(path) over each block's leaves."""
     return jnp.stack([sum(map(term, block.paths[1:]), start=term(block.paths[0])) for block in blocks])
-
-
-def standard_error(samples: np.ndarray) -> np.ndarray:
-    """Of the mean over the first axis; NaN with one sample."""
-    count = samples.shape[0]
-    return np.std(samples, axis=0, ddof=1) / count**0.5 if count > 1 else np.full(samples.shape[1:], np.nan)
 
 
 # --- checks of knobs --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 
 from mpjax import partition
 from mpjax.curvature import estimates
+from mpjax.curvature.estimates import Estimate
 from mpjax.ledger import Ledger
 from mpjax.losses import OUTPUT, Loss
 from mpjax.program import Array, Params
@@ -19,7 +21,7 @@ from mpjax.sensitivity.hessian import estimate_blocks
 from mpjax.sensitivity.output_probes import probe
 from mpjax.sensitivity.scores import Key, Scorer, Scores, label
 from mpjax.sensitivity.spectra import Spectra, check_given, exact_spectra, per_layer
-from mpjax.sensitivity.task import ModelTask, Task, Values, check_choice, check_probes, scorer_of, standard_error
+from mpjax.sensitivity.task import ModelTask, Task, Values, check_choice, check_probes, exactly, scorer_of
 
 Probes = Literal["joint", "per_layer"]
 Scale = Literal["noise", "none"]
@@ -55,32 +57,43 @@ def trace(
     """
     check_choice("method", method, ("hutchinson", "xtrace", "output", "exact"))
     check_given(spectra, method)
+    if method in ("hutchinson", "xtrace"):
+        knobs: dict[str, Any] = {"num_probes": num_probes, "method": method, "probes": probes, "scale": scale}
+        return scorer_of(hessian_trace(**knobs, batch_size=batch_size), loss)
+    check_choice("scale", scale, ("noise", "none"))
     if method == "output":
         check_probes(num_probes, loss, "trace[output]")
-    hessian_method: Any = "hutchinson" if method in ("output", "exact") else method
-    by_hessian = hessian_trace(
-        num_probes=num_probes, method=hessian_method, probes=probes, scale=scale, batch_size=batch_size
-    )
 
     def estimate(task: ModelTask) -> Scores:
-        if method == hessian_method:
-            return by_hessian(task)
-        stderr: np.ndarray | None
         if method == "output":
-            value, stderr, ledger = probe(task, "squares", num_probes)
+            traces = probe(task, "squares", num_probes)
         else:
-            exact = exact_spectra(task, max_outputs, spectra)
-            value, stderr, ledger = per_layer(exact, np.sum), None, exact.ledger
+            traces = per_layer(exact_spectra(task, max_outputs, spectra), np.sum)
         name = label("trace", method, "" if scale == "noise" else scale)
-        return task.curvature_scores(name, value, stderr, scale=scale, mean=True, ledger=ledger)
+        return task.curvature_scores(name, traces, scale=scale, mean=True)
 
     return scorer_of(estimate, loss)
 
 
 def hessian_trace(
-    *, num_probes: int, method: Literal["hutchinson", "xtrace"], probes: Probes, scale: Scale, batch_size: int
+    *,
+    num_probes: int = 8,
+    method: Literal["hutchinson", "xtrace"] = "hutchinson",
+    probes: Probes = "joint",
+    scale: Scale = "noise",
+    batch_size: int = 1,
 ) -> Callable[[Task], Scores]:
-    """`trace` of the true Hessian."""
+    """Trace of each block of the Hessian; by default HAWQ-V2's score ½ · (trace / d) · ‖δ‖², d the block's parameters.
+
+    Joint probes cost one Hessian-vector product per probe whatever the number of blocks, and the cross terms between blocks add
+    variance (no bias); per-layer probes cost one per probe and block. Sources as in `sensitivity.trace`.
+
+    Args:
+        num_probes: random vectors.
+        method: "xtrace" needs per-layer probes, and an even number of them.
+        scale: "noise" for the score, "none" for the trace itself (kind "ranking").
+        batch_size: products at a time (Hutchinson); memory grows with it.
+    """
     if num_probes < 1:
         raise ValueError(f"Expected num_probes ≥ 1, found {num_probes}.")
     check_choice("method", method, ("hutchinson", "xtrace"))
@@ -92,24 +105,21 @@ def hessian_trace(
         raise ValueError(f"XTrace takes two products per probe: expected an even num_probes, found {num_probes}.")
 
     def estimate(task: Task) -> Scores:
-        residual: np.ndarray | None = None
         if method == "hutchinson":
-            samples, ledger = _hutchinson(task, num_probes, probes == "joint", batch_size)
-            value, stderr = samples.mean(axis=0), standard_error(samples)
+            traces = _hutchinson(task, num_probes, probes == "joint", batch_size)
         else:
-            xtrace = estimates.trace(num_probes=num_probes, method="xtrace")
-            value, stderr, residual, ledger = estimate_blocks(task, xtrace)
+            traces = estimate_blocks(task, estimates.trace(num_probes=num_probes, method="xtrace"))
         name = label("trace", method, probes, "" if scale == "noise" else scale)
-        return task.curvature_scores(name, value, stderr, residual, scale=scale, mean=True, ledger=ledger)
+        return task.curvature_scores(name, traces, scale=scale, mean=True)
 
     return estimate
 
 
-def _hutchinson(task: Task, num_probes: int, joint: bool, batch_size: int) -> tuple[np.ndarray, Ledger]:
-    """(K, L) samples of the trace of each block of the mean loss's Hessian; unbiased, one row per probe.
+def _hutchinson(task: Task, num_probes: int, joint: bool, batch_size: int) -> Estimate:
+    """The trace (L,) of each block of the mean loss's Hessian, unbiased.
 
     `joint`: one product per probe serves all blocks, vᵢᵀ(Hv)ᵢ; the other blocks' parts of v only add variance. Otherwise each
-    block has its own products, K L in all.
+    block has its own products, num_probes · L in all.
     """
     blocks = task.blocks
     count = num_probes if joint else num_probes * len(blocks)
@@ -136,7 +146,11 @@ def _hutchinson(task: Task, num_probes: int, joint: bool, batch_size: int) -> tu
     for start in range(0, count, batch_size):
         vectors = draw(task.key, leaves, jnp.arange(start, min(start + batch_size, count)))
         samples.append(task.sum_batches(run, vectors))
-    return np.concatenate(samples).reshape(num_probes, len(blocks)) / task.examples, Ledger(hvp=count * task.examples)
+    table = np.concatenate(samples).reshape(num_probes, len(blocks)) / task.examples
+    stderr: Any = np.full(len(blocks), np.nan)
+    if num_probes > 1:
+        stderr = np.std(table, axis=0, ddof=1) / num_probes**0.5
+    return replace(exactly(table.mean(axis=0), Ledger(hvp=count * task.examples)), stderr=stderr)
 
 
 def _signs(key: Key, number: Array, values: Values) -> Values:

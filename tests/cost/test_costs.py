@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import linen
-from toys import SmallConv
+from toys import SmallConv, linen
 
 from mpjax import cost
 from mpjax.cost import measuring
@@ -123,10 +122,7 @@ def test_medians_spread_and_casts_of_equal_layers_timed_once(made):
 def test_the_cache_is_used_by_other_calls_and_other_format_sets(made, tmp_path):
     folder = tmp_path / "made" / "here"
     first = measure("bfloat16", rounds=3, cache=folder)
-    (path,) = folder.iterdir()
-    content = json.loads(path.read_text())
-    assert {"device", "jax", "jaxlib", "cores", "entries"} <= content.keys()
-    assert any(key.startswith("bfloat16: conv 2x8x8x3 * 3x3x3x8, strides 2x2") for key in content["entries"])
+    assert len(list(folder.iterdir())) == 1 + 2 * 4  # starting a program; two formats of four different products
     before = dict(made)
     again = measure("bfloat16", rounds=3, cache=folder)
     assert made == before and again.overhead == first.overhead
@@ -137,7 +133,6 @@ def test_the_cache_is_used_by_other_calls_and_other_format_sets(made, tmp_path):
     assert made == {name: 2 * count + 4 * 2 for name, count in before.items()}
     measure("bfloat16", rounds=4, cache=folder, options={"xla_allow_excess_precision": True})
     assert made == {name: 3 * count + 4 * 2 for name, count in before.items()}
-    assert list(folder.iterdir()) == [path]
 
 
 def test_timings_are_saved_after_each_product(made, tmp_path):
@@ -147,37 +142,20 @@ def test_timings_are_saved_after_each_product(made, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         measure("bfloat16", cache=tmp_path, progress=stop)
-    (path,) = tmp_path.iterdir()
-    assert len(json.loads(path.read_text())["entries"]) == 1 + 2 * 2
+    assert len(list(tmp_path.iterdir())) == 1 + 2 * 2
     before = dict(made)
     measure("bfloat16", cache=tmp_path)
     assert made == {name: count + 2 * 3 for name, count in before.items()}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: text[: len(text) // 2],
-        lambda text: "[]",
-        lambda text: text.replace("0.001", "-1"),
-        lambda text: text.replace("0.001", '"fast"'),
-        lambda text: text.replace('"version": 1', '"version": 0'),
-        lambda text: text.replace('"cores": ', '"cores": 9'),
-        lambda text: text.replace('"product_seconds"', '"other"'),
-    ],
-)
-def test_a_damaged_cache_is_set_aside(made, tmp_path, damage):
+def test_a_damaged_entry_is_set_aside_and_timed_anew(made, tmp_path):
     measure("bfloat16", cache=tmp_path)
-    (path,) = tmp_path.iterdir()
-    whole = path.read_text()
-    assert damage(whole) != whole
-    path.write_text(damage(whole))
+    path = max(tmp_path.iterdir())
+    path.write_bytes(path.read_bytes()[:-40])
     before = dict(made)
     with pytest.warns(UserWarning, match="is damaged .* set aside"):
         measure("bfloat16", cache=tmp_path)
-    assert made == {name: 2 * count for name, count in before.items()}
-    assert path.read_text() == whole
-    assert (tmp_path / (path.name + ".damaged")).read_text() == damage(whole)
+    assert 1 <= made["timed"] - before["timed"] <= 2 and (tmp_path / (path.name + ".damaged")).exists()
 
 
 def test_what_cannot_be_timed_is_noted(made, monkeypatch):

@@ -1,7 +1,6 @@
 """Gram matrices against jax.jacrev, log-determinants against the dense d × d computation."""
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +10,6 @@ from jax.flatten_util import ravel_pytree
 from mpjax import curvature, partition
 from mpjax.curvature import grams
 from mpjax.partition import Block
-from mpjax.program import from_linen
-from mpjax.sensitivity.gradients import matrix_gradients
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 LARGEST = 16 * 10 * 8  # bytes of the rows of `network`'s first block: 16 weights, k = 10 outputs
@@ -120,33 +117,6 @@ def test_memory_is_bounded() -> None:
     assert all_at_once > layers * rows
     groups = temporary_bytes(2 * rows)
     assert len(groups) == 3 and max(groups) < 2.5 * rows
-
-
-class Cnn(nn.Module):
-    """Conv, depthwise Conv, 1x1 Conv, Dense."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.tanh(nn.Conv(4, (3, 3), strides=2, name="stem")(x))
-        x = nn.tanh(nn.Conv(4, (3, 3), feature_group_count=4, name="depthwise")(x))
-        x = nn.tanh(nn.Conv(6, (1, 1), name="pointwise")(x))
-        return nn.Dense(3, name="head")(x.mean((1, 2)))
-
-
-@pytest.mark.usefixtures("relaxed_promotion")
-@pytest.mark.slow
-def test_a_convolutional_network() -> None:
-    x = jax.random.normal(jax.random.key(1), (3, 6, 6, 2), jnp.float32)
-    model = from_linen(Cnn(), jax.jit(Cnn().init)(jax.random.key(0), x), x)
-    params, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (model.params, x))
-
-    def function(p, example):
-        return model.call(p, example[None], override=matrix_gradients)[0]
-
-    result = grams.output_grams(function, params, model.partition, x, batch_size=2, max_bytes=9 * 8 * 80)
-    expected = dense_grams(lambda p: model.call(p, x), params, model.partition)
-    assert all(gram.dtype == jnp.float64 and gram.shape == (9, 9) for gram in result.values())
-    chex.assert_trees_all_close(result, expected, **TIGHT)
 
 
 def test_a_block_of_mixed_dtypes() -> None:

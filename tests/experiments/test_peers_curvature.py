@@ -1,6 +1,9 @@
+"""The comparison with PyHessian and curvlinops: networks, statistics, sentences; and with torch, both sides of it."""
+
 import dataclasses
 import functools
 import importlib
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,27 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.lib import report
+from experiments.lib.run import Run
 from experiments.peers_curvature import __main__ as peers_curvature
-from experiments.peers_curvature import measure as peers_measure
-from experiments.peers_curvature import networks as peers_networks
-from experiments.peers_curvature import report as peers_report
-from experiments.peers_curvature import stats as peers_stats
-from experiments.peers_curvature.networks import MATRIX, PLAIN, Network
-from experiments.peers_curvature.stats import (
-    CURVLINOPS,
+from experiments.peers_curvature import measure, networks, rows
+from experiments.peers_curvature.networks import Network
+from experiments.peers_curvature.rows import (
     EXACT,
     JOINT,
+    MATRIX,
     PER_LAYER,
+    PLAIN,
     PYHESSIAN,
-    ROW_FIELDS,
+    Check,
+    Row,
     Sampled,
     from_estimates,
     from_samples,
-    row,
 )
-from mpjax import curvature, partition, xla
-from mpjax.ledger import Ledger
+from mpjax import curvature, partition
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -52,17 +52,17 @@ NETWORKS: dict[str, Network] = {}
 
 @pytest.fixture(scope="module")
 def cnn(relaxed_promotion: None) -> Network:
-    module = peers_networks.Cnn(stem=3, width=4, blocks=((4, 1), (5, 2)), expansion=2, last=6, classes=3)
+    module = networks.Cnn(stem=3, width=4, blocks=((4, 1), (5, 2)), expansion=2, last=6, classes=3)
     inputs = np.random.default_rng(0).normal(size=(6, 8, 8, 3)).astype(np.float32)
-    NETWORKS["cnn"] = double(peers_networks.network("cnn", module, inputs, {PLAIN: None}, 0, steps=3))
+    NETWORKS["cnn"] = double(networks.network("cnn", module, inputs, {PLAIN: None}, 0, steps=3))
     return NETWORKS["cnn"]
 
 
 @pytest.fixture(scope="module")
 def mlp(relaxed_promotion: None) -> Network:
-    module = peers_networks.Mlp(width=5, blocks=2, classes=3)
+    module = networks.Mlp(width=5, blocks=2, classes=3)
     inputs = np.random.default_rng(1).normal(size=(7, 4)).astype(np.float32)
-    NETWORKS["mlp"] = double(peers_networks.network("mlp", module, inputs, {PLAIN: None}, 0, steps=3))
+    NETWORKS["mlp"] = double(networks.network("mlp", module, inputs, {PLAIN: None}, 0, steps=3))
     return NETWORKS["mlp"]
 
 
@@ -93,14 +93,14 @@ def test_layers_are_kernel_and_bias_of_what_multiplies(mlp: Network) -> None:
     assert [block.name for block in mlp.layers] == ["embed", "up0", "down0", "up1", "down1", "head"]
     assert all(set(path.split("/")[1] for path in block.paths) == {"kernel", "bias"} for block in mlp.layers)
     # The network that is published has the 22 layers it is named after.
-    module = peers_networks.Cnn()
+    module = networks.Cnn()
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
     assert len(shapes) == 22
 
 
 def test_training_stops_at_the_loss_it_reports(mlp: Network) -> None:
     module, inputs = mlp.module, np.asarray(mlp.inputs, np.float32)
-    found = peers_networks.network("mlp", module, inputs, {PLAIN: None}, 0, until=0.9)
+    found = networks.network("mlp", module, inputs, {PLAIN: None}, 0, until=0.9)
     assert found.notes["training_steps"] > 0
     assert found.notes["loss"] < 0.9
     assert float(found.loss(found.params)) == pytest.approx(found.notes["loss"], rel=1e-5)
@@ -111,7 +111,7 @@ def test_the_exact_trace_of_the_head_is_the_dense_one(mlp: Network) -> None:
     features = np.asarray(apply({"params": mlp.params}, mlp.inputs, features=True))
     logits = np.asarray(apply({"params": mlp.params}, mlp.inputs))
     exact = np.trace(hessian_of("mlp")["head"])
-    assert peers_networks.head_trace(features, logits) == pytest.approx(exact, rel=1e-10)
+    assert networks.head_trace(features, logits) == pytest.approx(exact, rel=1e-10)
 
 
 # ---- statistics and rows
@@ -131,7 +131,7 @@ def test_pooling_estimates_by_one_estimator_is_taking_all_of_their_samples() -> 
     rng = np.random.default_rng(0)
     first, second = rng.normal(2.0, 3.0, (4000, 3)), rng.normal(2.0, 3.0, (1000, 3))
     pooled, whole = (
-        peers_stats.pooled(from_samples(first), from_samples(second)),
+        rows.pooled(from_samples(first), from_samples(second)),
         from_samples(np.concatenate([first, second])),
     )
     assert pooled.probes == 5000
@@ -143,30 +143,17 @@ def test_pooling_estimates_by_one_estimator_is_taking_all_of_their_samples() -> 
 def test_z_scores_of_equal_truths_are_standard_normal(seed: int) -> None:
     rng = np.random.default_rng(seed)
     first, second = rng.normal(1.0, 3.0, (40, 2000)), rng.normal(1.0, 0.5, (200, 2000))
-    z = peers_stats.z_scores(from_samples(first), from_samples(second))
+    z = rows.z_scores(from_samples(first), from_samples(second))
     assert abs(z.mean()) < 0.1
     assert 0.95 < z.std() < 1.1
 
 
 def test_probes_at_a_target_bring_the_error_there() -> None:
     sampled = Sampled(value=np.ones(3), deviation=np.array([1.0, 2.0, 30.0]), probes=5)
-    deviation = peers_stats.relative_deviation(sampled, np.array([-4.0, 4.0, 4.0]))
+    deviation = rows.relative_deviation(sampled, np.array([-4.0, 4.0, 4.0]))
     assert deviation == 0.5  # the median layer's, sign apart
-    assert peers_stats.probes_at(deviation, 0.1) == 25
-    assert peers_stats.probes_at(0.01, 0.1) == 1
-
-
-def test_times_take_ratios_within_a_round() -> None:
-    times = peers_stats.Times(names=("a", "b"), seconds=np.array([[1.0, 3.0], [10.0, 20.0], [2.0, 10.0]]))
-    assert times.ratio("b", "a") == 3.0
-    assert times.ratio("b", "c") is None
-    assert times.fields("a")["seconds"] == 2.0
-
-
-def test_a_row_has_the_fields_and_no_others() -> None:
-    assert row("n", "hvp", PLAIN, "m", {}).keys() == ROW_FIELDS.keys()
-    with pytest.raises(KeyError, match="sekonds"):
-        row("n", "hvp", PLAIN, "m", {"sekonds": 1.0})
+    assert rows.probes_at(deviation, 0.1) == 25
+    assert rows.probes_at(0.01, 0.1) == 1
 
 
 @pytest.mark.parametrize("knobs", [{"probes": 1}, {"trace_rounds": 1}, {"rounds": 2}, {"depth": 1}, {"products": 8}])
@@ -184,94 +171,47 @@ def test_missing_peers_are_named_with_the_extra(monkeypatch: pytest.MonkeyPatch)
         peers_curvature.peers()
 
 
-def rows_of_a_run() -> list[peers_stats.Row]:
+def rows_of_a_run() -> list[Row]:
     """Rows as a run makes them, of two layers."""
-    rows = []
+    made = []
     for tool, seconds in ((PLAIN, 1.0), (MATRIX, 0.5), (PYHESSIAN, 2.0)):
-        times = {"seconds": seconds, "seconds_q1": seconds, "seconds_q3": seconds}
-        ratios = {"gradients": 2.0, "vs_pyhessian": seconds / 2}
-        rows += [row("cnn", name, tool, "how", {**times, **ratios}) for name in ("gradient", "hvp")]
+        times: dict[str, Any] = dict.fromkeys(("seconds", "seconds_q1", "seconds_q3"), seconds)
+        for name in ("gradient", "hvp"):
+            ratios: dict[str, Any] = {"gradients": 2.0, "vs_pyhessian": seconds / 2}
+            made.append(Row(network="cnn", quantity=name, tool=tool, method="how", **times, **ratios))
     for tool, method, seconds, late in (
         (MATRIX, JOINT, 1.0, 30.0),
         (MATRIX, PER_LAYER, 4.0, 5.0),
         (PYHESSIAN, PER_LAYER, 20.0, 10.0),
     ):
-        values = {"seconds": seconds, "seconds_q1": seconds, "seconds_q3": seconds, "seconds_at_target": late}
-        more: dict[str, Any] = {
-            "vs_pyhessian": seconds / 20,
-            "probes": 8,
-            "probes_at_target": 3,
-            "relative_deviation": 0.2,
-        }
-        more["compile_seconds"] = 12.0 if tool == MATRIX else None
-        rows.append(row("cnn", "layer_traces", tool, method, {**values, **more}))
-        for layer, value in (("conv", 3.0), ("head", 5.5)):
-            z = {} if (tool, method) == (MATRIX, PER_LAYER) else {"z": 1.0 if layer == "conv" else -3.0}
-            rows.append(row("cnn", "layer_trace", tool, method, {"layer": layer, "value": value, "stderr": 0.25, **z}))
-    rows.append(row("cnn", "layer_trace", EXACT, "closed form", {"layer": "head", "value": 5.0, "stderr": 0.0}))
-    rows.append(row("cnn", "trace", PYHESSIAN, "hutchinson", {"value": 8.0, "stderr": 0.5, "z": -0.5}))
-    rows.append(row("cnn", "top_eigenvalue", CURVLINOPS, "eigsh", {"value": 2.0, "difference": 1e-4}))
-    return rows
+        times = dict.fromkeys(("seconds", "seconds_q1", "seconds_q3"), seconds)
+        times |= {"seconds_at_target": late, "vs_pyhessian": seconds / 20, "compile_seconds": 12.0, "probes": 8}
+        made.append(Row(network="cnn", quantity="layer_traces", tool=tool, method=method, **times))
+        for layer, value, z in (("conv", 3.0, 1.0), ("head", 5.5, -3.0)):
+            apart = None if (tool, method) == (MATRIX, PER_LAYER) else z
+            values: dict[str, Any] = {"layer": layer, "value": value, "stderr": 0.25, "z": apart}
+            made.append(Row(network="cnn", quantity="layer_trace", tool=tool, method=method, **values))
+    head: dict[str, Any] = {"layer": "head", "value": 5.0, "stderr": 0.0}
+    made.append(Row(network="cnn", quantity="layer_trace", tool=EXACT, method="closed form", **head))
+    made.append(Row(network="cnn", quantity="trace", tool=PYHESSIAN, method="hutchinson", value=8.0, z=-0.5))
+    return [*made, Row(network="pose", quantity="hvp", tool=PLAIN, method="how", seconds=1.0, gradients=2.2)]
 
 
-def test_agreement_counts_what_lies_apart() -> None:
-    found = peers_curvature.agreement(rows_of_a_run(), "cnn")
-    assert found["layer_traces"][f"{PYHESSIAN}, {PER_LAYER}"] == {
-        "layers": 2,
-        "largest_z": 3.0,
-        "rms_z": pytest.approx(5**0.5),
-        "within_2": 1,
-    }
-    assert found["head_z_to_exact"][f"{MATRIX}, {JOINT}"] == pytest.approx(2.0)
-    assert found["trace_z"] == {f"{PYHESSIAN}, hutchinson": -0.5}
-    assert found["top_eigenvalue_difference"] == {f"{CURVLINOPS}, eigsh": 1e-4}
-
-
-def test_targets_are_of_the_best_way_and_against_pyhessian() -> None:
-    pose = row("pose", "hvp", PLAIN, "how", {"gradients": 2.2})
-    found = peers_curvature.targets([*rows_of_a_run(), pose])
-    assert found["cnn"] == {
-        "hvp_in_gradients": 2.0,
-        "hvp_vs_pyhessian": 0.25,
-        "layer_traces_vs_pyhessian": 0.05,
-        "layer_traces_vs_pyhessian_at_stderr": 3.0,
-        "per_layer_probes_vs_pyhessian_at_stderr": 0.5,
-    }
-    assert found["pose"] == {"hvp_in_gradients": 2.2}
-
-
-def test_the_summary_and_the_page_of_a_run(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = rows_of_a_run()
-    network = {
-        "layers": 2,
-        "parameters": 9,
-        "batch": "6x8x8x3",
-        "loss": 0.4,
-        "training_steps": 3,
-        "relative_differences": {"loss": 1e-7},
-        "curvlinops_with_builtin_norms": 1e-2,
-        "agreement": peers_curvature.agreement(rows, "cnn"),
-    }
-    summary = {
-        "schema": report.SCHEMA,
-        "experiment": "peers_curvature",
-        "command": "python -m experiments.peers_curvature",
-        "config": report.jsonable(peers_curvature.Config()),
-        "environment": xla.environment(),
-        "seconds": 1.0,
-        "ledger": dict.fromkeys(Ledger().as_dict(), 0),
-        "rows": rows,
-        "commit": "unknown",
-        "peers": {"torch": "2", "pyhessian": "0.1", "curvlinops-for-pytorch": "3"},
-        "networks": {"cnn": network},
-        "targets": peers_curvature.targets(rows),
-    }
-    report.write_summary(tmp_path, summary, row_fields=ROW_FIELDS)
-    peers_report.write_report(tmp_path, summary, peers_report.draw(tmp_path, rows))
-    page = (tmp_path / "report.html").read_text()
-    assert "20x faster" in page and "12 s for joint" in page and "1 of 2 within 2, largest 3.0" in page
-    assert (tmp_path / "all_layers.csv").read_text().count("\n") == 4
-    assert "all layers" in capsys.readouterr().out
+def test_the_sentences_and_files_of_a_run(tmp_path: Path) -> None:
+    made = rows_of_a_run()
+    lines = rows.findings(made)
+    assert len(lines) == 3 and lines[2] == "pose: one HVP costs mpjax 2.20 gradients."
+    assert "costs mpjax 2.00 gradients, and 0.25 times" in lines[0] and "(20x faster)" in lines[0]
+    assert "3.00 times from joint and 0.50 from per-layer" in lines[0] and "12 s for joint" in lines[0]
+    assert (
+        f"{PYHESSIAN}, {PER_LAYER}: 1 of 2 within 2, largest 3.0" in lines[1] and f"{MATRIX}, {JOINT} +2.0" in lines[1]
+    )
+    run = Run("peers_curvature", peers_curvature.Config(results=tmp_path))
+    notes = {"layers": 2, "parameters": 9, "batch": "6x8x8x3", "loss": 0.4, "training_steps": 3}
+    checks = [Check(network="cnn", what="loss", difference=1e-7)]
+    peers_curvature.finish(run, made, checks, {"cnn": notes}, {"cnn": 1e-2}, {"torch": "2"})
+    assert (run.folder / "all_layers.csv").read_text().count("\n") == 4
+    assert (run.folder / "times.png").stat().st_size > 10_000
 
 
 # ---- with torch
@@ -281,23 +221,23 @@ def test_the_summary_and_the_page_of_a_run(tmp_path: Any, capsys: pytest.Capture
 @pytest.mark.parametrize("name", ["cnn", "mlp"])
 def test_the_twin_computes_the_same_in_float64(name: str, request: pytest.FixtureRequest) -> None:
     network: Network = request.getfixturevalue(name)
-    vector = peers_measure.signs(network.params, 0)
-    own = peers_measure.own_passes(network.losses, network.params, vector)
+    vector = measure.signs(network.params, 0)
+    ours = measure.our_passes(network.losses, network.params, vector)
     network = dataclasses.replace(network, notes={"loss": float(network.loss(network.params))})
-    differences = peers_curvature.check_same(network, twin_of(network), own, vector)
+    differences = peers_curvature.check_same(network, twin_of(network), ours, vector)
     assert len(differences) == 2 + 3 * len(network.losses)
-    assert max(differences.values()) < 1e-10
+    assert max(check.difference for check in differences) < 1e-10
 
 
 @needs_torch
 def test_another_network_is_refused(mlp: Network) -> None:
-    vector = peers_measure.signs(mlp.params, 0)
-    own = peers_measure.own_passes(mlp.losses, mlp.params, vector)
+    vector = measure.signs(mlp.params, 0)
+    ours = measure.our_passes(mlp.losses, mlp.params, vector)
     network = dataclasses.replace(mlp, notes={"loss": float(mlp.loss(mlp.params))})
     other = jax.tree.map(lambda leaf: leaf, mlp.params)
     other["norm0"]["scale"] = other["norm0"]["scale"] * 1.01
     with pytest.raises(SystemExit, match=r"mlp: .*do not compute the same.*outputs"):
-        peers_curvature.check_same(network, twin_of(mlp, other), own, vector)
+        peers_curvature.check_same(network, twin_of(mlp, other), ours, vector)
     wrong = {name: leaves for name, leaves in mlp.params.items()}
     wrong["embed"] = {"kernel": wrong["embed"]["kernel"][:, :-1], "bias": wrong["embed"]["bias"]}
     with pytest.raises(ValueError, match="embed/kernel"):

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from experiments.lib import assets
-from experiments.models.tflite_graph import LAYERS
-from experiments.models.tflite_import import ACTIVATIONS, compute, load_tflite
+from experiments.models.tflite_import import load_tflite
+from experiments.models.tflite_operators import ACTIVATIONS, LAYERS, compute
 from experiments.problems import data
 from mpjax import compiled, evaluation, metrics, search, sensitivity
 from mpjax.apply import apply
@@ -33,29 +33,18 @@ class Twin(nnx.Module):
     def __init__(self, graph, params):
         self.graph = graph
         for op in graph.ops:
-            if op.kind == "prelu":
+            if op.kind == "PRELU":
                 setattr(self, op.name, PReLU(params[op.name]["slope"]))
             elif op.kind in LAYERS:
-                setattr(self, op.name, self.layer(op, params[op.name]))
+                setattr(self, op.name, self.layer(dict(op.settings), params[op.name]))
 
     @staticmethod
-    def layer(op, params):
-        depthwise, (*_, inputs, features) = op.kind == "depthwise", params["kernel"].shape
-        made = nnx.Conv(
-            features if depthwise else inputs,
-            features,
-            op.window,
-            strides=op.strides,
-            padding=op.padding,
-            kernel_dilation=op.dilation,
-            feature_group_count=features if depthwise else 1,
-            use_bias=op.use_bias,
-            rngs=nnx.Rngs(0),
-        )
-        made.kernel[...] = params["kernel"]
-        if op.use_bias:
-            made.bias[...] = params["bias"]
-        return made
+    def layer(settings, params):
+        features, inputs = settings.pop("features"), params["kernel"].shape[-2] * settings["feature_group_count"]
+        layer = nnx.Conv(inputs, features, **settings, rngs=nnx.Rngs(0))
+        for name, value in params.items():
+            getattr(layer, name)[...] = value
+        return layer
 
     def __call__(self, x):
         values = {self.graph.input: x}
@@ -78,7 +67,7 @@ def crops():
 
 def drift(low, exact):
     """NME, as the pose experiment has it."""
-    xy, truth = (data.landmarks_xy(each) for each in (low, exact))
+    xy, truth = map(data.landmarks_xy, (low, exact))
     return metrics.nme(xy, truth, data.torso(truth))
 
 
@@ -87,9 +76,9 @@ def test_linen_and_nnx_agree_on_the_pose_model(crops):
     imported = load_tflite(path, outputs=("Identity",))
     linen = from_linen(imported.module, imported.variables, *batches[0])
     twin = Twin(imported.module.graph, imported.variables["params"])
-    found = from_nnx(twin, *batches[0])
-    assert linen.names == found.names == imported.layers and len(linen.names) == 72
-    for one, two in zip(linen.layers, found.layers, strict=True):
+    other = from_nnx(twin, *batches[0])
+    assert linen.names == other.names == imported.layers and len(linen.names) == 72
+    for one, two in zip(linen.layers, other.layers, strict=True):
         assert (one.kernel, one.kind, one.kernel_shape, one.flops) == (
             two.kernel,
             two.kind,
@@ -97,7 +86,7 @@ def test_linen_and_nnx_agree_on_the_pose_model(crops):
             two.flops,
         )
     results = []
-    for model in (linen, found):
+    for model in (linen, other):
         landmarks = with_output(model, lambda outputs: outputs["Identity"])
         scores = sensitivity.local_rounding(num_probes=2)(landmarks, batches, (FORMAT,), jax.random.key(0))
         evaluate = evaluation.Evaluation(landmarks, batches, (FORMAT,), drift)

@@ -15,7 +15,6 @@ from experiments.speed import report as speed_report
 from experiments.speed import run as speed_run
 from mpjax import xla
 from mpjax.ledger import Ledger
-from mpjax.xla import timing
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -212,7 +211,7 @@ def test_a_job_that_fails_is_a_note_and_the_others_are_kept(tmp_path, monkeypatc
         return made
 
     monkeypatch.setattr(speed, "run", run)
-    monkeypatch.setattr(timing, "cores", lambda: 2)
+    monkeypatch.setattr(xla, "cores", lambda: 2)
     config = speed.Config(models=("encoder_6x384",), batches=(8,), results=tmp_path)
     with pytest.raises(SystemExit, match="it broke"):
         speed.main(config)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from helpers import linen
+from toys import linen
 
 from experiments.problems import text_data
 from experiments.sentence_encoder import __main__ as sentence_encoder

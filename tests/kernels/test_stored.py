@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import linen
 from jax import lax
+from toys import linen
 
 from mpjax import compiled
 from mpjax.apply import apply
@@ -154,9 +154,11 @@ class Tied(nn.Module):
         return table.attend(table(ids))
 
 
-@pytest.mark.parametrize("fmt", ["int8_w", "bfloat16_w"])
-@pytest.mark.parametrize("module", [Both(), Tied(), nn.remat(nn.Dense)(32)])
-def test_outputs_are_those_of_the_numbers_that_the_weights_stand_for(fmt, module):
+@pytest.mark.parametrize(
+    ("module", "fmt"),
+    [(Both(), "int8_w"), (Tied(), "bfloat16_w"), (Tied(), "int8_w"), (nn.remat(nn.Dense)(32), "int8_w")],
+)
+def test_outputs_are_those_of_the_numbers_that_the_weights_stand_for(module, fmt):
     """However the weights reach their products: a transposed kernel is multiplied out, the other is read as stored."""
     x = jnp.array([[1, 2, 3]]) if isinstance(module, Tied) else jax.random.normal(KEY, (2, 32), jnp.float32)
     model = from_linen(module, module.init(KEY, x), x)
@@ -167,25 +169,21 @@ def test_outputs_are_those_of_the_numbers_that_the_weights_stand_for(fmt, module
     np.testing.assert_allclose(program(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "rule"])
-def test_they_are_read_as_stored_in_every_setting(implementation):
-    module = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(16)])
+def test_they_are_read_as_stored_by_any_implementation_and_handed_on_in_any_dtype():
+    module = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(16, use_bias=False)])
     model, ((x,), _) = linen(module, 4, 32)
     formats = dict(zip(model.names, ("int8_w", "bfloat16_w"), strict=True))
-    mixed = apply(model, formats, implementation=implementation)
-    text = str(jax.make_jaxpr(mixed.call)(mixed.params, x))
-    assert "i8[16,32]" in text and "i32[16,48]" in text and "bf16[12,48]" in text  # four, and three parts of four rows
-    np.testing.assert_allclose(
-        mixed.call(mixed.params, x), model.call(rounded(model, formats), x), rtol=1e-5, atol=1e-5
-    )
-
-
-def test_activations_are_handed_on_in_their_dtype():
-    model, ((x,), _) = linen(nn.Dense(16), 4, 32)
-    mixed = apply(model, {"Dense": "int8_w"}, activations="bfloat16")
-    wide = apply(model, {"Dense": "int8_w"})
+    expected = model.call(rounded(model, formats), x)
+    for implementation in ("xla", "rule"):
+        mixed = apply(model, formats, implementation=implementation)
+        text = str(jax.make_jaxpr(mixed.call)(mixed.params, x))
+        assert (
+            "i8[16,32]" in text and "i32[16,48]" in text and "bf16[12,48]" in text
+        )  # four, and three parts of four rows
+        np.testing.assert_allclose(mixed.call(mixed.params, x), expected, rtol=1e-5, atol=1e-5)
+    wide, narrow = (apply(model, {"layers_2": "int8_w"}, activations=dtype) for dtype in ("float32", "bfloat16"))
     expected = wide.call(wide.params, x).astype(jnp.bfloat16).astype(jnp.float32)
-    np.testing.assert_array_equal(mixed.call(mixed.params, x), expected)
+    np.testing.assert_array_equal(narrow.call(narrow.params, x), expected)
 
 
 def test_an_authors_own_product_stays():
