@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import normal, variables
+from checks import normal
 from flax import nnx
+from toys import drawn
 
 from mpjax.apply import apply
-from mpjax.program import from_linen, from_nnx, graph, with_output
+from mpjax.program import from_nnx, graph, with_output
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -17,8 +18,7 @@ X = normal(0, 2, 4)
 
 
 def linen(module, *inputs):
-    inputs = inputs or (X,)
-    return from_linen(module, variables(module, *inputs), *inputs)
+    return drawn(module, *(inputs or (X,)))
 
 
 def dependence(model, *inputs):
