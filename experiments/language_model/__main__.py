@@ -77,7 +77,7 @@ def main(config: Config) -> None:
         how="Truth is the float32 model's logits on held-out paragraphs of the Python language reference. Mixes at a number of "
         "bytes are integer programs on the predicted KL; random mixes and mixes by depth fill the same bytes with the two "
         "uniform formats between which that number lies. A search accepts a mix where the upper end of the 90 % interval of its "
-        "mean KL, over calibration windows that its scores did not see, is within the limit (beside uniform int8: of the difference). "
+        "mean KL, over windows that its scores did not see, is within the limit (beside uniform int8: of the difference). "
         "Time over float32 is that of decoding one token, with a cache of 256 places that holds 128 tokens.",
         error_name="KL from float32, nats per token, held-out text",
         as_int8=as_int8,
