@@ -93,10 +93,10 @@ def main(config: Config) -> None:
                     advance()
                 scores += form.score_rows(fmt, lowered_at)
     rows.sort(key=lambda row: (row.format != "float32", row.format))
-    folded, kept = (form.outputs(form.baseline)["heldout"] for form in forms)
+    folded, unfolded = (form.outputs(form.baseline)["heldout"] for form in forms)
     facts = image_facts(data, size)
     facts |= {
-        "folding_error": metrics.relative_error(folded, kept),
+        "folding_error": metrics.relative_error(folded, unfolded),
         "top_probability": float(np.median(softmax(folded, axis=1).max(axis=1))),
     }
     results = Table("results", Row, rows, "EfficientNet-Lite0 against its float32 output")

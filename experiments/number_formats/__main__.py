@@ -132,7 +132,7 @@ def row_of(grid: Grid) -> Row:
     nearest = grid.nearest(VALUE)
     return Row(
         format=grid.name,
-        known_as=grid.short,
+        short=grid.short,
         bits=grid.bits,
         stored_bits=grid.stored_bits,
         exponent_bits=grid.exponent_bits,

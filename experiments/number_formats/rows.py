@@ -10,7 +10,7 @@ class Row:
     """What a format holds; its number nearest to 0.3952 is shown as a `Value`."""
 
     format: str = column("format", short=True)
-    known_as: str = column("known as")
+    short: str = column("known as")
     bits: int = column("bits", short=True)
     stored_bits: int = column("stored in")
     exponent_bits: int = column("exponent")

@@ -149,7 +149,14 @@ def test_exponents_of_synthetic_numbers():
     x = np.float32([0, -0.0, 1, 1.999, -2, 0.25, 3e38, 1e-40, -1e-45, 2.0**-126])
     result = np.asarray(jax.jit(core.exponents)(x))
     assert result.sum() == 8
-    assert {int(e) - 127: int(result[e]) for e in np.flatnonzero(result)} == {-127: 2, -126: 1, -2: 1, 0: 2, 1: 1, 127: 1}
+    assert {int(e) - 127: int(result[e]) for e in np.flatnonzero(result)} == {
+        -127: 2,
+        -126: 1,
+        -2: 1,
+        0: 2,
+        1: 1,
+        127: 1,
+    }
 
 
 def sample() -> np.ndarray:
