@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+__all__ = ["CROSS_ENTROPY", "KL", "Loss", "MSE", "OUTPUT"]
+
 Outputs = Any  # what the model returns: a pytree of arrays with leading axis N
 
 
@@ -32,7 +34,7 @@ class Loss:
         stationary: its gradient at outputs = reference is exactly zero, whatever the model.
         cotangents: (key, outputs, *targets) -> random u shaped like the outputs with E[u uᵀ] = Hessian of the loss
             with respect to the outputs at outputs = reference, example by example: the probes of the true Fisher matrix
-            (Martens, arXiv 1412.1193, section 9). None where nobody has written it: scores that need it refuse.
+            (Martens, arXiv 1412.1193, section 9). None: scores that need it raise.
     """
 
     name: str

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+__all__ = ["mean_interval", "nme", "pck", "spearman"]
+
 Floats = NDArray[np.float64]
 
 

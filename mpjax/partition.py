@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+__all__ = ["Block", "by_leaf", "by_module", "by_rules"]
+
 Params: TypeAlias = Any  # a pytree of arrays
 
 

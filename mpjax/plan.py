@@ -22,6 +22,8 @@ from numpy.typing import ArrayLike
 from mpjax.files import jsonable, write_json
 from mpjax.search.problem import Assignment
 
+__all__ = ["Plan", "PlanError", "load", "save"]
+
 SCHEMA = 2
 
 

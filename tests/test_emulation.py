@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import linen
-from toys import SmallConv
+from toys import SmallConv, linen
 
 from mpjax import emulation, formats
 from mpjax.program import from_linen

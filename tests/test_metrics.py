@@ -3,6 +3,7 @@ import pytest
 import scipy.stats
 
 from mpjax import metrics
+from mpjax.metrics import Interval
 
 SEEDS = (0, 1, 2)
 
@@ -13,25 +14,17 @@ def landmarks(seed: int):
     return truth + 0.1 * rng.normal(size=truth.shape), truth, rng.uniform(0.5, 2.0, size=7)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_nme_and_pck_against_slow_loops(seed: int) -> None:
-    predicted, truth, normaliser = landmarks(seed)
-    nme, pck = (
-        metrics.nme(predicted, truth, normaliser),
-        metrics.pck(predicted, truth, normaliser, threshold=0.1),
-    )
+def test_nme_and_pck_against_slow_loops_and_in_closed_form() -> None:
+    predicted, truth, normaliser = landmarks(0)
+    nme = metrics.nme(predicted, truth, normaliser)
+    pck = metrics.pck(predicted, truth, normaliser, threshold=0.1)
     for n in range(7):
-        distances = []
-        for k in range(5):
-            dx, dy = predicted[n, k] - truth[n, k]
-            distances.append((dx**2 + dy**2) ** 0.5)
+        distances = [float(np.hypot(*(predicted[n, k] - truth[n, k]))) for k in range(5)]
         assert nme[n] == pytest.approx(sum(distances) / 5 / normaliser[n])
         assert pck[n] == sum(d <= 0.1 * normaliser[n] for d in distances) / 5
-
-
-def test_nme_and_pck_in_closed_form() -> None:
-    truth = np.zeros((1, 2, 2))
-    predicted = np.array([[[3.0, 4.0], [0.0, 0.0]]])  # distances 5 and 0
+    single = (x.astype(np.float32) for x in (predicted, truth, normaliser))  # computed in float64
+    np.testing.assert_allclose(metrics.nme(*single), nme, rtol=1e-5)
+    predicted, truth = np.array([[[3.0, 4.0], [0.0, 0.0]]]), np.zeros((1, 2, 2))  # distances 5 and 0
     np.testing.assert_allclose(metrics.nme(predicted, truth, [10.0]), [0.25])
     np.testing.assert_allclose(metrics.pck(predicted, truth, [10.0], threshold=0.5), [1.0])  # inclusive
     np.testing.assert_allclose(metrics.pck(predicted, truth, [10.0], threshold=0.49), [0.5])
@@ -44,12 +37,6 @@ def test_a_nan_landmark_is_data() -> None:
     assert metrics.pck(predicted, truth, normaliser, threshold=1e9)[2] == 0.8
 
 
-def test_float32_inputs_are_computed_in_float64() -> None:
-    predicted, truth, normaliser = (x.astype(np.float32) for x in landmarks(0))
-    expected = metrics.nme(*(x.astype(np.float64) for x in (predicted, truth, normaliser)))
-    np.testing.assert_array_equal(metrics.nme(predicted, truth, normaliser), expected)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -58,10 +45,7 @@ def test_float32_inputs_are_computed_in_float64() -> None:
         ({"normaliser": np.ones(6)}, r"\(7,\); got \(6,\)"),
         ({"normaliser": np.array([1, 1, 0, 1, 1, 1, 1.0])}, "sample 2 has 0.0"),
         ({"normaliser": np.array([1, 1, 1, np.nan, 1, 1, 1.0])}, "sample 3 has nan"),
-        (
-            {"predicted": np.zeros((0, 5, 2)), "truth": np.zeros((0, 5, 2)), "normaliser": np.ones(0)},
-            "no landmarks",
-        ),
+        ({"predicted": np.zeros((0, 5, 2)), "truth": np.zeros((0, 5, 2)), "normaliser": np.ones(0)}, "no landmarks"),
     ],
 )
 def test_landmarks_that_do_not_fit_are_refused(change: dict, message: str) -> None:
@@ -70,12 +54,9 @@ def test_landmarks_that_do_not_fit_are_refused(change: dict, message: str) -> No
         metrics.nme(**arguments)
     with pytest.raises(ValueError, match=message):
         metrics.pck(**arguments, threshold=0.1)
-
-
-@pytest.mark.parametrize("threshold", [0.0, -1.0, np.nan])
-def test_a_threshold_without_a_meaning_is_refused(threshold: float) -> None:
-    with pytest.raises(ValueError, match="threshold must be a positive"):
-        metrics.pck(*landmarks(0), threshold=threshold)
+    for threshold in (0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="threshold must be a positive"):
+            metrics.pck(*landmarks(0), threshold=threshold)
 
 
 def clustered(rng: np.random.Generator, blocks: int = 40, size: int = 6):
@@ -84,9 +65,8 @@ def clustered(rng: np.random.Generator, blocks: int = 40, size: int = 6):
     return 1 + rng.normal(size=blocks)[ids] + rng.normal(size=blocks * size), ids
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_the_interval_covers_the_mean_of_clustered_data_as_often_as_it_says(seed: int) -> None:
-    rng = np.random.default_rng(seed)
+def test_the_interval_covers_the_mean_of_clustered_data_as_often_as_it_claims() -> None:
+    rng = np.random.default_rng(0)
     by_block = by_sample = 0
     for i in range(300):
         values, ids = clustered(rng)
@@ -108,40 +88,44 @@ def test_the_interval_against_a_slow_loop_with_blocks_of_different_sizes() -> No
     np.testing.assert_allclose([interval.low, interval.high], np.quantile(means, [0.1, 0.9]), atol=0.03)
 
 
-def test_the_interval_is_reproducible_grows_with_confidence_and_is_exact_on_constants() -> None:
+def test_the_interval_is_reproducible_and_grows_with_confidence() -> None:
     values, ids = clustered(np.random.default_rng(0))
     first, second = (metrics.bootstrap_interval(values, ids, seed=3) for _ in range(2))
     assert first == second != metrics.bootstrap_interval(values, ids, seed=4)
     narrow = metrics.bootstrap_interval(values, ids, confidence=0.5, seed=3)
     assert first.low < narrow.low < values.mean() < narrow.high < first.high
-    assert metrics.bootstrap_interval([2.0] * 4, [0, 0, 1, 2], seed=0) == metrics.Interval(low=2.0, high=2.0)
-
-
-def test_a_nan_sample_makes_the_interval_nan() -> None:
-    interval = metrics.bootstrap_interval([1.0, np.nan, 2.0], [0, 1, 2], seed=0)
-    assert np.isnan(interval.low) and np.isnan(interval.high)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"blocks": [0, 1]}, r"\(3,\) and \(2,\)"),
-        ({"per_sample": [], "blocks": []}, "at least 2 blocks; got 0"),
-        ({"blocks": [5, 5, 5]}, "at least 2 blocks; got 1 with 3 samples"),
-        ({"confidence": 1.0}, "confidence must lie in"),
-        ({"confidence": 95}, "confidence must lie in"),
-        ({"confidence": np.nan}, "confidence must lie in"),
-        ({"num_resamples": 0}, "num_resamples"),
-    ],
+    "interval", [metrics.mean_interval, lambda *a, **k: metrics.bootstrap_interval(*a, **k, seed=0)]
 )
-def test_an_interval_that_makes_no_sense_is_refused(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        metrics.bootstrap_interval(**{"per_sample": [1.0, 2.0, 3.0], "blocks": [0, 1, 2], "seed": 0} | change)
+def test_intervals_of_constants_of_nan_and_of_nonsense(interval) -> None:
+    for constant in (2.0, 0.0):
+        assert interval([constant] * 4, [0, 0, 1, 2]) == Interval(low=constant, high=constant)
+    undefined = interval([1.0, np.nan, 2.0], [0, 1, 2])
+    assert np.isnan(undefined.low) and np.isnan(undefined.high)
+    for values, blocks, options, message in (
+        ([1.0, 2.0, 3.0], [0, 1], {}, r"\(3,\) and \(2,\)"),
+        ([], [], {}, "at least 2 blocks; got 0"),
+        ([1.0, 2.0, 3.0], ["a"] * 3, {}, "at least 2 blocks; got 1 with 3 samples"),
+        *(([1.0, 2.0], [0, 1], {"confidence": bad}, "confidence must lie in") for bad in (1.0, 95, np.nan)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            interval(values, blocks, **options)
+    with pytest.raises(ValueError, match="num_resamples"):
+        metrics.bootstrap_interval([1.0, 2.0], [0, 1], num_resamples=0, seed=0)
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_without_skewness_the_mean_interval_is_students(seed: int) -> None:
-    half = np.random.default_rng(seed).normal(size=7)
+def test_the_mean_interval_of_infinite_tiny_and_huge_values() -> None:
+    assert np.isnan(metrics.mean_interval([1.0, np.inf, 2.0], [0, 1, 2]).high)
+    plain = metrics.mean_interval([1.0, 2.0, 4.0, 3.0], [0, 1, 2, 3])
+    for scale in (1e-200, 1e200):
+        scaled = metrics.mean_interval(scale * np.array([1.0, 2.0, 4.0, 3.0]), [0, 1, 2, 3])
+        assert (scaled.low / scale, scaled.high / scale) == pytest.approx((plain.low, plain.high))
+
+
+def test_without_skewness_the_mean_interval_is_students() -> None:
+    half = np.random.default_rng(0).normal(size=7)
     values = 3 + np.concatenate([half, -half])
     interval = metrics.mean_interval(values, np.arange(14), confidence=0.9)
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.9)
@@ -178,22 +162,6 @@ def test_few_skewed_blocks_are_covered_where_a_percentile_bootstrap_is_too_narro
     assert covered / 600 > least > percentile / 600 + 0.03
 
 
-def test_the_mean_interval_of_constants_of_nan_and_of_nonsense() -> None:
-    assert metrics.mean_interval([2.0] * 4, [0, 0, 1, 2]) == metrics.Interval(low=2.0, high=2.0)
-    assert metrics.mean_interval([0.0] * 4, [0, 0, 1, 2]) == metrics.Interval(low=0.0, high=0.0)
-    plain = metrics.mean_interval([1.0, 2.0, 4.0, 3.0], [0, 1, 2, 3])
-    for scale in (1e-200, 1e200):
-        scaled = metrics.mean_interval(scale * np.array([1.0, 2.0, 4.0, 3.0]), [0, 1, 2, 3])
-        assert (scaled.low / scale, scaled.high / scale) == pytest.approx((plain.low, plain.high))
-    for bad in (np.nan, np.inf):
-        interval = metrics.mean_interval([1.0, bad, 2.0], [0, 1, 2])
-        assert np.isnan(interval.low) and np.isnan(interval.high)
-    with pytest.raises(ValueError, match="at least 2 blocks; got 1"):
-        metrics.mean_interval([1.0, 2.0], ["a", "a"])
-    with pytest.raises(ValueError, match="confidence must lie in"):
-        metrics.mean_interval([1.0, 2.0], [0, 1], confidence=95)
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_spearman_agrees_with_scipy_with_ties_and_infinities(seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -203,19 +171,12 @@ def test_spearman_agrees_with_scipy_with_ties_and_infinities(seed: int) -> None:
         assert metrics.spearman(x, y) == pytest.approx(scipy.stats.spearmanr(x, y).statistic, abs=1e-12)
 
 
-@pytest.mark.parametrize("a", [[], [1.0], [2.0, 2.0, 2.0], [1.0, np.nan, 3.0]])
-def test_an_undefined_correlation_is_none(a: list[float]) -> None:
-    b = [float(i) for i in range(len(a))]
-    assert metrics.spearman(a, b) is None
-    assert metrics.spearman(b, a) is None
-
-
-def test_spearman_of_other_lengths_is_refused() -> None:
+def test_undefined_correlations_and_errors() -> None:
+    for a in ([], [1.0], [2.0, 2.0, 2.0], [1.0, np.nan, 3.0]):
+        b = [float(i) for i in range(len(a))]
+        assert metrics.spearman(a, b) is None and metrics.spearman(b, a) is None
     with pytest.raises(ValueError, match=r"\(2,\) and \(3,\)"):
         metrics.spearman([1, 2], [1, 2, 3])
-
-
-def test_relative_error() -> None:
     assert metrics.relative_error([[1.0, 2.5]], [[1.0, -2.0]]) == 2.25
     assert metrics.relative_error([0.0], [0.0]) == 0
     assert metrics.relative_error([1.0], [0.0]) == np.inf

@@ -1,16 +1,20 @@
 """What a new number format and a new estimator touch: nothing but what is written here, at run time."""
 
+import re
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import linen
+from toys import linen
 
+import mpjax
 from mpjax import compiled, cost, emulation, search, sensitivity
 from mpjax.apply import apply
 from mpjax.evaluation import Evaluation
-from mpjax.formats import FLOAT32, FORMATS, Format, parse, storage
+from mpjax.formats import FLOAT32, FORMATS, Format, parse, register, storage
 from mpjax.ledger import Ledger
 from mpjax.sensitivity import Scores
 
@@ -30,7 +34,7 @@ def error(low, reference):
 
 def solved(model, batches, scores, name, calibration=None):
     """The search's result where every layer may be lowered."""
-    problem = search.Problem(layers=scores.layers, formats=(name,), penalty=scores.value, kind=scores.kind)
+    problem = search.Problem.from_scores(scores)
     evaluate = Evaluation(model, batches, (name,), error, calibration=calibration)
     strategy = search.ilp() if scores.kind == "loss" else search.binary()
     return search.solve(problem, strategy, evaluate=evaluate, tolerance=10.0)
@@ -44,9 +48,10 @@ def solved(model, batches, scores, name, calibration=None):
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_a_format_of_a_known_scheme_is_one_line(model_and_batches, monkeypatch, fmt, largest, bytes_of_32_by_8):
+def test_a_format_of_a_known_scheme_is_one_line(model_and_batches, request, fmt, largest, bytes_of_32_by_8):
     """Its numbers are those of ml_dtypes over its scales, everywhere from the scores to the report."""
-    monkeypatch.setitem(FORMATS, fmt.name, fmt)
+    register(fmt)
+    request.addfinalizer(lambda: FORMATS.pop(fmt.name))
     model, batches = model_and_batches
     ranges = emulation.calibrate(model, batches)
     scores = sensitivity.local_rounding()(model, batches, (fmt.name,), KEY)
@@ -78,6 +83,13 @@ def test_a_format_of_a_known_scheme_is_one_line(model_and_batches, monkeypatch, 
     assert costs.weight_bytes[1].tolist() == [32 * 8 * 4, bytes_of_32_by_8] and np.isfinite(costs.seconds).all()
     assert cost.predicted(costs, result.assignment) > 0
     assert {row["format"] for row in cost.table(costs)} == {FLOAT32.name, fmt.name}
+
+
+def test_only_formats_and_arithmetic_ask_what_a_scheme_is():
+    package = Path(mpjax.__file__).parent
+    asks = re.compile(r"\.(scaled|weight_only|accumulate|group)\b(?!\()")
+    asking = {str(path.relative_to(package)) for path in package.rglob("*.py") if asks.search(path.read_text())}
+    assert {name for name in asking if not name.startswith("formats")} == {"arithmetic.py"}
 
 
 def test_an_estimator_is_one_function(model_and_batches):

@@ -8,18 +8,22 @@ import numpy as np
 from mpjax.program import Batches, Model, from_linen
 
 
-def drawn(module: nn.Module, *inputs: jax.Array) -> Model:
-    """The module with random weights, drawn by NumPy, so that nothing is compiled."""
+def variables(module: nn.Module, *inputs: jax.Array) -> dict:
+    """A module's random variables, drawn by NumPy, so that nothing is compiled; biases, too."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        if path[-1].key == "scale":
+        if path[-1].key in ("scale", "var"):
             return jnp.ones(leaf.shape, leaf.dtype)
         fan_in = 100 if leaf.ndim == 1 else np.prod(leaf.shape[:-1])
         return jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(fan_in), leaf.dtype)
 
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    return from_linen(module, jax.tree_util.tree_map_with_path(draw, shapes), *inputs)
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(module.init, jax.random.key(0), *inputs))
+
+
+def drawn(module: nn.Module, *inputs: jax.Array) -> Model:
+    """The module with random weights."""
+    return from_linen(module, variables(module, *inputs), *inputs)
 
 
 def linen(module: nn.Module, *shape: int) -> tuple[Model, Batches]:

@@ -12,7 +12,7 @@
 | `lstm` | Hochreiter and Schmidhuber 1997, doi 10.1162/neco.1997.9.8.1735 | nn.RNN, two kinds of cell |
 | `gru` | Cho et al. 2014, arXiv 1406.1078 | nn.RNN |
 | `mixer` | Tolstikhin et al. 2021, arXiv 2105.01601 | Dense over tokens |
-| `experts` | Shazeer et al. 2017, arXiv 1701.06538 | Einsum weights of the module's own |
+| `experts` | Shazeer et al. 2017, arXiv 1701.06538 | weights of an einsum |
 | `llama` | Touvron et al. 2023, arXiv 2302.13971 | NNX: RMSNorm, gated MLP, rotary embedding |
 """
 
@@ -194,7 +194,7 @@ class LlamaBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = self.norms[0](x)
-        query, key, value = (each(y).reshape(*y.shape[:2], 4, -1) for each in (self.query, self.key, self.value))
+        query, key, value = (layer(y).reshape(*y.shape[:2], 4, -1) for layer in (self.query, self.key, self.value))
         query, key = rotated(query), rotated(key)
         attended = nnx.dot_product_attention(query, key, value, mask=jnp.tril(jnp.ones((y.shape[1],) * 2, bool)))
         x = x + self.out(attended.reshape(y.shape))

@@ -10,10 +10,9 @@ The weights: `load_efficientnet` of the checkpoint in ``experiments.lib.assets``
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -21,8 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.models.torch_checkpoint import CheckpointError, load_checkpoint
-
-__all__ = ["CLASSES", "EPSILON", "SIZE", "BatchNorm", "EfficientNetLite0", "fold", "load_efficientnet", "normalised"]
 
 BatchNorm = Literal["folded", "kept"]
 SIZE, CLASSES = 224, 1000  # pixels of the input's side; logits
@@ -43,8 +40,7 @@ _STAGES = (
 Tree = dict[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Shape:
+class _Shape(NamedTuple):
     """One inverted residual block: expand (1x1, ReLU6), depthwise (ReLU6), project (1x1); plus its input where shapes agree."""
 
     name: str
@@ -57,16 +53,9 @@ class _Shape:
 
 def _blocks() -> Iterator[_Shape]:
     channels, number = _STEM, 0
-    for count, kernel, stride, expansion, outputs in _STAGES:
-        for i in range(count):
-            yield _Shape(
-                name=f"block_{number:02}",
-                inputs=channels,
-                outputs=outputs,
-                kernel=kernel,
-                stride=stride if i == 0 else 1,
-                expansion=expansion,
-            )
+    for count, kernel, first, expansion, outputs in _STAGES:
+        for stride in (first, *(1,) * (count - 1)):
+            yield _Shape(f"block_{number:02}", channels, outputs, kernel, stride, expansion)
             channels, number = outputs, number + 1
 
 
@@ -114,11 +103,7 @@ class EfficientNetLite0(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """As the class says.
-
-        Raises:
-            ValueError: an input of another shape.
-        """
+        """Raises ValueError for an input of another shape."""
         if x.ndim != 4 or x.shape[1:] != (SIZE, SIZE, 3):
             raise ValueError(f"input of shape {x.shape}, expected (N, {SIZE}, {SIZE}, 3)")
         convolution = partial(_convolution, batch_norm=self.batch_norm)
@@ -145,15 +130,16 @@ def load_efficientnet(path: Path | str, *, batch_norm: BatchNorm) -> tuple[Effic
         experiments.models.torch_checkpoint.CheckpointError: unreadable, or the tensors of another network.
         ValueError: another `batch_norm`.
     """
-    module = EfficientNetLite0(batch_norm=_checked(batch_norm))
+    if batch_norm not in get_args(BatchNorm):
+        raise ValueError(f"batch_norm must be 'folded' or 'kept'; got {batch_norm!r}")
     arrays = {name: value for name, value in load_checkpoint(path).items() if not name.endswith("num_batches_tracked")}
     try:
-        kept = _variables(arrays)
-        _check(kept, arrays)
+        variables = _variables(arrays)
+        _check(variables, arrays)
     except (KeyError, ValueError) as error:
         raise CheckpointError(f"{path}: not the weights of EfficientNet-Lite0: {error}") from error
-    variables = fold(kept) if batch_norm == "folded" else kept
-    return module, jax.tree.map(jnp.asarray, variables)
+    variables = fold(variables) if batch_norm == "folded" else variables
+    return EfficientNetLite0(batch_norm=batch_norm), jax.tree.map(jnp.asarray, variables)
 
 
 def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,27 +153,20 @@ def fold(variables: Mapping[str, Any]) -> dict[str, Any]:
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _checked(batch_norm: str) -> BatchNorm:
-    match batch_norm:
-        case "folded" | "kept":
-            return batch_norm
-    raise ValueError(f"batch_norm must be 'folded' or 'kept'; got {batch_norm!r}")
-
-
 def _folded(params: Mapping[str, Any], stats: Mapping[str, Any]) -> Tree:
-    found: Tree = {}
-    for name, own in params.items():
+    folded: Tree = {}
+    for name, layer in params.items():
         if f"{name}_norm" in params:
             norm, seen = (_float64(tree[f"{name}_norm"]) for tree in (params, stats))
             factor = norm["scale"] / np.sqrt(seen["var"] + EPSILON)
-            kernel = np.asarray(own["kernel"], np.float64) * factor
+            kernel = np.asarray(layer["kernel"], np.float64) * factor
             bias = norm["bias"] - seen["mean"] * factor
-            found[name] = {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
+            folded[name] = {"kernel": kernel.astype(np.float32), "bias": bias.astype(np.float32)}
         elif name.startswith("block_"):
-            found[name] = _folded(own, stats[name])
+            folded[name] = _folded(layer, stats[name])
         elif not name.endswith("_norm"):
-            found[name] = dict(own)
-    return found
+            folded[name] = dict(layer)
+    return folded
 
 
 def _float64(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 BERT with six post-norm blocks of width 384 (Devlin et al., arXiv 1810.04805; Wang et al., MiniLM, arXiv 2002.10957), the mean of
 the tokens' outputs as the sentence's embedding, scaled to length 1 (Reimers and Gurevych, Sentence-BERT, arXiv 1908.10084).
-Weights are read from safetensors, the tokenizer from its own tokenizer.json.
+Weights are read from safetensors, the tokenizer from a tokenizer.json.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,6 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from experiments.models.pretrained import TextError, filled, read_safetensors
-
-__all__ = ["MINILM", "MiniLM", "Shape", "TextError", "encode", "load_minilm", "load_tokenizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +51,8 @@ class Block(nnx.Module):
     def __call__(self, x: jax.Array, allowed: jax.Array) -> jax.Array:
         """(N, T, width), (N, T) bool -> (N, T, width)."""
         query, key, value = (
-            each(x).reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 1, 3)
-            for each in (self.query, self.key, self.value)
+            layer(x).reshape(*x.shape[:2], self.heads, -1).transpose(0, 2, 1, 3)
+            for layer in (self.query, self.key, self.value)
         )
         scores = query @ key.swapaxes(2, 3) * query.shape[-1] ** -0.5
         scores = jnp.where(allowed[:, None, None, :], scores, jnp.finfo(scores.dtype).min)
@@ -139,7 +137,7 @@ def _source(name: str) -> str:
 
 
 def load_tokenizer(path: Path | str, *, words: int = MINILM.words) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, without padding and truncation of its own.
+    """The tokenizer of a tokenizer.json, without padding and truncation.
 
     Raises:
         TextError: not such a file, or one of another vocabulary than the model's.
@@ -170,10 +168,10 @@ def encode(
     if isinstance(texts, str) or not texts:
         raise TextError(f"Expected a sequence of texts, found {texts!r}.")
     ids, mask = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.int32)
-    for number, (text, found) in enumerate(zip(texts, tokenizer.encode_batch(list(texts)), strict=True)):
-        if not any(each == 0 for each in found.special_tokens_mask):
+    for number, (text, encoded) in enumerate(zip(texts, tokenizer.encode_batch(list(texts)), strict=True)):
+        if 0 not in encoded.special_tokens_mask:
             raise TextError(f"Text {number} is empty ({text!r}): there is nothing to encode.")
-        tokens = found.ids
+        tokens = encoded.ids
         if len(tokens) > length:
             if not truncate:
                 raise TextError(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, deserialize
 
 
 class TextError(ValueError):
-    """A model, tokenizer or text that cannot be used; the message says what was found, what was expected, what to do."""
+    """A model, tokenizer or text that cannot be used; the message says what it is, what was expected, what to do."""
 
 
 def filled(
@@ -44,8 +44,8 @@ def filled(
             wrong.append(f"{name} has shape {value.shape} and dtype {value.dtype}, expected {leaf.shape} float32")
             continue
         inside = pure
-        for each in path[:-1]:
-            inside = inside.setdefault(each, {})
+        for step in path[:-1]:
+            inside = inside.setdefault(step, {})
         inside[path[-1]] = jnp.asarray(value)
     problems = [*missing, *wrong, *(f"{name} has no place in this model" for name in sorted(left))]
     if not problems:
@@ -77,28 +77,28 @@ def read_safetensors(path: Path | str, *, ignored: Collection[str] = ()) -> dict
         return _tensors(path, ignored)
     try:
         places = dict(json.loads(path.read_bytes())["weight_map"])
-        if not all(isinstance(each, str) for each in places.values()):
+        if not all(isinstance(file, str) for file in places.values()):
             raise TypeError("weight_map has values that are no names of files")
     except (ValueError, KeyError, TypeError) as error:
         raise TextError(
             f'{path}: not an index of safetensors files ({type(error).__name__}: {error}). Expected {{"weight_map": {{tensor: '
             "file}}. Fetch it again, or give the path of the one file."
         ) from error
-    found: dict[str, np.ndarray] = {}
+    tensors: dict[str, np.ndarray] = {}
     for name in sorted(set(places.values())):
         file = path.parent / name
         if Path(name).name != name or not file.is_file():
             raise TextError(
                 f"{path}: the index names the file {name!r}, which is not beside it. Fetch all files of it."
             )
-        found |= _tensors(file, ignored)
+        tensors |= _tensors(file, ignored)
     wanted = set(places) - set(ignored)
-    if wanted != set(found):
+    if wanted != set(tensors):
         raise TextError(
-            f"{path}: the index and its files differ in {', '.join(sorted(wanted ^ set(found))[:4])}. Take all of them from one "
-            "version of the model."
+            f"{path}: the index and its files differ in {', '.join(sorted(wanted ^ set(tensors))[:4])}. Take all of them from "
+            "one version of the model."
         )
-    return found
+    return tensors
 
 
 def _tensors(path: Path, ignored: Collection[str]) -> dict[str, np.ndarray]:
@@ -110,7 +110,7 @@ def _tensors(path: Path, ignored: Collection[str]) -> dict[str, np.ndarray]:
             f"{path}: not a whole safetensors file of {len(data)} bytes ({error}). Compare its checksum with the source and "
             "fetch it again."
         ) from error
-    found, wrong = {}, []
+    tensors, wrong = {}, []
     for name, tensor in sorted(stored.items()):
         if name in ignored:
             continue
@@ -118,13 +118,13 @@ def _tensors(path: Path, ignored: Collection[str]) -> dict[str, np.ndarray]:
             wrong.append(f"{name} ({tensor['dtype']})")
             continue
         values = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]]).reshape(tensor["shape"])
-        found[name] = np.asarray(values, np.float32)
+        tensors[name] = np.asarray(values, np.float32)
     if wrong:
         raise TextError(
             f"{path}: {len(wrong)} tensors are not of {', '.join(_FLOATS)}: {', '.join(wrong[:4])}. Take a file of the weights "
             "in floating point."
         )
-    return found
+    return tensors
 
 
 def in_dtype(module: Any, dtype: Any) -> Any:

@@ -2,12 +2,11 @@
 
 Llama (Touvron et al., arXiv 2302.13971): pre-norm blocks with RMSNorm, rotary embedding (Su et al., arXiv 2104.09864) on
 interleaved pairs as GGUF stores them, grouped-query attention (Ainslie et al., arXiv 2305.13245), a gated MLP, and an output tied
-to the word embedding or, where the file has one, of its own. Rotary embeddings may be slowed down, all pairs alike or each by a
-factor of its own. Weights are dequantised by the `gguf` package; the tokenizer is byte-level BPE with digits one by one. Tensors
-and metadata that ask for something else are refused.
+to the word embedding unless the file has another one. Rotary embeddings may be slowed down, by one factor or one for each pair.
+Weights are dequantised by the `gguf` package; the tokenizer is byte-level BPE with digits one by one. Tensors and metadata that
+ask for something else are refused.
 """
 
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,33 +20,10 @@ from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from experiments.lib import report
+from experiments.models import DAMAGED
 from experiments.models.pretrained import TextError, filled
 
-__all__ = [
-    "Generated",
-    "Language",
-    "Shape",
-    "SmolLM2",
-    "TextError",
-    "encode",
-    "generate",
-    "load_smollm2",
-    "new_cache",
-]
-
-Cache = tuple[jax.Array, jax.Array]  # keys and values, (N, blocks, places, key-value heads, head size) each
-_DAMAGED = (
-    ValueError,
-    IndexError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    MemoryError,
-    OSError,
-    struct.error,
-)
+Cache = tuple[jax.Array, jax.Array]  # keys and values, (N, blocks, places, key-value heads, head size)
 _CONTROL = 3  # type of a token that no text spells
 
 
@@ -87,7 +63,7 @@ class Block(nnx.Module):
         width, narrow = shape.width, shape.kv_heads * shape.head
         self.shape = shape
         self.query, self.key, self.value, self.output = (
-            linear(*each) for each in ((width, width), (width, narrow), (width, narrow), (width, width))
+            linear(width, outputs) for outputs in (width, narrow, narrow, width)
         )
         self.gate, self.up, self.down = (
             linear(width, shape.hidden),
@@ -103,12 +79,12 @@ class Block(nnx.Module):
         shape, (count, tokens, _) = self.shape, x.shape
         y = self.attention_norm(x)
         query, key, value = (
-            each(y).reshape(count, tokens, -1, shape.head) for each in (self.query, self.key, self.value)
+            layer(y).reshape(count, tokens, -1, shape.head) for layer in (self.query, self.key, self.value)
         )
-        query, key = (rotated(each, places, shape.base, shape.stretch) for each in (query, key))
+        query, key = (rotated(vectors, places, shape.base, shape.stretch) for vectors in (query, key))
         seen = places
         if cache is not None:
-            key, value = (_written(*each, places[:, 0]) for each in zip(cache, (key, value), strict=True))
+            key, value = (_written(*pair, places[:, 0]) for pair in zip(cache, (key, value), strict=True))
             seen = jnp.broadcast_to(jnp.arange(key.shape[1], dtype=places.dtype), key.shape[:2])
         attended = _attention(query, key, value, seen[:, None, :] <= places[:, :, None])
         x = x + self.output(attended.reshape(x.shape))
@@ -151,11 +127,11 @@ class SmolLM2(nnx.Module):
         x, new = self.words(ids), []
         for number, block in enumerate(self.blocks):
             cache = None if keys is None or values is None else (keys[:, number], values[:, number])
-            x, kept = block(x, places, cache)
-            new.append(kept)
+            x, pair = block(x, places, cache)
+            new.append(pair)
         if keys is None:
             return self._logits(self.norm(x))
-        keys, values = (jnp.stack(each, axis=1) for each in zip(*new, strict=True))
+        keys, values = (jnp.stack(arrays, axis=1) for arrays in zip(*new, strict=True))
         return {"logits": self._logits(self.norm(x[:, -1])), "keys": keys, "values": values}
 
     def _logits(self, x: jax.Array) -> jax.Array:
@@ -237,21 +213,17 @@ def load_smollm2(path: Path | str, *, dtype: Any = None) -> Language:
             raise TextError(f"{path}: a model of the architecture {kind!r}, expected 'llama'. Take a SmolLM2 file.")
         shape = _shape(reader)
         tokenizer = _tokenizer(reader)
-        weights, stored = {}, sum(int(each.n_bytes) for each in reader.tensors)
-        with report.progress(f"reading {Path(path).name}", len(reader.tensors)) as advance:
-            for tensor in reader.tensors:
-                weights[tensor.name] = _floats(tensor)
-                advance()
-        shape = replace(
-            shape, stretch=_stretch(reader, shape, weights.pop(_FACTORS, None)), tied=_OUTPUT not in weights
-        )
+        weights = {tensor.name: _floats(tensor) for tensor in reader.tensors}
+        stretch = _stretch(reader, shape, weights.pop(_FACTORS, None))
+        shape = replace(shape, stretch=stretch, tied=_OUTPUT not in weights)
     except TextError:
         raise
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise TextError(
             f"{path}: not a whole GGUF file of {size} bytes ({type(error).__name__}: {error}). Compare its checksum with the "
             "source and fetch it again."
         ) from error
+    stored = sum(int(tensor.n_bytes) for tensor in reader.tensors)
     module, problems = filled(lambda: SmolLM2(shape, dtype=dtype, rngs=nnx.Rngs(0)), weights, _source)
     if problems:
         raise TextError(
@@ -270,15 +242,11 @@ _KNOWN = {
 }
 
 
-def _optional(reader: GGUFReader, name: str, default: Any) -> Any:
-    return default if reader.get_field(name) is None else _field(reader, name)
-
-
-def _field(reader: GGUFReader, name: str) -> Any:
+def _field(reader: GGUFReader, name: str, default: Any = None) -> Any:
     field = reader.get_field(name)
-    if field is None:
+    if field is None and default is None:
         raise TextError(f"The GGUF file has no field {name!r}: it is damaged, or not of a language model.")
-    return field.contents()
+    return default if field is None else field.contents()
 
 
 def _floats(tensor: ReaderTensor) -> np.ndarray:
@@ -292,28 +260,23 @@ def _floats(tensor: ReaderTensor) -> np.ndarray:
 
 
 def _shape(reader: GGUFReader) -> Shape:
-    def number(name: str) -> Any:
-        return _field(reader, f"llama.{name}")
-
+    fields = {
+        "blocks": "block_count",
+        "width": "embedding_length",
+        "heads": "attention.head_count",
+        "kv_heads": "attention.head_count_kv",
+        "hidden": "feed_forward_length",
+        "context": "context_length",
+    }
+    sizes = {size: _field(reader, f"llama.{name}") for size, name in fields.items()}
     shape = Shape(
-        blocks=number("block_count"),
-        width=number("embedding_length"),
-        heads=number("attention.head_count"),
-        kv_heads=number("attention.head_count_kv"),
-        hidden=number("feed_forward_length"),
+        **sizes,
         words=len(_field(reader, "tokenizer.ggml.tokens")),
-        context=number("context_length"),
-        base=number("rope.freq_base"),
-        epsilon=number("attention.layer_norm_rms_epsilon"),
+        base=_field(reader, "llama.rope.freq_base"),
+        epsilon=_field(reader, "llama.attention.layer_norm_rms_epsilon"),
     )
-    sizes = (shape.blocks, shape.width, shape.heads, shape.kv_heads, shape.hidden, shape.words, shape.context)
-    if (
-        not all(isinstance(each, int) for each in sizes)
-        or min(sizes) < 1
-        or shape.width % shape.heads
-        or shape.heads % shape.kv_heads
-        or shape.head % 2
-    ):
+    whole = all(isinstance(size, int) and size > 0 for size in (*sizes.values(), shape.words))
+    if not whole or shape.width % shape.heads or shape.heads % shape.kv_heads or shape.head % 2:
         raise TextError(
             f"The GGUF file says sizes that fit no model of like blocks ({shape}): it is damaged, or of another network."
         )
@@ -338,8 +301,8 @@ def _refuse_other_computations(reader: GGUFReader, shape: Shape) -> None:
     }
     problems = []
     for name in reader.fields:
-        if name in allowed and (found := _field(reader, name)) != allowed[name]:
-            problems.append(f"{name} is {found!r}, expected {allowed[name]!r}")
+        if name in allowed and (value := _field(reader, name)) != allowed[name]:
+            problems.append(f"{name} is {value!r}, expected {allowed[name]!r}")
         elif name.startswith("llama.") and name not in allowed and name not in _KNOWN:
             problems.append(f"{name} is {_field(reader, name)!r}, which this reader does not know")
     if problems:
@@ -351,18 +314,18 @@ def _refuse_other_computations(reader: GGUFReader, shape: Shape) -> None:
 
 def _stretch(reader: GGUFReader, shape: Shape, factors: np.ndarray | None) -> tuple[float, ...]:
     """How many times slower each pair turns: the divisor of all places, times each pair's own."""
-    kind = _optional(reader, "llama.rope.scaling.type", "linear")
+    kind = _field(reader, "llama.rope.scaling.type", "linear")
     if kind not in ("linear", "none"):
         raise TextError(f"A rotary embedding scaled by {kind!r}, expected 'linear' or 'none': take another file.")
-    divisor = _optional(reader, "llama.rope.scaling.factor", _optional(reader, "llama.rope.scale_linear", 1.0))
+    divisor = _field(reader, "llama.rope.scaling.factor", _field(reader, "llama.rope.scale_linear", 1.0))
     divisor = 1.0 if kind == "none" else divisor
-    found = np.ones(shape.head // 2, np.float32) if factors is None else factors
-    if found.shape != (shape.head // 2,) or not (np.isfinite(found * divisor) & (found * divisor > 0)).all():
+    slowed = (np.ones(shape.head // 2, np.float32) if factors is None else factors) * divisor
+    if slowed.shape != (shape.head // 2,) or not (np.isfinite(slowed) & (slowed > 0)).all():
         raise TextError(
-            f"A rotary embedding slowed down by {divisor} times {found} ({_FACTORS}), expected positive numbers, "
+            f"A rotary embedding slowed down by {divisor} times {factors} ({_FACTORS}), expected positive numbers, "
             f"{shape.head // 2} of the latter: the file is damaged."
         )
-    return () if (found * divisor == 1).all() else tuple(float(each * divisor) for each in found)
+    return () if (slowed == 1).all() else tuple(slowed.tolist())
 
 
 def _tokenizer(reader: GGUFReader) -> Tokenizer:
@@ -373,41 +336,30 @@ def _tokenizer(reader: GGUFReader) -> Tokenizer:
             f"A tokenizer of the kind {kind}, expected ('gpt2', 'smollm'): this reader does not know how it splits."
         )
     words = _field(reader, "tokenizer.ggml.tokens")
-    merges = [tuple(each.split(" ", 1)) for each in _field(reader, "tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ", 1)) for merge in _field(reader, "tokenizer.ggml.merges")]
     made = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     made.decoder = decoders.ByteLevel()
-    control = [
-        w for w, each in zip(words, _field(reader, "tokenizer.ggml.token_type"), strict=True) if each == _CONTROL
-    ]
+    types = _field(reader, "tokenizer.ggml.token_type")
+    control = [word for word, kind in zip(words, types, strict=True) if kind == _CONTROL]
     made.add_special_tokens([AddedToken(word, normalized=False) for word in control])
     return made
 
 
-_NAMES = {
-    "query": "attn_q",
-    "key": "attn_k",
-    "value": "attn_v",
-    "output": "attn_output",
-    "attention_norm": "attn_norm",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-    "mlp_norm": "ffn_norm",
+_LAYERS = {
+    **{"query": "attn_q", "key": "attn_k", "value": "attn_v", "output": "attn_output", "attention_norm": "attn_norm"},
+    **{"gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down", "mlp_norm": "ffn_norm"},
 }
+_OTHERS = {"words/embedding": "token_embd.weight", "norm/scale": "output_norm.weight", "head/kernel": _OUTPUT}
 
 
 def _source(name: str) -> str:
     """A parameter's name in the file."""
-    if name == "words/embedding":
-        return "token_embd.weight"
-    if name == "norm/scale":
-        return "output_norm.weight"
-    if name == "head/kernel":
-        return _OUTPUT
+    if name in _OTHERS:
+        return _OTHERS[name]
     _, number, layer, _ = name.split("/")
-    return f"blk.{number}.{_NAMES[layer]}.weight"
+    return f"blk.{number}.{_LAYERS[layer]}.weight"
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -429,7 +381,7 @@ def encode(language: Language, text: str, *, room: int = 0) -> np.ndarray:
         )
     if max(ids) >= words:
         raise TextError(
-            f"The tokenizer knows token {max(ids)}, the model {words} words: take the tokenizer of its own file."
+            f"The tokenizer knows token {max(ids)}, the model {words} words: take the tokenizer of its file."
         )
     return np.asarray([ids], np.int32)
 
@@ -468,9 +420,9 @@ def generate(
     start, made = 0, list[int]()
     step = jnp.asarray(ids)
     while len(made) < tokens:
-        found = run(step, keys, values, jnp.full((1,), start, jnp.int32))
-        keys, values, start = found["keys"], found["values"], start + step.shape[1]
-        made.append(int(jnp.argmax(found["logits"][0])))
+        out = run(step, keys, values, jnp.full((1,), start, jnp.int32))
+        keys, values, start = out["keys"], out["values"], start + step.shape[1]
+        made.append(int(jnp.argmax(out["logits"][0])))
         if made[-1] in stop:
             break
         step = jnp.asarray([[made[-1]]], jnp.int32)

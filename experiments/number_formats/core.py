@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.number_formats.rows import Share
 from mpjax.formats import FORMATS, Format, amax_scale, round_to
 from mpjax.program import Layer, Model, Product
 
@@ -92,11 +93,11 @@ class Grid:
     def around(self, low: float, high: float) -> list[float]:
         """All numbers in [low, high], 0 ≤ low."""
         x = max(Fraction(low), self.min_subnormal / 2)
-        found = [0.0] if low <= 0 else []
+        numbers = [0.0] if low <= 0 else []
         while (x := -(-x // self.gap(x)) * self.gap(x)) <= min(Fraction(high), self.max):
-            found.append(float(x))
+            numbers.append(float(x))
             x += self.gap(x) / 2
-        return found
+        return numbers
 
     def worst_error(self, x: np.ndarray) -> np.ndarray:
         """The largest relative rounding error at each magnitude: half a gap below the normal numbers, half an epsilon above.
@@ -216,8 +217,8 @@ def exponents(values: Array) -> Array:
     """How many of the non-zero float32 values lie in each [2^e, 2^(e+1)): (256,) int32, e = index − 127; subnormals at 0."""
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     biased = (bits >> jnp.uint32(23)) & jnp.uint32(0xFF)
-    found = jnp.bincount(biased.astype(jnp.int32), length=256).astype(jnp.int32)
-    return found.at[0].add(-_zeros(bits))
+    counts = jnp.bincount(biased.astype(jnp.int32), length=256).astype(jnp.int32)
+    return counts.at[0].add(-_zeros(bits))
 
 
 def tally(tensors: Tensors, amax: Mapping[str, Array]) -> dict[str, Array]:
@@ -228,13 +229,11 @@ def tally(tensors: Tensors, amax: Mapping[str, Array]) -> dict[str, Array]:
         `subnormal`, `flushed`, `errors` (V,): numbers beyond the largest, stored below the smallest normal one, rounded to 0
         though not 0, and the sum of squared errors.
     """
-    values = jnp.concatenate([each.astype(jnp.float32).ravel() for name in tensors for each in tensors[name]])
-    largest = jnp.concatenate(
-        [jnp.full(each.size, amax[name], jnp.float32) for name in tensors for each in tensors[name]]
-    )
+    values = jnp.concatenate([x.astype(jnp.float32).ravel() for name in tensors for x in tensors[name]])
+    largest = jnp.concatenate([jnp.full(x.size, amax[name], jnp.float32) for name in tensors for x in tensors[name]])
     bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
     nonzero = (bits & jnp.uint32(0x7FFFFFFF)) != 0  # by its bits: a CPU may take float32's subnormals for 0
-    found: dict[str, list[Array]] = {name: [] for name in ("overflow", "subnormal", "flushed", "errors")}
+    sums: dict[str, list[Array]] = {name: [] for name in ("overflow", "subnormal", "flushed", "errors")}
     for grid, scaled in VARIANTS:
         scale = scale_of(largest, grid) if scaled else jnp.float32(1.0)
         x = values / scale
@@ -243,40 +242,40 @@ def tally(tensors: Tensors, amax: Mapping[str, Array]) -> dict[str, Array]:
         normal = float(grid.min_normal / grid.scale)
         # Dividing by a scale may overshoot the largest number by a rounding: that is no overflow.
         limit = float(grid.largest) * (1 + 1e-6 * scaled)
-        found["overflow"].append(jnp.sum(jnp.abs(x) > limit))
-        found["subnormal"].append(jnp.sum((size > 0) & (size < normal)))
-        found["flushed"].append(jnp.sum((size == 0) & nonzero))
-        found["errors"].append(_sum(jnp.square(rounded * scale - values)))
+        sums["overflow"].append(jnp.sum(jnp.abs(x) > limit))
+        sums["subnormal"].append(jnp.sum((size > 0) & (size < normal)))
+        sums["flushed"].append(jnp.sum((size == 0) & nonzero))
+        sums["errors"].append(_sum(jnp.square(rounded * scale - values)))
     return {
         "count": jnp.asarray(values.size),
         "zeros": _zeros(bits),
         "squares": _sum(jnp.square(values)),
         "exponents": exponents(values),
-        **{name: jnp.stack(each) for name, each in found.items()},
+        **{name: jnp.stack(values) for name, values in sums.items()},
     }
 
 
 def total(tallies: Iterable[Mapping[str, Any]]) -> Tally:
     """The tallies of several batches as one, float64."""
-    found: Tally = {}
-    for each in tallies:
-        for name, value in each.items():
-            found[name] = found.get(name, np.float64(0)) + np.asarray(value, np.float64)
-    return found
+    sums: Tally = {}
+    for batch in tallies:
+        for name, value in batch.items():
+            sums[name] = sums.get(name, np.float64(0)) + np.asarray(value, np.float64)
+    return sums
 
 
-def share_rows(numbers: str, found: Tally) -> list[dict[str, Any]]:
+def share_rows(numbers: str, sums: Tally) -> list[Share]:
     """A row per variant: shares of the non-zero numbers, and ‖rounded − x‖ / ‖x‖ (NaN where one is infinite)."""
-    nonzero = max(float(found["count"] - found["zeros"]), 1.0)
-    squares = float(found["squares"])
+    nonzero = max(float(sums["count"] - sums["zeros"]), 1.0)
+    squares = float(sums["squares"])
     return [
-        {
-            "numbers": numbers,
-            "format": grid.name,
-            "scaled": scaled,
-            **{name: float(found[name][i]) / nonzero for name in ("overflow", "subnormal", "flushed")},
-            "relative_error": math.sqrt(float(found["errors"][i]) / squares) if squares > 0 else 0.0,
-        }
+        Share(
+            numbers=numbers,
+            format=grid.name,
+            scaled=scaled,
+            **{name: float(sums[name][i]) / nonzero for name in ("overflow", "subnormal", "flushed")},
+            relative_error=math.sqrt(float(sums["errors"][i]) / squares) if squares > 0 else 0.0,
+        )
         for i, (grid, scaled) in enumerate(VARIANTS)
     ]
 

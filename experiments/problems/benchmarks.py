@@ -8,8 +8,8 @@
 | `digits_cnn` | 10 | 10 logits | KL |
 
 NME: mean distance of the landmarks, in that unit. KL: of the softmax, from the float32 model's. Truth is everywhere the
-float32 model's own output. Examples and units are the same at each call; only the weights of `digits_cnn` and the pose
-landmarks come from computation, and these are kept in the cache.
+float32 model's output. Examples and units are the same at each call; only the weights of `digits_cnn` and the pose
+landmarks come from computation, and these are cached.
 """
 
 import difflib
@@ -39,7 +39,7 @@ Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _IRIS_OUTPUTS = ("output_eyes_contours_and_brows", "output_iris")  # (N, 71·3) and (N, 5·3), pixels of the crop
 _FACE_OUTPUTS = ("conv2d_20", "conv2d_30")  # (N, 1, 1, 468·3) pixels of the crop, (N, 1, 1, 1) logit
-_FACE_LOGIT = 46.0  # what the float32 model says on the unmoved face; unscaled, the flag would outweigh all landmarks
+_FACE_LOGIT = 46.0  # of the float32 model on the unmoved face; unscaled, the flag would outweigh all landmarks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Benchmark:
             ValueError: `size` does not divide the number of examples.
         """
         if size < 1 or self.examples % size:
-            fitting = [str(each) for each in range(1, self.examples + 1) if self.examples % each == 0]
+            fitting = [str(number) for number in range(1, self.examples + 1) if self.examples % number == 0]
             raise ValueError(
                 f"{self.examples} examples do not make equal batches of {size}. Sizes that do: {', '.join(fitting)}."
             )
@@ -94,7 +94,7 @@ class Benchmark:
 
 
 def load(name: str, count: int | None = None) -> Benchmark:
-    """The benchmark of that name, with its own or another number of examples.
+    """The benchmark of that name, with its usual or another number of examples.
 
     Raises:
         ValueError: an unknown name, or more examples than there are.
@@ -137,7 +137,7 @@ def pose(*, count: int = 8, batch: int | None = None) -> Benchmark:
             "source": f"person crops of {crops.source} ({assets.ASSETS['sports2d_demo'].requirement})",
             "sha256": assets.ASSETS["pose_landmark_full"].sha256,
             "examples": count,
-            "crops": [int(each) for each in take],
+            "crops": take.tolist(),
             "persons": len(set(crops.calibration.person[take].tolist())),
             "unit": "distance from shoulders to hips",
             "dependent": "crops of the same person in one video",
@@ -154,19 +154,14 @@ def iris(*, count: int = 8, batch: int | None = None) -> Benchmark:
         count: crops; the first two are the eyes' own regions.
         batch: crops in a batch, a divisor of `count`; the largest one up to 4 by default.
     """
-    crops = eyes.eyes(count)
-    base = imported("iris_landmark", _IRIS_OUTPUTS, eyes.EYE_SIZE)
-    return Benchmark(
-        name="iris_landmark",
-        model=with_output(base, iris_in_eye_widths),
-        batches=in_batches((crops.images, crops.unit), batch or _divisor(count, 4)),
-        error=landmark_error(76),
-        error_name="NME",
-        facts={
-            **_photograph_facts("iris_landmark", count),
-            "unit": "distance between the corners of the eye",
-            "dependent": "two eyes; all crops are shifts, scalings and rotations of their two regions",
-        },
+    return _of_photograph(
+        "iris_landmark",
+        eyes.eyes(count),
+        batch,
+        model=with_output(imported("iris_landmark", _IRIS_OUTPUTS, eyes.EYE_SIZE), iris_in_eye_widths),
+        points=76,
+        unit="distance between the corners of the eye",
+        dependent="two eyes; all crops are shifts, scalings and rotations of their two regions",
     )
 
 
@@ -181,18 +176,32 @@ def face(*, count: int = 4, batch: int | None = None) -> Benchmark:
         count: crops; the first is the face's own region.
         batch: crops in a batch, a divisor of `count`; the largest one up to 4 by default.
     """
-    crops = eyes.faces(count)
-    base = imported("face_landmark", _FACE_OUTPUTS, eyes.FACE_SIZE)
+    return _of_photograph(
+        "face_landmark",
+        eyes.faces(count),
+        batch,
+        model=with_output(imported("face_landmark", _FACE_OUTPUTS, eyes.FACE_SIZE), face_in_eye_distances),
+        points=468,
+        unit="distance between the outer corners of the eyes",
+        dependent="one face; all crops are shifts, scalings and rotations of its region",
+    )
+
+
+def _of_photograph(
+    name: str, crops: eyes.Crops, batch: int | None, *, model: Model, points: int, **facts: str
+) -> Benchmark:
+    count = len(crops.images)
     return Benchmark(
-        name="face_landmark",
-        model=with_output(base, face_in_eye_distances),
+        name=name,
+        model=model,
         batches=in_batches((crops.images, crops.unit), batch or _divisor(count, 4)),
-        error=landmark_error(468),
+        error=landmark_error(points),
         error_name="NME",
         facts={
-            **_photograph_facts("face_landmark", count),
-            "unit": "distance between the outer corners of the eyes",
-            "dependent": "one face; all crops are shifts, scalings and rotations of its region",
+            "source": f"skimage.data.astronaut(), scikit-image {version('scikit-image')}, sampled by OpenCV {cv2.__version__}",
+            "sha256": assets.ASSETS[name].sha256,
+            "examples": count,
+            **facts,
         },
     )
 
@@ -261,8 +270,8 @@ def landmark_error(points: int) -> Metric:
 def kl_error(low: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """KL(softmax(reference) ‖ softmax(low)) in nats; (N, K), (N, K) -> (N,)."""
     low, reference = _checked(low, reference)
-    expected, found = log_softmax(reference, axis=1), log_softmax(low, axis=1)
-    return np.asarray(np.sum(np.exp(expected) * (expected - found), axis=1))
+    expected, actual = log_softmax(reference, axis=1), log_softmax(low, axis=1)
+    return np.asarray(np.sum(np.exp(expected) * (expected - actual), axis=1))
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------
@@ -288,26 +297,17 @@ def _torsos(crops: data.Crops, base: Model) -> np.ndarray:
         "pixels": float(crops.calibration.images.astype(np.float64).sum()),
         "versions": [jax.__version__, np.__version__],
     }
-    kept = Checkpoint(assets.cache_dir() / "benchmarks", key)
-    piece = kept.load("pose torso")
-    if piece is not None:
+    cache = Checkpoint(assets.cache_dir() / "benchmarks", key)
+    if (piece := cache.load("pose torso")) is not None:
         return piece.arrays["torso"]
     torso = torsos(crops.calibration, base)
-    kept.save("pose torso", {"torso": torso})
+    cache.save("pose torso", {"torso": torso})
     return torso
 
 
 def torsos(crops: data.CropSet, base: Model) -> np.ndarray:
     """(N,) float32 torso lengths in pixels, by the float32 pose model."""
     return splits(base, crops)[0].torso
-
-
-def _photograph_facts(name: str, count: int) -> dict[str, Any]:
-    return {
-        "source": f"skimage.data.astronaut(), scikit-image {version('scikit-image')}, sampled by OpenCV {cv2.__version__}",
-        "sha256": assets.ASSETS[name].sha256,
-        "examples": count,
-    }
 
 
 def _divisor(count: int, limit: int) -> int:

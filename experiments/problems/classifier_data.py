@@ -5,13 +5,13 @@ laboratory by four cameras at two times): ten independent ones, however many ima
 
 A photograph gives its central square and four windows in its corners. A video gives two windows, left and right, which do not
 overlap, at four moments each. Calibration and held-out images are samples of one population: the photographs, and the two
-windows of each video, are dealt at random, so that none is in both parts (another camera may see the same place). What is
-found holds for these sources.
+windows of each video, are dealt at random, so that none is in both parts (another camera may see the same place). Results hold
+for these sources.
 """
 
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -71,7 +71,7 @@ class Part:
             ValueError: there are fewer.
         """
         if not 1 <= count <= len(self.images):
-            raise ValueError(f"{len(self.images)} images in this part, found count = {count}.")
+            raise ValueError(f"{len(self.images)} images in this part, count = {count}.")
         return Part(images=self.images[:count], block=self.block[:count])
 
     @property
@@ -98,24 +98,24 @@ def frames(*, seed: int = 0) -> tuple[Part, Part]:
         "videos": [assets.ASSETS[name].sha256 for name in VIDEOS],
         "packages": [version(name) for name in packages],
     }
-    kept = Checkpoint(assets.cache_dir() / "frames", key)
-    piece = kept.load("classifier")
+    cache = Checkpoint(assets.cache_dir() / "frames", key)
+    piece = cache.load("classifier")
+    arrays = _made(paths, seed) if piece is None else piece.arrays
     if piece is None:
-        random = np.random.default_rng(seed)
-        with progress("reading videos", len(paths)) as advance:
-            videos = []
-            for path in paths:
-                videos.append(video_blocks(str(path), random))
-                advance()
-        photographs = [photograph_views(np.asarray(make())) for make in PHOTOGRAPHS.values()]
-        kept.save("classifier", deal(photographs, videos, random))
-        piece = kept.load("classifier")
-        assert piece is not None
-    arrays = piece.arrays
+        cache.save("classifier", arrays)
     calibration, heldout = (
         Part(images=arrays[f"{name}_images"], block=arrays[f"{name}_block"]) for name in ("calibration", "heldout")
     )
     return calibration, heldout
+
+
+def _made(paths: Sequence[Path], seed: int) -> Mapping[str, np.ndarray]:
+    random, videos = np.random.default_rng(seed), []
+    with progress("reading videos", len(paths)) as advance:
+        for path in paths:
+            videos.append(video_blocks(str(path), random))
+            advance()
+    return deal([photograph_views(np.asarray(make())) for make in PHOTOGRAPHS.values()], videos, random)
 
 
 def sanity_images() -> tuple[np.ndarray, np.ndarray]:
@@ -127,11 +127,11 @@ def sanity_images() -> tuple[np.ndarray, np.ndarray]:
     """
     pattern = re.compile(r"foolbox/data/imagenet_\d\d_(\d+)\.jpg")
     with zipfile.ZipFile(assets.fetch("foolbox_images")) as wheel:
-        found = sorted((name, match) for name in wheel.namelist() if (match := pattern.fullmatch(name)))
-        images = [square(_decoded(wheel.read(name))) for name, _ in found]
+        members = sorted((name, match) for name in wheel.namelist() if (match := pattern.fullmatch(name)))
+        images = [square(_decoded(wheel.read(name))) for name, _ in members]
     if len(images) != LABELLED:
         raise DataError(f"{len(images)} images in foolbox's package, {LABELLED} expected.")
-    return np.stack(images), np.array([int(match[1]) for _, match in found])
+    return np.stack(images), np.array([int(match[1]) for _, match in members])
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ def square(image: np.ndarray) -> np.ndarray:
 
 def window(image: np.ndarray, x: int, y: int, side: int) -> np.ndarray:
     """(H, W, 3) uint8 -> (224, 224, 3): the square with that upper left corner; areas averaged where it shrinks."""
-    way = cv2.INTER_AREA if side >= SIZE else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image[y : y + side, x : x + side], (SIZE, SIZE), interpolation=way))
+    method = cv2.INTER_AREA if side >= SIZE else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image[y : y + side, x : x + side], (SIZE, SIZE), interpolation=method))
 
 
 def photograph_views(image: np.ndarray) -> np.ndarray:
@@ -171,17 +171,17 @@ def video_blocks(path: str, random: np.random.Generator) -> np.ndarray:
             raise DataError(f"{path}: OpenCV cannot decode this video ({total} frames).")
         quarters = np.arange(_MOMENTS + 1) * total // _MOMENTS
         moments = random.integers(quarters[:-1], quarters[1:], (2, _MOMENTS))
-        found = np.zeros((2, _MOMENTS, SIZE, SIZE, 3), np.uint8)
+        windows = np.zeros((2, _MOMENTS, SIZE, SIZE, 3), np.uint8)
         for number in range(int(moments.max()) + 1):
             if not capture.grab():
                 raise DataError(f"{path}: OpenCV decoded {number} of {total} frames.")
             if (wanted := np.argwhere(moments == number)).size:
                 image = cv2.cvtColor(capture.retrieve()[1], cv2.COLOR_BGR2RGB)
                 for side, moment in wanted:
-                    found[side, moment] = window(image, *_corners(image.shape[0], image.shape[1])[side])
+                    windows[side, moment] = window(image, *_corners(image.shape[0], image.shape[1])[side])
     finally:
         capture.release()
-    return found
+    return windows
 
 
 def deal(

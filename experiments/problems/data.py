@@ -15,13 +15,7 @@ Made twice in one environment the crops are the same bit for bit, and so they we
 Other versions or CPUs may differ where rounding carries a region over a step of the grid that it is snapped to.
 """
 
-import contextlib
-import hashlib
-import json
-import os
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +27,9 @@ import numpy as np
 from experiments.lib import assets
 from experiments.lib.progress import progress
 from experiments.models.tflite_import import load_tflite
+from experiments.problems.eyes import Region
 from mpjax import emulation
+from mpjax.files import Checkpoint
 from mpjax.program import from_linen
 
 SIZE = 256  # pixels, side of a crop
@@ -198,12 +194,11 @@ def _cached(
         "model": assets.file_sha256(model),
         "packages": [jax.__version__, cv2.__version__, np.__version__],
     }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    cached = assets.cache_dir() / "crops" / f"pose-{name}.npz"
-    arrays = _load(cached)
-    if arrays is None:
-        arrays = make()
-        _save(cached, arrays)
+    cache = Checkpoint(assets.cache_dir() / "crops", key)
+    piece = cache.load("crops")
+    arrays = make() if piece is None else piece.arrays
+    if piece is None:
+        cache.save("crops", arrays)
     calibration, evaluation = (
         CropSet(
             images=arrays[f"{split}_pixels"].astype(np.float32) / np.float32(255),
@@ -211,41 +206,11 @@ def _cached(
         )
         for split in ("calibration", "evaluation")
     )
-    return Crops(
-        calibration=calibration,
-        evaluation=evaluation,
-        fps=float(arrays["fps"]),
-        gap=gap,
-        source=", ".join(path.name for path in paths),
-    )
+    source = ", ".join(path.name for path in paths)
+    return Crops(calibration=calibration, evaluation=evaluation, fps=float(arrays["fps"]), gap=gap, source=source)
 
 
 # --- finding and following ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Region:
-    """A turned square in the frame, pixels and radians."""
-
-    centre: np.ndarray
-    side: float
-    angle: float
-
-    def affine(self) -> np.ndarray:
-        """(2, 3) map from continuous coordinates of the crop, 0 to 256, to those of the frame."""
-        scale = self.side / SIZE
-        cos, sin = scale * np.cos(self.angle), scale * np.sin(self.angle)
-        turn = np.array([[cos, -sin], [sin, cos]])
-        return np.column_stack([turn, self.centre - turn @ np.full(2, SIZE / 2)])
-
-    def crop(self, frame: np.ndarray) -> np.ndarray:
-        """(256, 256, 3) uint8 out of an (H, W, 3) frame; black beyond its edges."""
-        matrix = self.affine()
-        matrix[:, 2] += matrix[:, :2] @ np.full(2, 0.5) - 0.5  # OpenCV counts from pixel centres
-        return cv2.warpAffine(frame, matrix, (SIZE, SIZE), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-
-    def same_person(self, other: "_Region") -> bool:
-        return bool(np.linalg.norm(self.centre - other.centre) < _SAME_PERSON * max(self.side, other.side))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,15 +219,10 @@ class _Sighting:
 
     pixels: np.ndarray
     presence: float
-    region: _Region
-    next_region: _Region
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Observation:
-    frame: int
-    person: int
-    sighting: _Sighting
+    region: Region
+    next_region: Region
+    frame: int = 0
+    person: int = 0
 
 
 _Run = Callable[[np.ndarray], tuple[np.ndarray, float]]  # pixels -> (39, 5) landmarks, presence
@@ -271,9 +231,7 @@ _Run = Callable[[np.ndarray], tuple[np.ndarray, float]]  # pixels -> (39, 5) lan
 def _runner(path: Path) -> _Run:
     imported = load_tflite(path, outputs=("Identity", "Identity_1"))
     model = from_linen(imported.module, imported.variables, np.zeros(imported.input_shape, np.float32))
-    override = emulation.in_format(
-        {}
-    )  # float32 as emulation has it: quicker on a CPU than XLA's depthwise convolutions
+    override = emulation.in_format({})  # float32 in emulation, quicker on a CPU than XLA's depthwise convolutions
     call = jax.jit(lambda params, x: model.call(params, x, override=override))
 
     def run(pixels: np.ndarray) -> tuple[np.ndarray, float]:
@@ -284,73 +242,81 @@ def _runner(path: Path) -> _Run:
     return run
 
 
-def _look(frame: np.ndarray, region: _Region, run: _Run) -> _Sighting:
-    pixels = region.crop(frame)
+def _look(frame: np.ndarray, region: Region, run: _Run) -> _Sighting:
+    pixels = region.pixels(frame, SIZE)
     landmarks, presence = run(pixels)
-    affine = region.affine()
+    affine = region.affine(SIZE)
     hip, circle = landmarks[33:35, :2] @ affine[:, :2].T + affine[:, 2]
     up = circle - hip
     # Snapped, because following feeds the model's rounding back: 0.002 px between two versions of jax grew to
     # 9 px without it.
-    ahead = _Region(
-        centre=np.round(hip / _GRID) * _GRID,
+    ahead = Region(
+        centre=tuple((np.round(hip / _GRID) * _GRID).tolist()),
         side=_GRID * max(1, round(2 * _SCALE * float(np.hypot(*up)) / _GRID)),
         angle=_ANGLE_GRID * round(float(np.arctan2(up[0], -up[1])) / _ANGLE_GRID),
     )
     return _Sighting(pixels=pixels, presence=presence, region=region, next_region=ahead)
 
 
-def _search(frame: np.ndarray, run: _Run, settings: CropSettings) -> list[_Region]:
+def _search(frame: np.ndarray, run: _Run, settings: CropSettings) -> list[Region]:
     """Regions of the distinct persons in a frame, the surest first."""
     height, width = frame.shape[:2]
     side = min(settings.tile, height, width)
     starts = [np.linspace(0, size - side, 1 + -(-2 * (size - side) // side)) for size in (width, height)]
-    found = []
+    sightings = []
     for y in starts[1]:
         for x in starts[0]:
-            tile = _Region(centre=np.array([x, y]) + side / 2, side=float(side), angle=0.0)
+            tile = Region(centre=(x + side / 2, y + side / 2), side=float(side), angle=0.0)
             sighting = _look(frame, tile, run)
             if sighting.presence > settings.presence:
                 sighting = _look(frame, sighting.next_region, run)  # centred on the person now
                 if sighting.presence > settings.presence:
-                    found.append(sighting)
-    found.sort(key=lambda sighting: -sighting.presence)
-    return _distinct([sighting.next_region for sighting in found])
+                    sightings.append(sighting)
+    sightings.sort(key=lambda sighting: -sighting.presence)
+    return _distinct([sighting.next_region for sighting in sightings])
 
 
-def _distinct(regions: list[_Region]) -> list[_Region]:
+def _distinct(regions: list[Region]) -> list[Region]:
     """Non-maximum suppression: of regions that hold one person, the first."""
-    kept: list[_Region] = []
+    distinct: list[Region] = []
     for region in regions:
-        if not any(region.same_person(other) for other in kept):
-            kept.append(region)
-    return kept
+        if not any(_same_person(region, other) for other in distinct):
+            distinct.append(region)
+    return distinct
 
 
-def _follow(path: Path, run: _Run, settings: CropSettings) -> tuple[list[_Observation], float, int]:
+def _same_person(one: Region, two: Region) -> bool:
+    return float(np.hypot(*np.subtract(one.centre, two.centre))) < _SAME_PERSON * max(one.side, two.side)
+
+
+def _follow(path: Path, run: _Run, settings: CropSettings) -> tuple[list[_Sighting], float, int]:
     """All sightings with enough presence, frames per second and number of frames."""
-    observations: list[_Observation] = []
-    following: dict[int, _Region] = {}
+    observations: list[_Sighting] = []
+    following: dict[int, Region] = {}
     persons = index = 0
     capture = cv2.VideoCapture(str(path))
     fps = capture.get(cv2.CAP_PROP_FPS)
     total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     with progress("following persons", max(total, 1)) as advance:
-        for index, frame in enumerate(_frames(capture), start=1):
+        while (read := capture.read())[0]:
+            index, frame = index + 1, cv2.cvtColor(read[1], cv2.COLOR_BGR2RGB)
             if (index - 1) % max(1, round(settings.retile * fps)) == 0:
                 regions = _distinct([*following.values(), *_search(frame, run, settings)])
                 for region in regions[len(following) :]:
                     following[persons] = region
                     persons += 1
-            kept: dict[int, _Region] = {}
+            still: dict[int, Region] = {}
             for person, region in following.items():
                 sighting = _look(frame, region, run)
                 ahead = sighting.next_region
-                if sighting.presence > settings.presence and not any(ahead.same_person(o) for o in kept.values()):
-                    kept[person] = ahead
-                    observations.append(_Observation(frame=index - 1, person=person, sighting=sighting))
-            following = kept
+                if sighting.presence > settings.presence and not any(
+                    _same_person(ahead, other) for other in still.values()
+                ):
+                    still[person] = ahead
+                    observations.append(replace(sighting, frame=index - 1, person=person))
+            following = still
             advance()
+    capture.release()
     if not index or not fps > 0:
         raise DataError(
             f"{path}: OpenCV cannot decode this video ({index} frames, {fps} frames per second)."
@@ -359,25 +325,13 @@ def _follow(path: Path, run: _Run, settings: CropSettings) -> tuple[list[_Observ
     return observations, fps, index
 
 
-def _frames(capture: Any) -> Iterator[np.ndarray]:
-    """(H, W, 3) uint8 RGB frames in order."""
-    try:
-        while True:
-            read, frame = capture.read()
-            if not read:
-                return
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-    finally:
-        capture.release()
-
-
 # --- splitting ------------------------------------------------------------------------------------
 
 _FIELDS = ("frame", "person", "block", "presence", "centre", "side", "angle")
 
 
 def _split(
-    observations: list[_Observation], fps: float, frames: int, settings: CropSettings, path: Path
+    observations: list[_Sighting], fps: float, frames: int, settings: CropSettings, path: Path
 ) -> dict[str, np.ndarray]:
     """Divide by time, number the blocks, and take as many crops as asked for."""
     if not observations:
@@ -390,19 +344,19 @@ def _split(
     arrays: dict[str, np.ndarray] = {"fps": np.array(fps, np.float64)}
     blocks = 0
     for split, (start, stop) in spans.items():
-        chosen: list[_Observation] = []
+        chosen: list[_Sighting] = []
         numbers: list[int] = []
         for person in sorted({observation.person for observation in observations}):
-            mine = [o for o in observations if o.person == person and start <= o.frame / fps < stop]
-            if not mine:
+            seen = [o for o in observations if o.person == person and start <= o.frame / fps < stop]
+            if not seen:
                 continue
             # Whole blocks only: the last one takes the remainder; persons seen for less are left out.
-            begin = mine[0].frame
-            seconds = (mine[-1].frame + 1 - begin) / fps
+            begin = seen[0].frame
+            seconds = (seen[-1].frame + 1 - begin) / fps
             count = int(seconds / settings.block + 1e-9)
             if count:
-                chosen += mine
-                numbers += [blocks + min(count - 1, int((o.frame - begin) / fps / settings.block + 1e-9)) for o in mine]
+                chosen += seen
+                numbers += [blocks + min(count - 1, int((o.frame - begin) / fps / settings.block + 1e-9)) for o in seen]
                 blocks += count
         wanted = getattr(settings, split)
         if len(chosen) < wanted:
@@ -416,70 +370,42 @@ def _split(
 
 
 def _deal(
-    videos: list[tuple[list[_Observation], float, int]], seconds: float, per_block: int, seed: int
+    videos: list[tuple[list[_Sighting], float, int]], seconds: float, per_block: int, seed: int
 ) -> dict[str, np.ndarray]:
     """Blocks of all videos, dealt at random to the splits."""
-    blocks: list[list[_Observation]] = []
+    blocks: list[list[_Sighting]] = []
     persons = 0
     for observations, fps, _ in videos:
         for person in sorted({observation.person for observation in observations}):
-            mine = [replace(o, person=persons) for o in observations if o.person == person]
-            count = int(len(mine) / fps / seconds + 1e-9)
+            seen = [replace(o, person=persons) for o in observations if o.person == person]
+            count = int(len(seen) / fps / seconds + 1e-9)
             persons += count > 0
-            for part in np.array_split(np.arange(len(mine)), count) if count else []:
+            for part in np.array_split(np.arange(len(seen)), count) if count else []:
                 if len(part) < per_block:
                     raise DataError(f"{per_block} crops wanted of a block of {len(part)} frames: take longer blocks.")
                 inside = ((np.arange(per_block) + 0.5) / per_block * len(part)).astype(int)  # away from its neighbours
-                blocks.append([mine[i] for i in part[inside]])
+                blocks.append([seen[i] for i in part[inside]])
     if len(blocks) < 4:
         raise DataError(f"{len(blocks)} blocks of {seconds} s found in {len(videos)} videos, at least 4 needed.")
     order = np.random.default_rng(seed).permutation(len(blocks))
     half = len(blocks) // 2
     arrays: dict[str, np.ndarray] = {"fps": np.array(videos[0][1], np.float64)}
     for split, chosen in (("calibration", order[:half]), ("evaluation", order[half : 2 * half])):
-        picked = [blocks[block][each] for each in range(per_block) for block in chosen]
+        picked = [blocks[block][turn] for turn in range(per_block) for block in chosen]
         arrays |= _arrays(split, picked, np.tile(chosen.astype(np.int32), per_block))
     return arrays
 
 
-def _arrays(split: str, picked: list[_Observation], block: np.ndarray) -> dict[str, np.ndarray]:
+def _arrays(split: str, picked: list[_Sighting], block: np.ndarray) -> dict[str, np.ndarray]:
     """What the cache keeps of a split."""
-    sightings = [observation.sighting for observation in picked]
-    return {
-        f"{split}_pixels": np.stack([sighting.pixels for sighting in sightings]),
-        f"{split}_frame": np.array([observation.frame for observation in picked], np.int32),
-        f"{split}_person": np.array([observation.person for observation in picked], np.int32),
-        f"{split}_block": block,
-        f"{split}_presence": np.array([sighting.presence for sighting in sightings], np.float32),
-        f"{split}_centre": np.array([sighting.region.centre for sighting in sightings], np.float32),
-        f"{split}_side": np.array([sighting.region.side for sighting in sightings], np.float32),
-        f"{split}_angle": np.array([sighting.region.angle for sighting in sightings], np.float32),
+    columns = {
+        "pixels": np.stack([sighting.pixels for sighting in picked]),
+        "frame": np.array([sighting.frame for sighting in picked], np.int32),
+        "person": np.array([sighting.person for sighting in picked], np.int32),
+        "block": block,
+        "presence": np.array([sighting.presence for sighting in picked], np.float32),
+        "centre": np.array([sighting.region.centre for sighting in picked], np.float32),
+        "side": np.array([sighting.region.side for sighting in picked], np.float32),
+        "angle": np.array([sighting.region.angle for sighting in picked], np.float32),
     }
-
-
-# --- the cache ------------------------------------------------------------------------------------
-
-
-def _load(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of a cache file; None where there is none.  A damaged one is set aside."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        expected = {"fps", *(f"{s}_{f}" for s in ("calibration", "evaluation") for f in ("pixels", *_FIELDS))}
-        if set(arrays) == expected:
-            return arrays
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        pass
-    with contextlib.suppress(FileNotFoundError):  # another process may set it aside first
-        path.replace(path.with_name(path.name + ".damaged"))
-    return None
-
-
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".crops-") as work:
-        written = Path(work) / "crops.npz"
-        np.savez(written, **arrays)  # type: ignore[arg-type]  # the stubs take the names for options
-        os.replace(written, path)
+    return {f"{split}_{name}": column for name, column in columns.items()}

@@ -1,15 +1,15 @@
-"""A small CNN on scikit-learn's 1,797 handwritten digits, trained to a real optimum; its weights are kept in the cache.
+"""A small CNN on scikit-learn's 1,797 handwritten digits, trained to a real optimum; its weights are cached.
 
     JAX_ENABLE_X64=1 python -m experiments.problems.digits          (trains anew; about a minute on 2 cores)
 
 The objective is the mean cross-entropy plus ½ · l2 · ‖w‖² over all parameters. In float64: Adam on random batches, L-BFGS
 on the whole training set, then damped Newton steps with the dense Hessian, until the gradient is zero to rounding. What is
-kept with the weights says how well that went: gradient norm, smallest and largest eigenvalue of the Hessian, accuracies.
+cached with the weights says how well that went: gradient norm, smallest and largest eigenvalue of the Hessian, accuracies.
 
 At this optimum the gradient of the *objective over the whole training set* is zero; of the cross-entropy alone it is -l2 · w,
 and over some of the examples it is what the other examples balance.
 
-`trained()` runs the training in a process of its own, so float64 stays out of the caller's.
+`trained()` runs the training in another process, so float64 stays out of the caller's.
 """
 
 import functools
@@ -49,7 +49,7 @@ _PIECE = "digits_cnn"
 
 
 class TrainingError(RuntimeError):
-    """The training failed or did not reach an optimum; the message says what was found."""
+    """The training failed or did not reach an optimum; the message says how far it came."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def as_products(
     """
     del dimension_numbers, precision
     if {*lhs_dilation, *rhs_dilation} != {1}:
-        raise ValueError(f"Expected no dilation, found {lhs_dilation} of the input, {rhs_dilation} of the kernel.")
+        raise ValueError(f"Expected no dilation, got {lhs_dilation} of the input, {rhs_dilation} of the kernel.")
     window = rhs.shape[:2]
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
@@ -162,7 +162,7 @@ def split(seed: int) -> tuple[Digits, Digits]:
     pixels, labels = load_digits(return_X_y=True)
     rows = train_test_split(np.arange(len(labels)), train_size=TRAIN, stratify=labels, random_state=seed)
     images = (pixels / 16.0).astype(np.float32).reshape(-1, SIZE, SIZE, 1)
-    train, test = (Digits(images=images[each], labels=labels[each].astype(np.int32), rows=each) for each in rows)
+    train, test = (Digits(images=images[part], labels=labels[part].astype(np.int32), rows=part) for part in rows)
     return train, test
 
 
@@ -174,23 +174,22 @@ def objective(params: Any, images: jax.Array, labels: jax.Array, *, l2: float) -
 
 
 def trained(settings: Settings | None = None) -> Trained:
-    """The trained network, from the cache or trained now in a process of its own.
+    """The trained network, from the cache or trained now in another process.
 
     A damaged cache file is set aside, with a warning, and made anew. Other versions of the packages or of the source train anew.
 
     Raises:
-        TrainingError: the training process failed; what it said is above the error.
+        TrainingError: the training process failed; its messages are above the error.
     """
     settings = settings or Settings()
-    kept = _checkpoint(settings)
-    piece = kept.load(_PIECE)
-    if piece is None:
+    cache = _checkpoint(settings)
+    if (piece := cache.load(_PIECE)) is None:
         command = [sys.executable, "-m", "experiments.problems.digits"]
         for name, value in asdict(settings).items():
             command += [f"--{name.replace('_', '-')}", str(value)]
         environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL).returncode
-        piece = kept.load(_PIECE)
+        piece = cache.load(_PIECE)
         if piece is None:
             raise TrainingError(
                 f"Training the digits network failed with exit code {code}: see what it printed above, or run"
@@ -249,10 +248,10 @@ def _train(settings: Settings) -> Trained:
             advance=advance,
         )
         vector, steps = optimum.lbfgs(whole, vector, steps=settings.lbfgs_steps, tolerance=GRADIENT, advance=advance)
-        found = optimum.newton(
+        end = optimum.newton(
             loss, vector, (images, labels), rounds=settings.newton_rounds, tolerance=GRADIENT, advance=advance
         )
-    vector, eigenvalues = found.vector, found.eigenvalues
+    vector, eigenvalues = end.vector, end.eigenvalues
 
     gradient = jax.jit(jax.grad(whole))
     norm = float(jnp.linalg.norm(gradient(vector)))
@@ -285,9 +284,9 @@ def _train(settings: Settings) -> Trained:
         "gradient_norm_cross_entropy_alone": settings.l2 * squares**0.5,
         "smallest_eigenvalue": float(eigenvalues[0]),
         "largest_eigenvalue": float(eigenvalues[-1]),
-        "eigenvalues_taken_at_distance": found.distance,
+        "eigenvalues_taken_at_distance": end.distance,
         "lbfgs_steps": steps,
-        "newton_rounds": found.rounds,
+        "newton_rounds": end.rounds,
         "training_seconds": time.perf_counter() - start,
     }
     return Trained(params=jax.tree.map(np.asarray, unravel(vector)), facts=facts)

@@ -50,12 +50,15 @@ class Region:
         turn = np.array([[cos, -sin], [sin, cos]]) * ([-1, 1] if self.mirrored else [1, 1])
         return np.column_stack([turn, np.array(self.centre) - turn @ np.full(2, size / 2)])
 
-    def crop(self, image: np.ndarray, size: int) -> np.ndarray:
-        """(size, size, 3) float32 in [0, 1] out of an (H, W, 3) uint8 image; black beyond its edges."""
+    def pixels(self, image: np.ndarray, size: int) -> np.ndarray:
+        """(size, size, 3) uint8 out of an (H, W, 3) uint8 image; black beyond its edges."""
         matrix = self.affine(size)
         matrix[:, 2] += matrix[:, :2] @ np.full(2, 0.5) - 0.5  # OpenCV counts from pixel centres
-        pixels = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-        return np.asarray(pixels, np.float32) / np.float32(255)
+        return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
+    def crop(self, image: np.ndarray, size: int) -> np.ndarray:
+        """The same as float32 in [0, 1]."""
+        return np.asarray(self.pixels(image, size), np.float32) / np.float32(255)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A smooth function of a few thousand parameters, minimised until its gradient is zero to rounding.
 
-Three stages, each with its own purpose: Adam on random batches finds a good region, L-BFGS the valley's floor, and damped
+Three stages: Adam on random batches finds a good region, L-BFGS the valley's floor, and damped
 Newton steps with the dense Hessian the point itself, whose eigenvalues say whether it is a minimum. Run them in float64.
 
 `loss(vector, *batch) -> scalar` is a mean over the examples of the batch plus what does not depend on them; `data` are all
@@ -64,7 +64,7 @@ def adam(
     def step(carry: tuple, step_key: jax.Array) -> tuple[tuple, None]:
         w, state = carry
         chosen = jax.random.choice(step_key, len(data[0]), (batch,), replace=False)
-        updates, state = optimiser.update(jax.grad(loss)(w, *(each[chosen] for each in data)), state, w)
+        updates, state = optimiser.update(jax.grad(loss)(w, *(array[chosen] for array in data)), state, w)
         return (optax.apply_updates(w, updates), state), None
 
     run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0])
@@ -114,7 +114,7 @@ def newton(
     hessian = _hessian(loss, data)
     for number in range(1, rounds + 1):
         centre = vector
-        eigenvalues, vectors = np.linalg.eigh(hessian(vector, advance if number == 1 else _quiet))
+        eigenvalues, vectors = np.linalg.eigh(hessian(vector, advance if number == 1 else lambda steps=1: None))
         scales = np.maximum(np.abs(eigenvalues), 1e-8 * np.abs(eigenvalues).max())
         norm = float(jnp.linalg.norm(gradient(vector)))
         while norm > 0:
@@ -136,12 +136,14 @@ def newton(
 def _hessian(loss: Loss, data: tuple[jax.Array, ...]) -> Callable[[jax.Array, Advance], np.ndarray]:
     """The dense (P, P) Hessian as a function of the parameters: Hessian-vector products with all basis vectors."""
     count = len(data[0])
-    size = max(each for each in range(1, _CHUNK + 1) if count % each == 0)  # equal chunks: their mean is the whole
-    chunks = [tuple(each[i : i + size] for each in data) for i in range(0, count, size)]
+    size = max(
+        number for number in range(1, _CHUNK + 1) if count % number == 0
+    )  # equal chunks: their mean is the whole
+    chunks = [tuple(array[i : i + size] for array in data) for i in range(0, count, size)]
 
     @jax.jit
     def products(w: jax.Array, vectors: jax.Array, *chunk: jax.Array) -> jax.Array:
-        return jax.vmap(jax.linearize(jax.grad(lambda each: loss(each, *chunk)), w)[1])(vectors)
+        return jax.vmap(jax.linearize(jax.grad(lambda vector: loss(vector, *chunk)), w)[1])(vectors)
 
     def hessian(w: jax.Array, advance: Advance) -> np.ndarray:
         def rows(first: int) -> np.ndarray:
@@ -155,7 +157,3 @@ def _hessian(loss: Loss, data: tuple[jax.Array, ...]) -> Callable[[jax.Array, Ad
         return (matrix + matrix.T) / 2
 
     return hessian
-
-
-def _quiet(steps: int = 1) -> None:
-    """Progress that nobody counts."""

@@ -1,4 +1,4 @@
-"""The pose model with crops of people, where the float32 model's own landmarks are the truth, in lengths of the torso."""
+"""The pose model with crops of people, where the float32 model's landmarks are the truth, in lengths of the torso."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def in_torso_units(outputs: Mapping[str, jax.Array], torso: jax.Array) -> jax.Ar
 
 
 def splits(base: Model, *crops: data.CropSet) -> list[Split]:
-    """The crops with the float32 model's own output."""
+    """The crops with the float32 model's output."""
     override = emulation.in_format({})  # float32 as emulation has it: quicker on a CPU than XLA's convolutions
     run = jax.jit(lambda params, images: base.call(params, images, override=override)["Identity"])
     made = []

@@ -7,7 +7,7 @@
 | `digits_cnn` | 178 of the digits that the network was not trained on | 178 others | digits |
 
 Both parts of a model are samples of one population, dealt at random: a confidence interval speaks of nothing else. The
-populations are small (these videos, these two eyes), and what is found need not hold for other ones.
+populations are small (these videos, these two eyes), and the results need not hold for other ones.
 """
 
 import functools
@@ -107,50 +107,50 @@ def _pose(quick: bool) -> Task:
         heldout=heldout,
         heldout_blocks=crops.evaluation.block[:count],
         scored=4 if quick else 16,
-        costed=tuple(each[:1] for each in batches[0]),
+        costed=tuple(array[:1] for array in batches[0]),
         enumerated=4,
         subset=8 if quick else SUBSET,
     )
 
 
 def _iris(quick: bool) -> Task:
-    count = 8 if quick else 32
-    more = eyes.eyes(2 * count + 2)  # the first two are the unmoved regions, which are no random ones
-    parts = [
-        benchmarks.in_batches((more.images[start : start + count], more.unit[start : start + count]), 4)
-        for start in (2, 2 + count)
-    ]
-    benchmark = benchmarks.iris(count=2)
-    facts = {**benchmark.facts, "examples": count, "dependent": "nothing, as crops of these two eyes"}
-    return Task(
-        benchmark=replace(benchmark, batches=parts[0], facts=facts),
-        blocks=np.arange(count),
-        heldout=parts[1],
-        heldout_blocks=np.arange(count),
-        scored=8,
-        costed=tuple(each[:1] for each in parts[0][0]),
-        enumerated=4,
-        subset=8 if quick else SUBSET,
+    facts = {"dependent": "nothing, as crops of these two eyes"}
+    return _of_photograph(
+        benchmarks.iris(count=2), eyes.eyes, 8 if quick else 32, batch=4, scored=8, quick=quick, **facts
     )
 
 
 def _face(quick: bool) -> Task:
     """For experiments/speed: one face, moved, scaled and turned at random."""
-    count = 4 if quick else 16
-    more = eyes.faces(2 * count + 1)  # the first is the unmoved region
+    return _of_photograph(benchmarks.face(count=1), eyes.faces, 4 if quick else 16, batch=2, scored=4, quick=False)
+
+
+def _of_photograph(
+    benchmark: Benchmark,
+    crops: Callable[[int], eyes.Crops],
+    count: int,
+    *,
+    batch: int,
+    scored: int,
+    quick: bool,
+    **facts: str,
+) -> Task:
+    """The unmoved regions, which are no random ones, are left out."""
+    first = benchmark.examples
+    more = crops(2 * count + first)
     parts = [
-        benchmarks.in_batches((more.images[start : start + count], more.unit[start : start + count]), 2)
-        for start in (1, 1 + count)
+        benchmarks.in_batches((more.images[start : start + count], more.unit[start : start + count]), batch)
+        for start in (first, first + count)
     ]
-    benchmark = benchmarks.face(count=1)
     return Task(
-        benchmark=replace(benchmark, batches=parts[0], facts={**benchmark.facts, "examples": count}),
+        benchmark=replace(benchmark, batches=parts[0], facts={**benchmark.facts, "examples": count, **facts}),
         blocks=np.arange(count),
         heldout=parts[1],
         heldout_blocks=np.arange(count),
-        scored=4,
-        costed=tuple(each[:1] for each in parts[0][0]),
+        scored=scored,
+        costed=tuple(array[:1] for array in parts[0][0]),
         enumerated=4,
+        subset=8 if quick else SUBSET,
     )
 
 
@@ -195,10 +195,10 @@ def score(task: Task, key: jax.Array) -> tuple[dict[str, Any], dict[str, Any], L
     model = task.benchmark.model
     examples = min(task.scored, examples_in(task.benchmark.batches))
     batches = benchmarks.first(task.benchmark.batches, examples, 1 if task.name == "pose_landmark_full" else None)
-    found = sensitivity.interactions(model, batches, FORMATS, key, calibration=task.calibration)
-    gram = np.where((found.status == "ok")[:, None] & (found.status == "ok")[None, :], found.gram, np.nan)
-    notes = {"seconds": found.seconds, "compile_seconds": found.compile_seconds, "examples": examples}
-    return {"gram": gram}, notes, found.ledger
+    scores = sensitivity.interactions(model, batches, FORMATS, key, calibration=task.calibration)
+    gram = np.where(np.outer(scores.status == "ok", scores.status == "ok"), scores.gram, np.nan)
+    notes = {"seconds": scores.seconds, "compile_seconds": scores.compile_seconds, "examples": examples}
+    return {"gram": gram}, notes, scores.ledger
 
 
 def problem_of(

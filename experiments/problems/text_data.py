@@ -50,16 +50,11 @@ def digest(texts: Mapping[str, str] = topics) -> str:
 
 
 def _paragraphs(text: str) -> list[str]:
-    found = []
+    paragraphs = []
     for block in re.split(r"\n\s*\n", text):
         line = " ".join(block.split())
-        letters = sum(each.isalpha() or each.isspace() for each in line)
-        if (
-            line
-            and line[0].isalpha()
-            and line[-1] in ".:"
-            and letters >= _LEAST_LETTERS * len(line)
-            and not _CODE.search(line)
-        ):
-            found.append(line)
-    return found
+        letters = sum(character.isalpha() or character.isspace() for character in line)
+        prose = line and line[0].isalpha() and line[-1] in ".:" and letters >= _LEAST_LETTERS * len(line)
+        if prose and not _CODE.search(line):
+            paragraphs.append(line)
+    return paragraphs

@@ -42,7 +42,7 @@ class Store:
         self.model, self.formats = model, tuple(formats)
         self.weight_bytes: NDArray[np.int64] = cost.static(model, formats, *inputs).weight_bytes
         kernels = {layer.kernel for layer in model.layers}
-        self.other_bytes = sum(int(each.nbytes) for name, each in model.params.items() if name not in kernels)
+        self.other_bytes = sum(int(array.nbytes) for name, array in model.params.items() if name not in kernels)
         self.call = jax.jit(model.call)
 
     def bytes_of(self, assignment: Mapping[str, str]) -> int:
@@ -54,12 +54,12 @@ class Store:
     def params(self, assignment: Mapping[str, str]) -> Any:
         """The model's params with the numbers that the stored weights stand for."""
         weights = self.model.params
-        found = {
+        rounded = {
             layer.kernel: _rounded(weights[layer.kernel], assignment[layer.name], layer.summed, layer.stacked)
             for layer in self.model.layers
             if assignment.get(layer.name, FLOAT32.name) != FLOAT32.name
         }
-        return {**weights, **found}
+        return {**weights, **rounded}
 
     def outputs(self, assignment: Mapping[str, str], batches: Batches) -> list[Any]:
         """The model's outputs on each batch."""
@@ -105,7 +105,7 @@ class Store:
     def at_random(self, seed: int | Sequence[int], most: int) -> Assignment:
         """`in_order` of a random order."""
         order = np.random.default_rng(seed).permutation(len(self.model.names))
-        return self.in_order([self.model.names[each] for each in order], most)
+        return self.in_order([self.model.names[place] for place in order], most)
 
     def by_depth(self, most: int) -> tuple[Assignment, Assignment]:
         """`in_order` from the first layer to the last, and the other way round."""
@@ -141,11 +141,6 @@ def formats_of(assignment: Mapping[str, str]) -> str:
     return "+".join(sorted(set(assignment.values())))
 
 
-def kinds_of(names: Sequence[str]) -> dict[str, str]:
-    """Layer -> its kind: the last word of its name."""
-    return {name: name.rpartition("/")[2] for name in names}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A storage that is measured once: `method` as in result files; `share`: its bytes at most, in those of uniform int4."""
@@ -167,13 +162,13 @@ def candidates(
 ) -> list[Candidate]:
     """The uniform formats; at each number of bytes the mix by scores, `mixes` random ones and two by depth."""
     names = store.model.names
-    found = [Candidate(method="uniform", assignment=Assignment.uniform(names, fmt)) for fmt in store.formats]
+    storages = [Candidate(method="uniform", assignment=Assignment.uniform(names, fmt)) for fmt in store.formats]
     least = store.bytes_of(Assignment.uniform(names, "int4_w"))
     for share in shares:
         most = int(share * least)
-        found.append(Candidate(method="mixed", assignment=store.by_scores(penalty, most), share=share))
+        mixed = [("mixed", store.by_scores(penalty, most))]
         if share > 1:
-            blind = [("random", store.at_random((seed, number), most)) for number in range(mixes)]
-            blind += [("depth", each) for each in store.by_depth(most)]
-            found += [Candidate(method=method, assignment=each, share=share) for method, each in blind]
-    return found
+            mixed += [("random", store.at_random((seed, number), most)) for number in range(mixes)]
+            mixed += [("depth", assignment) for assignment in store.by_depth(most)]
+        storages += [Candidate(method=method, assignment=mix, share=share) for method, mix in mixed]
+    return storages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,16 +37,6 @@ class Report:
 
     rows: tuple[Mapping[str, Any], ...]
     program: Mapping[str, Any]
-
-    @property
-    def summary(self) -> str:
-        """What really runs, in one line: the operand dtypes of the optimised program, and in how many layers."""
-        counts = Counter("dropped" if row["dropped"] else row["executed"] for row in self.rows)
-        copies = sum(bool(row["full_copy"]) for row in self.rows)
-        parts = [f"{name} in {count}" for name, count in counts.most_common()]
-        return f"of {len(self.rows)} layers {', '.join(parts)}" + (
-            f"; {copies} small in storage only" if copies else ""
-        )
 
     def __str__(self) -> str:
         stored = {None: "", True: "storage only", False: "read small"}

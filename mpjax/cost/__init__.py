@@ -1,7 +1,9 @@
 """What a layer costs in a format: bytes, FLOPs, and its measured latency."""
 
-from mpjax.cost.costs import Costs, predicted, table
+from mpjax.cost.costs import Costs, predicted
+from mpjax.cost.costs import table as table
 from mpjax.cost.counting import static
-from mpjax.cost.measuring import Progress, measure
+from mpjax.cost.measuring import Progress as Progress
+from mpjax.cost.measuring import measure
 
-__all__ = ["Costs", "Progress", "measure", "predicted", "static", "table"]
+__all__ = ["Costs", "measure", "predicted", "static"]

@@ -1,30 +1,29 @@
 """The traced program of a model: its layers, its products, and running it with a function in place of each product."""
 
-from mpjax.program.flax import from_linen, from_nnx, merged
-from mpjax.program.graph import Call, calls, edges
-from mpjax.program.model import Batches, Model, check_batches, from_function, with_activation_products, with_output
-from mpjax.program.product import Array, Layer, OtherParameter, Override, Params, Product
-from mpjax.program.traced import ModelError, spec
+from mpjax.program.flax import from_linen as from_linen
+from mpjax.program.flax import from_nnx as from_nnx
+from mpjax.program.flax import merged as merged
+from mpjax.program.graph import Call as Call
+from mpjax.program.graph import calls, edges
+from mpjax.program.model import Batches as Batches
+from mpjax.program.model import Model, with_activation_products, with_output
+from mpjax.program.model import check_batches as check_batches
+from mpjax.program.model import from_function as from_function
+from mpjax.program.product import Array as Array
+from mpjax.program.product import Layer, Override, Product
+from mpjax.program.product import OtherParameter as OtherParameter
+from mpjax.program.product import Params as Params
+from mpjax.program.traced import ModelError
+from mpjax.program.traced import spec as spec
 
 __all__ = [
-    "Array",
-    "Batches",
-    "Call",
     "Layer",
     "Model",
     "ModelError",
-    "OtherParameter",
     "Override",
-    "Params",
     "Product",
     "calls",
-    "check_batches",
     "edges",
-    "from_function",
-    "from_linen",
-    "from_nnx",
-    "merged",
-    "spec",
     "with_activation_products",
     "with_output",
 ]

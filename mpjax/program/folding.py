@@ -62,6 +62,11 @@ class Known:
         """What is held: of a scan's slice, the whole."""
         return self.whole.root if self.whole is not None else self
 
+    @property
+    def key(self) -> tuple:
+        """Equal for values that are one weight."""
+        return self.root.identity, self.level
+
     @cached_property
     def identity(self) -> tuple[str, Any]:
         """Equal for equal computations on the same parameters."""

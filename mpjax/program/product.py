@@ -98,14 +98,7 @@ class Move:
         return f"{self.primitive.name}({', '.join(f'{k}={v}' for k, v in self.params.items())})"
 
 
-CONV_PARAMS = (
-    "window_strides",
-    "padding",
-    "lhs_dilation",
-    "rhs_dilation",
-    "feature_group_count",
-    "batch_group_count",
-)
+CONV_PARAMS = tuple("window_strides padding lhs_dilation rhs_dilation feature_group_count batch_group_count".split())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.interpreters import partial_eval
 
-from mpjax.program.folding import opened, programs
+from mpjax.program.folding import bind, opened, programs
 from mpjax.program.steps import Block, Branch, Loop, Multiply, Nested, Ref, While
 
 Sources = frozenset[Multiply]
@@ -49,17 +51,18 @@ def _reach(
 
 def _through(equation: Any, operands: Sequence[Sources]) -> list[Sources]:
     """Sources of an equation's outputs: of all operands, where JAX does not know which it depends on."""
-    count = len(equation.outvars)
-    rule: Any = partial_eval.dce_rules.get(equation.primitive)
-    if equation.primitive.name in ("custom_jvp_call", "custom_vjp_call"):  # JAX's rules keep all operands
-        program, *_ = programs(equation)
-        rule = lambda wanted, _: partial_eval.dce_jaxpr(opened(program), wanted)[::-1]  # noqa: E731
-    if rule is None:
+    count, inner = len(equation.outvars), list(programs(equation))
+    if not inner:
         return [_NONE.union(*operands)] * count
+    if equation.primitive.name in ("custom_jvp_call", "custom_vjp_call"):  # as a whole, JAX keeps all operands
+        jaxpr = opened(inner[0])
+    else:
+        specs = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in equation.invars]
+        jaxpr = jax.make_jaxpr(lambda *values: bind(equation, values))(*specs).jaxpr
     results = []
     for number in range(count):
-        used, _ = rule([number == at for at in range(count)], equation)
-        results.append(_NONE.union(*(part for part, use in zip(operands, used, strict=True) if use)))
+        _, used = partial_eval.dce_jaxpr(jaxpr, [number == at for at in range(count)])
+        results.append(_NONE.union(*itertools.compress(operands, used)))
     return results
 
 

@@ -10,46 +10,41 @@ problem's objective, that was within the tolerance. An assignment that was only 
 `pareto`: the whole trade-off.
 """
 
-from mpjax.search import optimum, pareto
-from mpjax.search.pareto import Point, sweep
-from mpjax.search.problem import REFERENCE, Assignment, Evaluate, Measurement, Problem
-from mpjax.search.solve import Result, SearchInterrupted, ToleranceError, UnsteadyMetricError, solve
+from mpjax.search import optimum
+from mpjax.search import pareto as pareto
+from mpjax.search.pareto import Point as Point
+from mpjax.search.pareto import sweep
+from mpjax.search.problem import REFERENCE as REFERENCE
+from mpjax.search.problem import Assignment, Measurement, Problem
+from mpjax.search.problem import Evaluate as Evaluate
+from mpjax.search.solve import Result, SearchInterrupted, ToleranceError, solve
+from mpjax.search.solve import UnsteadyMetricError as UnsteadyMetricError
 from mpjax.search.strategies.binary import binary
-from mpjax.search.strategies.bisect_precision import bisect_precision
+from mpjax.search.strategies.bisect_precision import bisect_precision as bisect_precision
 from mpjax.search.strategies.exhaustive import exhaustive
 from mpjax.search.strategies.greedy import greedy
 from mpjax.search.strategies.ilp import ilp
 from mpjax.search.strategies.iqp import iqp
-from mpjax.search.strategies.last_first import last_first
-from mpjax.search.strategies.random import random
-from mpjax.search.strategies.segments import segments
-from mpjax.search.strategies.strategy import Probe, Step, Strategy
+from mpjax.search.strategies.last_first import last_first as last_first
+from mpjax.search.strategies.random import random as random
+from mpjax.search.strategies.segments import segments as segments
+from mpjax.search.strategies.strategy import Probe as Probe
+from mpjax.search.strategies.strategy import Step as Step
+from mpjax.search.strategies.strategy import Strategy as Strategy
 
 __all__ = [
-    "REFERENCE",
     "Assignment",
-    "Evaluate",
     "Measurement",
-    "Point",
-    "Probe",
     "Problem",
     "Result",
     "SearchInterrupted",
-    "Step",
-    "Strategy",
     "ToleranceError",
-    "UnsteadyMetricError",
     "binary",
-    "bisect_precision",
     "exhaustive",
     "greedy",
     "ilp",
     "iqp",
-    "last_first",
     "optimum",
-    "pareto",
-    "random",
-    "segments",
     "solve",
     "sweep",
 ]

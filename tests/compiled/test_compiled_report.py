@@ -36,7 +36,6 @@ def test_rows_and_table(small, mixed_program, shares, monkeypatch):
     assert [line.split()[0] for line in lines[:4]] == list(model.names)
     assert ("60.0%" in lines[0]) == shares and "%" not in lines[4]
     assert "limit" in lines[4] and executable.name(mixed_program.options) in lines[4]
-    assert report.summary.startswith("of 4 layers ") and f"{columns['executed'][0]} in " in report.summary
     json.dumps([*report.rows, report.program], allow_nan=False)
 
 

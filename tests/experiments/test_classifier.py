@@ -1,6 +1,6 @@
-"""The classifier's experiment on a tiny network: images, rows, resumption, findings and the report."""
+"""The classifier's experiment on a tiny network: images, rows, resumption."""
 
-import copy
+import json
 import zipfile
 
 import flax.linen as nn
@@ -10,33 +10,21 @@ import numpy as np
 import pytest
 
 from experiments.classifier import __main__ as classifier
-from experiments.classifier import report as classifier_report
-from experiments.classifier.__main__ import (
-    FORMATS,
-    FORMS,
-    ROW_FIELDS,
-    TOLERANCES,
-    Config,
-    Data,
-    Form,
-    Size,
-    agreement,
-    top1,
-)
-from experiments.lib import assets, common, report
+from experiments.classifier import steps
+from experiments.classifier.steps import FORMATS, FORMS, Data, Size, top1
+from experiments.lib import assets
 from experiments.problems import classifier_data
 from experiments.problems.classifier_data import Part
 from experiments.problems.data import DataError
-from mpjax import xla
 from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
-SIZE = Size(images=8, scored=2, probes=2, points=3)
+SIZE = Size(images=8, scored=2, probes=2, points=3, tolerances=(0.02, 0.1, 0.5))
 
 
 class Net(nn.Module):
-    """One coarse convolution and three dense layers; the norm is kept or left out, to have two forms."""
+    """One coarse convolution and two dense layers; the norm is kept or left out, to have two forms."""
 
     norm: bool
 
@@ -46,9 +34,7 @@ class Net(nn.Module):
         if self.norm:
             x = nn.BatchNorm(use_running_average=True, name="stem_norm")(x)
         x = nn.relu(x).reshape(x.shape[0], 7, 2, 7, 2, 6).mean(axis=(2, 4)).reshape(x.shape[0], -1)
-        for number in range(2):
-            x = nn.relu(nn.Dense(12, name=f"dense{number}")(x))
-        return nn.Dense(5, name="classifier")(x)
+        return nn.Dense(5, name="classifier")(nn.relu(nn.Dense(12, name="dense")(x)))
 
 
 def make_data() -> Data:
@@ -62,183 +48,101 @@ def make_data() -> Data:
     )
 
 
-def make_forms(folder) -> dict:
-    pieces = common.Pieces(folder, {"test": 1}, fresh=False)
-    x = jnp.zeros((1, 224, 224, 3), jnp.float32)
-    forms = {}
-    for form in FORMS:
-        module = Net(norm=form == "kept")
+def run(folder, monkeypatch, scale=1.0) -> dict:
+    """The summary of a run on the tiny network."""
+
+    def load_model(batch_norm):
+        module, x = Net(norm=batch_norm == "kept"), jnp.zeros((1, 224, 224, 3), jnp.float32)
         model = from_linen(module, module.init(jax.random.key(1), x), x)
-        forms[form] = Form(form, model, make_data(), SIZE, pieces, 0)
-    return forms
+        model.params["classifier/kernel"] *= scale
+        return model
 
-
-def summarised(tables, pieces) -> dict:
-    summary = report.jsonable(
-        {
-            "schema": report.SCHEMA,
-            "experiment": "classifier",
-            "command": "test",
-            "config": report.jsonable(Config()),
-            "environment": xla.environment(),
-            "seconds": 1.0,
-            "ledger": pieces.ledger.as_dict(),
-            **tables,
-            "facts": classifier.facts(make_data(), SIZE),
-            "commit": "0",
-            "reused_pieces": [],
-            "pieces_seconds": 60.0,
-            "peak_rss_mb": 900.0,
-        }
-    )
-    return summary | {"targets": classifier_report.targets(summary)}
+    monkeypatch.setattr(steps, "FULL", SIZE)
+    monkeypatch.setattr(steps, "load_data", lambda images, seed: make_data())
+    monkeypatch.setattr(steps, "load_model", load_model)
+    classifier.main(classifier.Config(results=folder))
+    return json.loads((folder / "classifier" / "summary.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        folder = tmp_path_factory.mktemp("classifier")
-        forms = make_forms(folder / "pieces")
-        steps = []
-        tables = classifier.run(forms, TOLERANCES, lambda steps_=1: steps.append(steps_))
-        return folder, tables, summarised(tables, forms["kept"].pieces), steps
+    folder = tmp_path_factory.mktemp("classifier")
+    with (
+        jax.numpy_rank_promotion("allow"),
+        jax.numpy_dtype_promotion("standard"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        return folder, run(folder, patch)
 
 
-def test_rows_keep_the_contract(ran) -> None:
-    _, _, summary, steps = ran
-    report.validate(summary, row_fields=ROW_FIELDS)
-    rows = summary["rows"]
-    assert len(rows) == len(FORMS) * (1 + len(FORMATS) * (1 + len(TOLERANCES)))
-    assert len(steps) == len(FORMS) * (1 + len(FORMATS) * (2 + len(TOLERANCES)))
+def select(rows, **fields) -> list[dict]:
+    return [row for row in rows if all(row[name] == value for name, value in fields.items())]
+
+
+def test_rows(ran) -> None:
+    rows = ran[1]["rows"]
+    assert len(rows) == len(FORMS) * (1 + len(FORMATS) * (1 + len(SIZE.tolerances)))
     for row in rows:
-        assert row["layers"] == 4 and 0 <= row["top1_agreement"] <= 1 and 0 <= row["sanity_top1"] <= 1
+        assert row["layers"] == 3 and 0 <= row["top1_agreement"] <= 1 and 0 <= row["sanity_top1"] <= 1
         assert (row["tolerance"] is None) == (row["name"] != "mixed")
-        expected = {"fp32": 0, "all": 4}
+        expected = {"fp32": 0, "all": 3}
         assert row["layers_low"] == expected.get(row["name"], row["layers_low"])
         if row["name"] == "fp32":
             assert (row["format"], row["kl"], row["top1_agreement"]) == ("float32", 0.0, 1.0)
         else:
             assert row["kl"] >= -1e-12
+    assert all(row["kl"] > 0 for row in select(rows, name="all"))
 
 
 def test_searches_keep_their_limit_on_the_calibration_images(ran) -> None:
-    _, _, summary, _ = ran
-    whole = {(r["format"], r["batch_norm"]): r for r in summary["rows"] if r["name"] == "all"}
-    mixed = {(r["format"], r["batch_norm"], r["tolerance"]): r for r in summary["rows"] if r["name"] == "mixed"}
+    summary = ran[1]
     for row in summary["searches"]:
         assert row["kl_calibration"] <= row["tolerance_value"]
-        same = [
-            each
-            for each in summary["searches"]
-            if (each["format"], each["tolerance"]) == (row["format"], row["tolerance"])
-        ]
-        assert len({each["tolerance_value"] for each in same}) == 1  # one limit for both forms
+        same = select(summary["searches"], format=row["format"], tolerance=row["tolerance"])
+        assert len({other["tolerance_value"] for other in same}) == 1  # one limit for both forms
         assert row["within_tolerance"] == (row["kl_heldout"] <= row["tolerance_value"])
         assert row["kl_heldout_low"] <= row["kl_heldout"] <= row["kl_heldout_high"]
-        own = mixed[row["format"], row["batch_norm"], row["tolerance"]]
-        assert (own["layers_low"], own["kl"]) == (row["layers_low"], row["kl_heldout"])
-    assert all(row["kl"] > 0 for row in whole.values())
-    counts = [r["layers_low"] for r in summary["searches"] if (r["format"], r["batch_norm"]) == ("bfloat16", "kept")]
+        names = {name: row[name] for name in ("format", "batch_norm", "tolerance")}
+        (mixed,) = select(summary["rows"], name="mixed", **names)
+        assert (mixed["layers_low"], mixed["kl"]) == (row["layers_low"], row["kl_heldout"])
+        scores = select(summary["scores"], format=row["format"], batch_norm=row["batch_norm"])
+        lowered = [r for r in scores if r["lowered_at"] is not None and r["lowered_at"] <= row["tolerance"]]
+        assert len(scores) == 3 and len(lowered) >= row["layers_low"]
+    counts = [row["layers_low"] for row in select(summary["searches"], format="bfloat16", batch_norm="kept")]
     assert counts == sorted(counts)
 
 
-def test_scores_say_from_which_tolerance_a_layer_was_lowered(ran) -> None:
-    _, _, summary, _ = ran
-    for row in summary["searches"]:
-        own = [r for r in summary["scores"] if (r["format"], r["batch_norm"]) == (row["format"], row["batch_norm"])]
-        assert len(own) == 4
-        low = [r for r in own if r["lowered_at"] is not None and r["lowered_at"] <= row["tolerance"]]
-        assert len(low) >= row["layers_low"]
+def test_a_second_run_computes_nothing_and_has_the_same_rows(ran, monkeypatch) -> None:
+    folder, summary = ran
+    monkeypatch.setattr(steps.Evaluation, "outputs", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(steps.emulation, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    again = run(folder, monkeypatch)
+    assert all(again[name] == summary[name] for name in ("rows", "searches", "curves", "scores", "facts", "ledger"))
 
 
-def test_a_second_run_computes_nothing_and_says_the_same(ran, monkeypatch) -> None:
-    folder, _, summary, _ = ran
-    monkeypatch.setattr(classifier.Evaluation, "outputs", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setattr(classifier.emulate, "calibrate", lambda *_: pytest.fail("calibrated again"))
-    forms = make_forms(folder / "pieces")
-    tables = classifier.run(forms, TOLERANCES, lambda steps=1: None)
-    again = report.jsonable(tables)
-    assert all(
-        again[name] == summary[name]
-        for name in ("rows", "searches", "curves", "scores", "folding_error", "top_probability")
-    )
-    assert forms["kept"].pieces.ledger.as_dict() == summary["ledger"]
-
-
-def test_the_report_is_written(ran, tmp_path, capsys) -> None:
-    summary = ran[2]
-    classifier_report.write(tmp_path, summary)
-    page = (tmp_path / "report.html").read_text()
-    for word in ("sanity check", "kept", "folded", "2 places", "astronaut", "float16_acc16"):
-        assert word in page
-    for name in ("kl_against_layers", "agreement", *(f"sensitivity_{fmt}" for fmt in FORMATS)):
-        assert (tmp_path / f"{name}.png").stat().st_size > 5_000
-    assert (tmp_path / "rows.csv").read_text().count("\n") == 1 + len(summary["rows"])
-    assert "EfficientNet-Lite0 against its float32 output" in capsys.readouterr().out
-
-
-def test_findings_are_computed_from_the_numbers(ran) -> None:
-    summary = copy.deepcopy(ran[2])
-    for row in summary["rows"]:
-        if (row["name"], row["format"], row["batch_norm"]) == ("all", "float8_e4m3fn", "folded"):
-            row["kl"], row["top1_agreement"] = None, 0.0
-        if row["name"] == "fp32":
-            row["sanity_top1"] = 0.9
-    for row in summary["searches"]:
-        row["within_tolerance"] = row["format"] == "bfloat16"
-    for row in summary["scores"]:
-        row["score"] = 3.0 if row["layer"] == "stem" else None if row["format"] == "float16_acc16" else 0.5
-    said = classifier_report.findings(summary)
-    assert "batch norm folded, top-1 agreement 0%, KL not finite" in said[2]
-    assert "Most sensitive: folded, stem (67% of all predicted KL)" in said[0] and "classifier (not finite)" in said[1]
-    assert f"{2 * len(TOLERANCES)} of {6 * len(TOLERANCES)} results are within their limit" in said[4]
-    assert "in the median of the 8 held-out images; one image is 12.5% of agreement" in said[3]
-    assert "90% with batch norm folded, 90% with batch norm kept of 20 labelled images" in said[-1]
-    met = {row["target"]: row["met"] for row in classifier_report.targets(summary)}
-    assert met["sanity images right in float32, at least"]
-    summary["rows"][0]["sanity_top1"] = 0.85
-    assert not classifier_report.targets(summary)[0]["met"]
-
-
-def test_overflow_is_a_number_that_is_missing_and_not_an_error(tmp_path, monkeypatch) -> None:
+def test_overflow_is_a_missing_number_and_not_an_error(tmp_path, monkeypatch) -> None:
     """Weights beyond float16's range: the KL is null, the limit comes from log 1000, the search leaves the layer alone."""
-    monkeypatch.setattr(classifier, "FORMATS", ("float16_acc16",))
-    forms = make_forms(tmp_path)
-    for form in forms.values():
-        form.model.params["classifier/kernel"] *= 1e6
-    tables = report.jsonable(classifier.run(forms, (0.5,), lambda steps=1: None))
-    report.validate(summarised(tables, forms["kept"].pieces), row_fields=ROW_FIELDS)
-    whole = [row for row in tables["rows"] if (row["name"], row["format"]) == ("all", "float16_acc16")]
-    assert all(row["kl"] is None and row["top1_agreement"] == 0 for row in whole)
-    mixed = [row for row in tables["rows"] if (row["name"], row["format"]) == ("mixed", "float16_acc16")]
-    assert all(row["kl"] is not None and row["layers_low"] < 4 for row in mixed)
-    scores = [r for r in tables["scores"] if (r["format"], r["layer"]) == ("float16_acc16", "classifier")]
+    monkeypatch.setattr(steps, "FORMATS", ("float16_acc16",))
+    summary = run(tmp_path, monkeypatch, scale=1e6)
+    rows = select(summary["rows"], format="float16_acc16")
+    assert all(row["kl"] is None and row["top1_agreement"] == 0 for row in select(rows, name="all"))
+    assert all(row["kl"] is not None and row["layers_low"] < 3 for row in select(rows, name="mixed"))
+    scores = select(summary["scores"], layer="classifier")
     assert all(row["score"] is None and row["lowered_at"] is None for row in scores)
-    classifier_report.write(tmp_path, summarised(tables, forms["kept"].pieces))
 
 
-# --- metrics and misuse -----------------------------------------------------------------------------------------------
-
-
-def test_agreement_counts_equal_classes_and_no_undefined_ones() -> None:
+def test_top1_counts_equal_classes_and_no_undefined_ones() -> None:
     reference = np.array([[0.0, 1.0], [2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
     low = np.array([[0.5, 0.6], [0.0, 1.0], [np.nan, 1.0], [np.inf, 0.0]])
-    assert agreement(low, reference).tolist() == [True, False, False, False]
-    assert top1(reference, np.array([1, 1, 1, 0])).tolist() == [True, False, True, True]
+    assert top1(low, reference.argmax(axis=1)).tolist() == [True, False, False, False]
     with pytest.raises(ValueError, match="a label for each of 4"):
         top1(reference, np.array([1]))
 
 
-@pytest.mark.parametrize("tolerances", [(), (0.0,), (10.0,), (0.1, -0.5)])
+@pytest.mark.parametrize("tolerances", [(0.0,), (10.0,), (0.1, -0.5)])
 def test_tolerances_that_are_no_shares_are_refused(tolerances) -> None:
     with pytest.raises(SystemExit, match="expected shares in"):
-        Config(tolerances=tolerances)
-
-
-def test_quick_means_two_tolerances_unless_others_are_given() -> None:
-    assert Config().effective.tolerances == TOLERANCES
-    assert Config(quick=True).effective.tolerances == (0.1, 0.5)
-    assert Config(quick=True, tolerances=(0.3,)).effective.tolerances == (0.3,)
+        classifier.Config(tolerances=tolerances)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Person crops: the geometry, the split and the cache on synthetic sightings; slow: the default video."""
+"""Person crops: following and splitting on synthetic sightings; slow: the default video."""
 
 import time
 
@@ -10,24 +10,23 @@ import pytest
 
 from experiments.lib import assets
 from experiments.problems import data
+from experiments.problems.eyes import Region
 
 SETTINGS = data.CropSettings(calibration=4, evaluation=8)
 FPS, FRAMES = 10.0, 60  # calibration 0-2.2 s, evaluation 2.7-6 s
 
 
-def _observations(spans):
+def _sightings(spans, size=256):
     """Sightings of one person per (first, last) frame span."""
-    region = data._Region(centre=np.array([300.0, 200.0]), side=256.0, angle=0.0)
+    region = Region(centre=(300.0, 200.0), side=256.0, angle=0.0)
     return [
-        data._Observation(
+        data._Sighting(
+            pixels=np.full((size, size, 3), frame, np.uint8),
+            presence=0.9,
+            region=region,
+            next_region=region,
             frame=frame,
             person=person,
-            sighting=data._Sighting(
-                pixels=np.full((256, 256, 3), frame, np.uint8),
-                presence=0.9,
-                region=region,
-                next_region=region,
-            ),
         )
         for person, (first, last) in enumerate(spans)
         for frame in range(first, last + 1)
@@ -46,20 +45,6 @@ def test_landmarks_and_torso_on_numpy_and_jax():
     assert isinstance(length, jax.Array)
 
 
-def test_region_maps_crop_to_frame():
-    """A region turned by 90° clockwise: the top of the crop is the right of the frame."""
-    frame = np.zeros((400, 600, 3), np.uint8)
-    frame[:, 400:] = 255
-    region = data._Region(centre=np.array([400.0, 200.0]), side=128.0, angle=np.pi / 2)
-    pixels = region.crop(frame)
-    assert pixels[:126].min() == 255
-    assert pixels[130:].max() == 0
-    matrix = region.affine()
-    np.testing.assert_allclose(matrix @ [128, 0, 1], [464, 200])
-    upright = data._Region(centre=np.array([200.0, 200.0]), side=256.0, angle=0.0)
-    np.testing.assert_array_equal(upright.crop(frame), frame[72:328, 72:328])
-
-
 def test_following_region_points_up():
     """Hip to circle, to the right by 100 px: side 2 · 100 · 1.25 (snapped), turned clockwise by 90°."""
 
@@ -68,7 +53,7 @@ def test_following_region_points_up():
         landmarks[33, :2], landmarks[34, :2] = (128, 128), (228, 128)
         return landmarks, 1.0
 
-    here = data._Region(centre=np.array([300.0, 200.0]), side=256.0, angle=0.0)
+    here = Region(centre=(300.0, 200.0), side=256.0, angle=0.0)
     ahead = data._look(np.zeros((400, 600, 3), np.uint8), here, run).next_region
     np.testing.assert_allclose(ahead.centre, [304, 200])  # snapped to 8 px
     assert ahead.side == 248
@@ -76,7 +61,7 @@ def test_following_region_points_up():
 
 
 def test_split_by_time_with_a_gap_and_whole_blocks(tmp_path):
-    arrays = data._split(_observations([(0, 59), (10, 40), (56, 59)]), FPS, FRAMES, SETTINGS, tmp_path)
+    arrays = data._split(_sightings([(0, 59), (10, 40), (56, 59)]), FPS, FRAMES, SETTINGS, tmp_path)
     first, second = arrays["calibration_frame"], arrays["evaluation_frame"]
     assert len(first) == 4 and len(second) == 8
     assert first.max() < 22 and second.min() >= 27
@@ -84,9 +69,7 @@ def test_split_by_time_with_a_gap_and_whole_blocks(tmp_path):
     assert not set(arrays["calibration_block"]) & set(arrays["evaluation_block"])
     assert set(arrays["evaluation_person"]) == {0, 1}  # person 2 is seen for less than a block
     np.testing.assert_array_equal(arrays["evaluation_pixels"][:, 0, 0, 0], second)
-    wide = data._split(
-        _observations([(0, 59)]), FPS, FRAMES, data.CropSettings(calibration=22, evaluation=33), tmp_path
-    )
+    wide = data._split(_sightings([(0, 59)]), FPS, FRAMES, data.CropSettings(calibration=22, evaluation=33), tmp_path)
     for split in ("calibration", "evaluation"):
         for block in set(wide[f"{split}_block"]):
             assert (wide[f"{split}_block"] == block).sum() >= FPS  # at least one second
@@ -94,7 +77,7 @@ def test_split_by_time_with_a_gap_and_whole_blocks(tmp_path):
 
 def test_too_few_crops_and_nobody(tmp_path):
     with pytest.raises(data.DataError, match="0 calibration crops between 0.00 and 2.20 s, 4 wanted"):
-        data._split(_observations([(30, 59)]), FPS, FRAMES, SETTINGS, tmp_path)
+        data._split(_sightings([(30, 59)]), FPS, FRAMES, SETTINGS, tmp_path)
     with pytest.raises(data.DataError, match="nobody found"):
         data._split([], FPS, FRAMES, SETTINGS, tmp_path)
 
@@ -120,25 +103,8 @@ def test_following_stops_when_presence_falls(tmp_path):
 
     observations, fps, frames = data._follow(path, run, SETTINGS)
     assert (fps, frames) == (FPS, 20)
-    people = {observation.person for observation in observations}
-    for person in people:
-        assert [o.frame for o in observations if o.person == person][-1] == 11
-
-
-def test_cache_round_trip_and_damage(tmp_path):
-    path = tmp_path / "crops" / "pose.npz"
-    assert data._load(path) is None
-    arrays = data._split(_observations([(0, 59)]), FPS, FRAMES, SETTINGS, tmp_path)
-    data._save(path, arrays)
-    loaded = data._load(path)
-    assert loaded is not None and loaded.keys() == arrays.keys()
-    for name, value in arrays.items():
-        np.testing.assert_array_equal(loaded[name], value)
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    assert data._load(path) is None
-    assert sorted(file.name for file in path.parent.iterdir()) == ["pose.npz.damaged"]
+    for person in {sighting.person for sighting in observations}:
+        assert [sighting.frame for sighting in observations if sighting.person == person][-1] == 11
 
 
 @pytest.fixture(scope="module")
@@ -198,29 +164,16 @@ def test_dealt_blocks_are_whole_and_on_one_side_each(video):
         np.testing.assert_array_equal(np.sort(split.block[: len(blocks)]), blocks)  # first one crop of each
         assert split.presence.min() > 0.8
         for block in blocks:
-            mine = split.block == block
-            assert len(set(split.person[mine])) == 1 and np.ptp(split.frame[mine]) < 60  # within a second
+            inside = split.block == block
+            assert len(set(split.person[inside])) == 1 and np.ptp(split.frame[inside]) < 60  # within a second
     again = data.dealt_crops(per_block=3)
     np.testing.assert_array_equal(calibration.images, again.calibration.images)
     other = data.dealt_crops(per_block=3, seed=1)
     assert set(other.calibration.block) != set(calibration.block)
 
 
-def observations(person: int, frames: int) -> list:
-    sighting = data._Sighting(
-        pixels=np.zeros((2, 2, 3), np.uint8),
-        presence=0.9,
-        region=data._Region(centre=(0.0, 0.0), side=1.0, angle=0.0),
-        next_region=data._Region(centre=(0.0, 0.0), side=1.0, angle=0.0),
-    )
-    return [data._Observation(frame=frame, person=person, sighting=sighting) for frame in range(frames)]
-
-
 def test_the_deal_cuts_each_persons_time_and_leaves_out_who_is_seen_too_shortly():
-    videos = [
-        (observations(0, 25) + observations(1, 4), 10.0, 25),
-        (observations(0, 21), 10.0, 21),
-    ]
+    videos = [(_sightings([(0, 24), (0, 3)], 2), 10.0, 25), (_sightings([(0, 20)], 2), 10.0, 21)]
     arrays = data._deal(videos, seconds=0.5, per_block=2, seed=0)
     blocks = np.concatenate([arrays["calibration_block"], arrays["evaluation_block"]])
     persons = np.concatenate([arrays["calibration_person"], arrays["evaluation_person"]])
@@ -236,4 +189,4 @@ def test_the_deal_cuts_each_persons_time_and_leaves_out_who_is_seen_too_shortly(
     with pytest.raises(ValueError, match="at least one crop"):
         data.dealt_crops(per_block=0)
     with pytest.raises(data.DataError, match="2 blocks"):
-        data._deal([(observations(0, 10), 10.0, 10)], seconds=0.5, per_block=2, seed=0)
+        data._deal([(_sightings([(0, 9)], 2), 10.0, 10)], seconds=0.5, per_block=2, seed=0)

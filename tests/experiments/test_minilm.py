@@ -18,6 +18,7 @@ from mpjax.program import from_nnx
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
+run = nnx.jit(lambda module, *inputs: module(*inputs))
 SHAPE = Shape(blocks=2, width=12, heads=3, hidden=20, words=30, positions=10)
 
 
@@ -35,7 +36,7 @@ def tensors(seed=0):
     def norm(name):
         return {f"{name}.weight": 1 + 0.2 * rng.normal(size=width), f"{name}.bias": 0.2 * rng.normal(size=width)}
 
-    found = {
+    weights = {
         "embeddings.word_embeddings.weight": rng.normal(size=(SHAPE.words, width)),
         "embeddings.position_embeddings.weight": rng.normal(size=(SHAPE.positions, width)),
         "embeddings.token_type_embeddings.weight": rng.normal(size=(2, width)),
@@ -44,11 +45,11 @@ def tensors(seed=0):
     for number in range(SHAPE.blocks):
         at = f"encoder.layer.{number}."
         for name in ("query", "key", "value"):
-            found |= linear(f"{at}attention.self.{name}", width, width)
-        found |= linear(f"{at}attention.output.dense", width, width) | norm(f"{at}attention.output.LayerNorm")
-        found |= linear(f"{at}intermediate.dense", width, hidden) | linear(f"{at}output.dense", hidden, width)
-        found |= norm(f"{at}output.LayerNorm")
-    return {name: value.astype(np.float32) for name, value in found.items()}
+            weights |= linear(f"{at}attention.self.{name}", width, width)
+        weights |= linear(f"{at}attention.output.dense", width, width) | norm(f"{at}attention.output.LayerNorm")
+        weights |= linear(f"{at}intermediate.dense", width, hidden) | linear(f"{at}output.dense", hidden, width)
+        weights |= norm(f"{at}output.LayerNorm")
+    return {name: value.astype(np.float32) for name, value in weights.items()}
 
 
 def bert(weights, ids, mask):
@@ -62,7 +63,7 @@ def bert(weights, ids, mask):
         x = x - x.mean(-1, keepdims=True)
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-12) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
-    found = []
+    vectors = []
     for words, there in zip(ids, mask, strict=True):
         words = words[there > 0]  # padding never mattered
         x = weights["embeddings.word_embeddings.weight"][words]
@@ -82,8 +83,8 @@ def bert(weights, ids, mask):
             hidden = hidden * 0.5 * (1 + erf(hidden / np.sqrt(2)))
             x = norm(x + dense(hidden, f"{at}output.dense"), f"{at}output.LayerNorm")
         mean = x.mean(0)
-        found.append(mean / np.linalg.norm(mean))
-    return np.stack(found)
+        vectors.append(mean / np.linalg.norm(mean))
+    return np.stack(vectors)
 
 
 @pytest.fixture
@@ -96,14 +97,14 @@ def test_it_is_bert(path):
     module = load_minilm(path, shape=SHAPE)
     ids = np.array([[3, 4, 5, 6, 7], [9, 8, 0, 0, 0]], np.int32)
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], np.int32)
-    found = module(jnp.asarray(ids), jnp.asarray(mask))
-    np.testing.assert_allclose(found, bert(tensors(), ids, mask), atol=2e-6)
+    outputs = run(module, ids, mask)
+    np.testing.assert_allclose(outputs, bert(tensors(), ids, mask), atol=2e-6)
     model = from_nnx(module, jnp.asarray(ids), jnp.asarray(mask))
     assert len(model.layers) == 3 + 6 * SHAPE.blocks and model.names[:3] == ("words", "positions", "kinds")
     assert {name.rpartition("/")[2] for name in model.names[3:]} == {"query", "key", "value", "output", "up", "down"}
-    np.testing.assert_array_equal(model.call(model.params, jnp.asarray(ids), jnp.asarray(mask)), found)
-    narrow = load_minilm(path, shape=SHAPE, dtype=jnp.bfloat16)(jnp.asarray(ids), jnp.asarray(mask))
-    assert narrow.dtype == jnp.bfloat16 and np.abs(np.float32(narrow) - found).max() < 0.05
+    np.testing.assert_array_equal(jax.jit(model.call)(model.params, jnp.asarray(ids), jnp.asarray(mask)), outputs)
+    narrow = run(load_minilm(path, shape=SHAPE, dtype=jnp.bfloat16), ids, mask)
+    assert narrow.dtype == jnp.bfloat16 and np.abs(np.float32(narrow) - outputs).max() < 0.05
     with pytest.raises(ValueError, match="T ≤ 10"):
         module(jnp.zeros((1, 11), jnp.int32), jnp.ones((1, 11), jnp.int32))
 
@@ -136,14 +137,14 @@ def test_weights_that_the_encoder_would_not_use(path, tmp_path):
         load_minilm(path, shape=replace(SHAPE, blocks=1))
     extras = {"embeddings.position_ids": np.arange(10)[None], "pooler.dense.bias": np.ones(12, np.float32)}
     save_file(tensors() | extras, tmp_path / "extras", metadata={"format": "pt"})
-    np.testing.assert_array_equal(said(tmp_path / "extras"), said(path))
+    np.testing.assert_array_equal(output(tmp_path / "extras"), output(path))
 
 
-def said(path):
+def output(path):
     """What the encoder of that file gives for a text."""
     module = load_minilm(path, shape=SHAPE)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(module))} == {jnp.dtype("float32")}
-    return module(jnp.array([[3, 4, 5, 6, 7]], jnp.int32), jnp.ones((1, 5), jnp.int32))
+    return run(module, jnp.array([[3, 4, 5, 6, 7]], jnp.int32), jnp.ones((1, 5), jnp.int32))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
@@ -152,7 +153,7 @@ def test_weights_in_half_precision_are_read(tmp_path, dtype):
     half = {name: value.astype(dtype) for name, value in tensors().items()}
     save_file(half | {"embeddings.position_ids": np.arange(10)[None]}, tmp_path / "half")
     save_file({name: value.astype(np.float32) for name, value in half.items()}, tmp_path / "same")
-    np.testing.assert_array_equal(said(tmp_path / "half"), said(tmp_path / "same"))
+    np.testing.assert_array_equal(output(tmp_path / "half"), output(tmp_path / "same"))
 
 
 def test_weights_of_other_types_are_named(tmp_path):
@@ -178,7 +179,7 @@ def test_an_index_of_several_files(path, tmp_path):
             load_minilm(index, shape=SHAPE)
 
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
-    np.testing.assert_array_equal(said(index), said(path))
+    np.testing.assert_array_equal(output(index), output(path))
     refused("names the file 'model-3.safetensors', which is not beside it", places | {"a": "model-3.safetensors"})
     refused("names the file '../model-1.safetensors'", places | {"a": "../model-1.safetensors"})
     refused("the index and its files differ in a. Take all", places | {"a": "model-1.safetensors"})
@@ -205,18 +206,18 @@ def tokenizer(tmp_path):
 
 
 def test_texts(tokenizer, tmp_path):
-    found = load_tokenizer(tokenizer, words=10)
-    ids, mask = encode(found, ["a b", "c"], length=5)
+    loaded = load_tokenizer(tokenizer, words=10)
+    ids, mask = encode(loaded, ["a b", "c"], length=5)
     np.testing.assert_array_equal(ids, [[1, 3, 4, 2, 0], [1, 5, 2, 0, 0]])
     np.testing.assert_array_equal(mask, [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
-    np.testing.assert_array_equal(encode(found, ["a b c d e"], length=4, truncate=True)[0], [[1, 3, 4, 2]])
+    np.testing.assert_array_equal(encode(loaded, ["a b c d e"], length=4, truncate=True)[0], [[1, 3, 4, 2]])
     with pytest.raises(TextError, match="Text 1 is empty"):
-        encode(found, ["a", " "], length=4)
+        encode(loaded, ["a", " "], length=4)
     with pytest.raises(TextError, match="Text 0 has 7 tokens, the model reads 4"):
-        encode(found, ["a b c d e"], length=4)
+        encode(loaded, ["a b c d e"], length=4)
     for wrong in ("a", []):
         with pytest.raises(TextError, match="sequence of texts"):
-            encode(found, wrong, length=4)
+            encode(loaded, wrong, length=4)
     with pytest.raises(TextError, match="a tokenizer of 10 words, the model has 30522"):
         load_tokenizer(tokenizer)
     (tmp_path / "cut.json").write_text(tokenizer.read_text()[:50])

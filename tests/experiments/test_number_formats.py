@@ -1,4 +1,4 @@
-"""Number formats against every value that ml_dtypes knows of them, a model's numbers against NumPy, and the report."""
+"""Number formats against every value that ml_dtypes knows of them, a model's numbers against NumPy, and a run."""
 
 import json
 import math
@@ -11,13 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from experiments.lib import report
 from experiments.number_formats import __main__ as number_formats
 from experiments.number_formats import core
 from experiments.number_formats.core import GRIDS, LOW, VALUE, VARIANTS
 from experiments.problems import benchmarks
 from experiments.problems.benchmarks import Benchmark
 from mpjax import formats
+from mpjax.files import jsonable
 from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -56,19 +56,19 @@ def neighbours(name: str, x: float) -> tuple[float, float]:
 def test_a_grid_has_the_values_of_the_format_and_no_others(name):
     grid, values = BY_NAME[name], every_value(name)
     row = number_formats.row_of(grid)
-    assert row["max"] == values[-1]
-    assert row["min_subnormal"] == pytest.approx(values[1], rel=1e-15)
+    assert row.max == values[-1]
+    assert row.min_subnormal == pytest.approx(values[1], rel=1e-15)
     low, high = (0.0, 2.0) if len(values) < 300 else (0.25, 1.0)
     np.testing.assert_allclose(grid.around(low, high), values[(values >= low) & (values <= high)], rtol=1e-15)
     one = np.searchsorted(values, 1.0)
     if grid.exponent_bits:
-        assert row["epsilon"] == values[one + 1] - 1
+        assert row.epsilon == values[one + 1] - 1
         steps = np.diff(values)
         assert (
-            row["min_normal"] == values[np.argmax(steps > steps[0])] / 2
+            row.min_normal == values[np.argmax(steps > steps[0])] / 2
         )  # the first step that is larger is above 2 of them
     else:
-        assert row["epsilon"] == row["min_normal"] == pytest.approx(values[1], rel=1e-15)
+        assert row.epsilon == row.min_normal == pytest.approx(values[1], rel=1e-15)
     if grid.bits <= 8:
         assert 2**grid.bits >= 2 * len(values) - 1
 
@@ -78,12 +78,12 @@ def test_0_3952_is_the_nearest_of_all_values(name):
     row, values = number_formats.row_of(BY_NAME[name]), every_value(name)
     nearest = values[np.argmin(np.abs(values - 0.3952))]
     above = np.searchsorted(values, 0.3952)
-    assert row["value_of_0_3952"] == pytest.approx(nearest, rel=1e-15)
-    assert row["error_of_0_3952"] == pytest.approx(abs(nearest - 0.3952), rel=1e-9)
-    assert row["largest_gap_near_0_3952"] == pytest.approx(values[above] - values[above - 1], rel=1e-12)
-    assert row["error_of_0_3952"] <= row["largest_gap_near_0_3952"] / 2
+    assert row.value_of_0_3952 == pytest.approx(nearest, rel=1e-15)
+    assert row.error_of_0_3952 == pytest.approx(abs(nearest - 0.3952), rel=1e-9)
+    assert row.largest_gap_near_0_3952 == pytest.approx(values[above] - values[above - 1], rel=1e-12)
+    assert row.error_of_0_3952 <= row.largest_gap_near_0_3952 / 2
     if name in SMALL:
-        assert row["value_of_0_3952"] == float(np.float64(0.3952).astype(getattr(ml_dtypes, name, name)))
+        assert row.value_of_0_3952 == float(np.float64(0.3952).astype(getattr(ml_dtypes, name, name)))
 
 
 @pytest.mark.parametrize("name", WIDE)
@@ -91,25 +91,25 @@ def test_0_3952_in_wide_formats_by_stepping(name):
     row = number_formats.row_of(BY_NAME[name])
     below, above = neighbours(name, 0.3952)
     assert Fraction(below) < VALUE < Fraction(above)
-    nearest = min(below, above, key=lambda each: abs(Fraction(each) - VALUE))
-    assert row["value_of_0_3952"] == nearest
-    assert row["error_of_0_3952"] == float(abs(Fraction(nearest) - VALUE))
-    assert row["largest_gap_near_0_3952"] == float(Fraction(above) - Fraction(below))
+    nearest = min(below, above, key=lambda number: abs(Fraction(number) - VALUE))
+    assert row.value_of_0_3952 == nearest
+    assert row.error_of_0_3952 == float(abs(Fraction(nearest) - VALUE))
+    assert row.largest_gap_near_0_3952 == float(Fraction(above) - Fraction(below))
 
 
 def test_wide_formats_are_as_their_standards_say():
     for name in ("float64", "float32"):
         row, info = number_formats.row_of(BY_NAME[name]), np.finfo(name)
-        found = (row["max"], row["min_normal"], row["min_subnormal"], row["epsilon"])
-        assert found == tuple(map(float, (info.max, info.smallest_normal, info.smallest_subnormal, info.eps)))
+        result = (row.max, row.min_normal, row.min_subnormal, row.epsilon)
+        assert result == tuple(map(float, (info.max, info.smallest_normal, info.smallest_subnormal, info.eps)))
     row = number_formats.row_of(BY_NAME["tensorfloat32"])
     largest = np.array(0x7F7FE000, np.uint32).view(np.float32)  # of float32's numbers, with 13 bits cleared
-    assert row["max"] == float(largest) and row["bits"] == 19 and BY_NAME["tensorfloat32"].stored_bits == 32
-    assert row["min_subnormal"] == 2.0**-136 and row["min_normal"] == 2.0**-126 and row["epsilon"] == 2.0**-10
+    assert row.max == float(largest) and row.bits == 19 and BY_NAME["tensorfloat32"].stored_bits == 32
+    assert row.min_subnormal == 2.0**-136 and row.min_normal == 2.0**-126 and row.epsilon == 2.0**-10
 
 
 def test_known_facts_of_0_3952():
-    values = {grid.name: number_formats.row_of(grid)["value_of_0_3952"] for grid in GRIDS}
+    values = {grid.name: number_formats.row_of(grid).value_of_0_3952 for grid in GRIDS}
     assert values["float16"] == values["tensorfloat32"] == 0.395263671875
     assert values["bfloat16"] == 0.39453125
     assert values["float8_e4m3fn"] == 0.40625 and values["float8_e5m2"] == 0.375 and values["float4_e2m1fn"] == 0.5
@@ -124,13 +124,13 @@ def test_exact_rounding_at_ties_powers_of_two_and_numbers_of_the_format(grid):
     number = grid.nearest(VALUE)
     assert grid.nearest(number) == number
     ties = [grid.nearest(number + sign * grid.gap(number) / 2) / grid.gap(number) for sign in (-1, 1)]
-    assert all(int(each) % 2 == 0 for each in ties)
+    assert all(int(tie) % 2 == 0 for tie in ties)
 
 
 @pytest.mark.parametrize("name", [*SMALL, "int8", "int4"])
 def test_the_error_curve_bounds_every_error_and_is_attained(name):
     grid, values = BY_NAME[name], every_value(name)
-    x = np.exp(np.random.default_rng(0).uniform(-24, 12, 20_000))
+    x = np.exp(np.random.default_rng(0).uniform(-24, 12, 5_000))
     x = np.concatenate([x[x <= values[-1]], (values[1:] + values[:-1]) / 2])
     above = np.clip(np.searchsorted(values, x), 1, len(values) - 1)
     error = np.minimum(np.abs(values[above] - x), np.abs(values[above - 1] - x)) / x
@@ -147,9 +147,16 @@ def test_the_error_curve_bounds_every_error_and_is_attained(name):
 
 def test_exponents_of_synthetic_numbers():
     x = np.float32([0, -0.0, 1, 1.999, -2, 0.25, 3e38, 1e-40, -1e-45, 2.0**-126])
-    found = np.asarray(jax.jit(core.exponents)(x))
-    assert found.sum() == 8
-    assert {int(e) - 127: int(found[e]) for e in np.flatnonzero(found)} == {-127: 2, -126: 1, -2: 1, 0: 2, 1: 1, 127: 1}
+    result = np.asarray(jax.jit(core.exponents)(x))
+    assert result.sum() == 8
+    assert {int(e) - 127: int(result[e]) for e in np.flatnonzero(result)} == {
+        -127: 2,
+        -126: 1,
+        -2: 1,
+        0: 2,
+        1: 1,
+        127: 1,
+    }
 
 
 def sample() -> np.ndarray:
@@ -176,32 +183,32 @@ def test_tallies_agree_with_numpy():
     x = sample()
     parts = {"a": [jnp.asarray(x[:1000]), jnp.asarray(x[1000:1500])], "b": [jnp.asarray(x[1500:])]}
     amax = {"a": np.abs(x[:1500]).max(), "b": np.abs(x[1500:]).max()}
-    found = core.total([jax.jit(core.tally)(parts, {name: jnp.float32(each) for name, each in amax.items()})])
-    rows = core.share_rows("weights", found)
+    result = core.total([jax.jit(core.tally)(parts, {name: jnp.float32(largest) for name, largest in amax.items()})])
+    rows = core.share_rows("weights", result)
     nonzero = x != 0
-    assert found["count"] == 4000 and found["zeros"] == 500
-    np.testing.assert_allclose(found["squares"], np.sum(x.astype(float) ** 2), rtol=1e-5)
+    assert result["count"] == 4000 and result["zeros"] == 500
+    np.testing.assert_allclose(result["squares"], np.sum(x.astype(float) ** 2), rtol=1e-5)
     for (grid, scaled), row in zip(VARIANTS, rows, strict=True):
         largest = float(grid.largest)
         scale = np.repeat([amax["a"], amax["b"]], [1500, 2500]) / np.float32(largest) if scaled else np.float32(1)
         units = (x / scale).astype(np.float32)
         expected = rounded(units, grid.name)
-        assert (row["format"], row["scaled"]) == (grid.name, scaled)
+        assert (row.format, row.scaled) == (grid.name, scaled)
         size = np.abs(expected)
         normal = float(grid.min_normal / grid.scale)
-        assert row["overflow"] == (0 if scaled else np.sum(np.abs(x) > largest) / 3500)
-        assert row["flushed"] == pytest.approx(np.sum((size == 0) & nonzero) / 3500, abs=1e-12)
-        assert row["subnormal"] == pytest.approx(np.sum((size > 0) & (size < normal)) / 3500, abs=1e-12)
+        assert row.overflow == (0 if scaled else np.sum(np.abs(x) > largest) / 3500)
+        assert row.flushed == pytest.approx(np.sum((size == 0) & nonzero) / 3500, abs=1e-12)
+        assert row.subnormal == pytest.approx(np.sum((size > 0) & (size < normal)) / 3500, abs=1e-12)
         error = np.linalg.norm(expected * scale - x) / np.linalg.norm(x.astype(float))
-        assert row["relative_error"] == pytest.approx(error, rel=1e-3)
+        assert row.relative_error == pytest.approx(error, rel=1e-3)
 
 
 @pytest.mark.parametrize("grid", LOW, ids=lambda grid: grid.name)
 def test_rounding_in_a_program_agrees_with_ml_dtypes(grid):
     x = np.concatenate([sample(), every_value(grid.name) if grid.name in SMALL else []]).astype(np.float32)
-    found = np.asarray(jax.jit(core.round_in, static_argnums=1)(x, grid))
+    result = np.asarray(jax.jit(core.round_in, static_argnums=1)(x, grid))
     with np.errstate(over="ignore"):
-        np.testing.assert_array_equal(found, rounded(x, grid.name).astype(np.float32))
+        np.testing.assert_array_equal(result, rounded(x, grid.name).astype(np.float32))
 
 
 def test_scales_are_the_librarys_and_harmless_at_zero():
@@ -216,8 +223,8 @@ def test_scales_are_the_librarys_and_harmless_at_zero():
 def test_an_overflow_makes_the_error_null():
     tensors = {"a": [jnp.float32([1e5, 1.0])]}
     rows = core.share_rows("weights", core.total([core.tally(tensors, {"a": jnp.float32(1e5)})]))
-    (row,) = (each for each in report.jsonable(rows) if each["format"] == "float16")
-    assert row["overflow"] == 0.5 and row["relative_error"] is None
+    (row,) = (row for row in rows if row.format == "float16")
+    assert row.overflow == 0.5 and jsonable(row)["relative_error"] is None
 
 
 # --- the experiment
@@ -248,31 +255,23 @@ def test_operands_are_every_input_and_weight():
     x = jnp.ones((1, 6), jnp.float32)
     inputs, weights = jax.jit(core.operands(model))(model.params, x)
     assert list(inputs) == list(weights) == ["head", "twice"]
-    assert [each.shape for each in inputs["twice"]] == [(1, 6), (1, 6)]
+    assert [x.shape for x in inputs["twice"]] == [(1, 6), (1, 6)]
     np.testing.assert_array_equal(inputs["twice"][0], x)
     np.testing.assert_array_equal(weights["head"][0], model.params["head/kernel"])
 
 
-def test_a_run_keeps_the_contract_and_leaves_tables_figures_and_a_page(tmp_path, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(benchmarks, "pose", lambda *, count, batch: asked.append(count) or tiny(count, batch))
+def test_a_run(tmp_path, monkeypatch):
+    counts = []
+    monkeypatch.setattr(benchmarks, "pose", lambda *, count, batch: counts.append(count) or tiny(count, batch))
     number_formats.main(number_formats.Config(quick=True, results=tmp_path))
-    folder = tmp_path / "number_formats"
-    summary = json.loads((folder / "summary.json").read_text())
-    report.validate(summary, row_fields=number_formats.ROW_FIELDS)
-    assert asked == [2] and summary["ledger"]["forward"] == 4
+    summary = json.loads((tmp_path / "number_formats" / "summary.json").read_text())
+    assert counts == [2] and summary["ledger"]["forward"] == 4
     assert [row["format"] for row in summary["rows"]] == [grid.name for grid in GRIDS]
+    assert [row["value_of_0_3952"] for row in summary["rows"]] == [row["value_of_0_3952"] for row in summary["value"]]
     assert len(summary["shares"]) == 2 * len(VARIANTS)
     weights, activations = (summary["histograms"][name] for name in ("weights", "activations"))
     assert weights["numbers"] == 6 * 6 + 6 * 3 and activations["numbers"] == 2 * 3 * 6
     assert math.isclose(sum(weights["share"]), 1) and math.isclose(sum(activations["share"]), 1)
-    names = {each.name for each in folder.iterdir()}
-    figures = ("layouts", "errors", "number_line", "ranges")
-    assert {f"{name}.{kind}" for name in figures for kind in ("png", "pdf")} <= names
-    assert {f"{name}.{kind}" for name in ("formats", "value", "shares") for kind in ("csv", "tex")} <= names
-    page = (folder / "report.html").read_text()
-    assert page.count("data:image/png") == 4 and "0.395263671875" in page and "nan" not in page.lower().split()
-    assert "0.3952" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("crops", [0, 25, -1])

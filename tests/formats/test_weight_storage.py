@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import linen
+from toys import linen
 
 from mpjax import compiled, cost, emulation, sensitivity
 from mpjax.apply import apply

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import linen
 from jax import lax
+from toys import linen
 
 from mpjax import compiled
 from mpjax.apply import apply
@@ -170,7 +170,7 @@ def test_outputs_are_those_of_the_numbers_that_the_weights_stand_for(module, fmt
 
 
 def test_they_are_read_as_stored_by_any_implementation_and_handed_on_in_any_dtype():
-    module = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(16)])
+    module = nn.Sequential([nn.Dense(48), nn.relu, nn.Dense(16, use_bias=False)])
     model, ((x,), _) = linen(module, 4, 32)
     formats = dict(zip(model.names, ("int8_w", "bfloat16_w"), strict=True))
     expected = model.call(rounded(model, formats), x)
@@ -182,7 +182,7 @@ def test_they_are_read_as_stored_by_any_implementation_and_handed_on_in_any_dtyp
         )  # four, and three parts of four rows
         np.testing.assert_allclose(mixed.call(mixed.params, x), expected, rtol=1e-5, atol=1e-5)
     wide, narrow = (apply(model, {"layers_2": "int8_w"}, activations=dtype) for dtype in ("float32", "bfloat16"))
-    expected = wide.call(wide.params, x).astype(jnp.bfloat16).astype(jnp.float32)  # biases are zero
+    expected = wide.call(wide.params, x).astype(jnp.bfloat16).astype(jnp.float32)
     np.testing.assert_array_equal(narrow.call(narrow.params, x), expected)
 
 

@@ -15,24 +15,11 @@ def normal(seed, *shape, scale=1.0):
     return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def variables(module, *inputs):
-    """A linen module's variables, drawn by NumPy, so that nothing is compiled; biases are drawn, too."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        if path[-1].key in ("scale", "var"):
-            return jnp.ones(leaf.shape, leaf.dtype)
-        fan_in = 100 if leaf.ndim == 1 else np.prod(leaf.shape[:-1])
-        return jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(fan_in), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(module.init, jax.random.key(0), *inputs))
-
-
 def exactly(model, function, params, *inputs, rtol=0.0):
     """Compares the jitted model with the jitted function; `rtol`: of the largest number."""
-    found, expected = jax.jit(model.call)(model.params, *inputs), jax.jit(function)(params, *inputs)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    outputs, expected = jax.jit(model.call)(model.params, *inputs), jax.jit(function)(params, *inputs)
+    assert jax.tree.structure(outputs) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(outputs), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=rtol * float(np.abs(b).max()))
 
 

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checks import agree, normal, variables
+from checks import agree, normal
 from flax import nnx
+from toys import drawn
 
 from mpjax import compiled, cost, emulation, evaluation, search, sensitivity
 from mpjax.apply import apply, runs_narrow
 from mpjax.formats import narrowed
-from mpjax.program import from_function, from_linen, from_nnx, graph, with_activation_products
+from mpjax.program import from_function, from_nnx, graph, with_activation_products
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -49,8 +50,7 @@ class Block(nn.Module):
 
 
 def block(wrap=lambda module: module):
-    module = wrap(Block)()
-    return from_linen(module, variables(module, TOKENS), TOKENS)
+    return drawn(wrap(Block)(), TOKENS)
 
 
 FREE = ("attention/scores", "attention/values")

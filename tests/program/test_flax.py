@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import agree, normal, variables
+from checks import agree, normal
 from flax import nnx
 from flax.core import freeze
+from toys import variables
 
 from mpjax import compiled, cost, evaluation, search, sensitivity
 from mpjax.apply import apply

@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import normal, variables
+from checks import normal
 from flax import nnx
+from toys import drawn
 
 from mpjax.apply import apply
-from mpjax.program import from_linen, from_nnx, graph, with_output
+from mpjax.program import from_nnx, graph, with_output
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -17,8 +18,7 @@ X = normal(0, 2, 4)
 
 
 def linen(module, *inputs):
-    inputs = inputs or (X,)
-    return from_linen(module, variables(module, *inputs), *inputs)
+    return drawn(module, *(inputs or (X,)))
 
 
 def dependence(model, *inputs):
@@ -279,7 +279,7 @@ def test_layers_inside_a_branch():
         def __call__(self, x):
             x = nn.Dense(4, name="stem")(x)
             inside = nn.Dense(4, name="inside")
-            inside(x)  # linen wants parameters made outside
+            inside(x)  # linen makes parameters outside of branches alone
             x = jax.lax.cond(x[0, 0] > 0, lambda y: inside(y), lambda y: y, x)
             return nn.Dense(1, name="head")(x)
 

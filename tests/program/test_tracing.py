@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORMATS, agree, exactly, normal, variables
+from checks import FORMATS, agree, exactly, normal
 from jax import lax
+from toys import variables
 
 from experiments.models.architectures import NAMES, architecture
 from mpjax import compiled, emulation, sensitivity

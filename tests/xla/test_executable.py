@@ -9,7 +9,6 @@ import pytest
 from mpjax.xla import executable
 
 pytestmark = pytest.mark.optimised
-
 cpu_only = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the sets of a CPU")
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 

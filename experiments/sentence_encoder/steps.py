@@ -1,0 +1,183 @@
+"""MiniLM and its texts: scores, drift of the embeddings, layers and attention in bfloat16, times."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.lib import assets
+from experiments.lib.run import Run
+from experiments.models.minilm import encode, load_minilm, load_tokenizer
+from experiments.models.pretrained import in_dtype, jitted
+from experiments.problems import text_data
+from experiments.problems.benchmarks import in_batches
+from experiments.storage import store as storage
+from experiments.storage import study
+from experiments.storage.rows import Speed
+from experiments.storage.study import Drift, Study
+from mpjax import compiled, cost, search, sensitivity
+from mpjax.apply import apply
+from mpjax.evaluation import Evaluation
+from mpjax.program import Batches, Model, from_nnx, with_activation_products
+from mpjax.search import Assignment, Measurement
+
+MODEL, LENGTH = "minilm", 128
+FAST = "bfloat16"
+TOLERANCES = (0.25, 0.5)  # of the drift with all layers in bfloat16
+ROUNDS = 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is computed: texts of each part, probes for each text, random mixes, budgets."""
+
+    texts: int
+    probes: int
+    mixes: int
+    shares: tuple[float, ...]  # bytes of a mix, in those of uniform int4
+
+
+FULL = Size(texts=64, probes=8, mixes=5, shares=(1, 1.1, 1.25, 1.5, 1.75, 2, 2.5, 3))
+QUICK = Size(texts=16, probes=4, mixes=2, shares=(1, storage.HEADLINE, 2))
+
+
+class Subject:
+    """The model and its texts."""
+
+    def __init__(self, texts: int) -> None:
+        tokenizer = load_tokenizer(assets.fetch("minilm_tokenizer"))
+        self.batches = {
+            name: in_batches(encode(tokenizer, spread(part.text, texts), length=LENGTH, truncate=True), 8)
+            for name, part in zip(("calibration", "heldout"), text_data.prose(), strict=True)
+        }
+        self.module = load_minilm(assets.fetch(MODEL))
+        self.model: Model = from_nnx(self.module, *self.batches["calibration"][0])
+        self.store = storage.Store(self.model, storage.FORMATS, *self.batches["calibration"][0])
+        float32 = Assignment.uniform(self.model.names)
+        self.reference = {
+            part: np.concatenate(self.store.outputs(float32, batches)) for part, batches in self.batches.items()
+        }
+
+    def scores(self, run: Run, probes: int, seed: int) -> sensitivity.Scores:
+        """Predicted drift of each layer alone in each format, weight-only and bfloat16."""
+        scorer, formats = sensitivity.local_rounding(num_probes=probes), (*storage.FORMATS, FAST)
+        return run.scores("scores", scorer, self.model, self.batches["calibration"], formats, jax.random.key(seed))
+
+    def stored(self, assignment: Assignment, part: str) -> Drift:
+        """Drift of the model with weights stored so."""
+        return self.drift(np.concatenate(self.store.outputs(assignment, self.batches[part])), part)
+
+    def drift(self, embedded: np.ndarray, part: str = "heldout") -> Drift:
+        """Drift of (N, K) embeddings."""
+        errors = drift(embedded, self.reference[part])
+        return Drift(fields={"cosine": 1.0 - float(errors.mean())}, errors=errors)
+
+
+def drift(low: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """(N, K) and (N, K) of length 1 -> (N,) 1 − cosine, exact also where it is tiny."""
+    return 0.5 * np.square(np.float64(low) - np.float64(reference)).sum(axis=1)
+
+
+def spread(texts: tuple[str, ...], count: int) -> list[str]:
+    """So many texts, evenly spaced."""
+    if len(texts) < count:
+        raise SystemExit(
+            f"Expected at least {count} paragraphs in this Python's pydoc_data.topics, found {len(texts)}."
+        )
+    return [texts[place] for place in np.linspace(0, len(texts) - 1, count).round().astype(int)]
+
+
+def reference_rows(subject: Subject, result: Study) -> None:
+    """Float32, and Flax's own `dtype=bfloat16`, whose params stay in float32."""
+    plain, size = jitted(in_dtype(subject.module, jnp.bfloat16)), subject.store.bytes_of({})
+    embedded = np.concatenate([np.asarray(plain(*batch), np.float32) for batch in subject.batches["heldout"]])
+    embedded = embedded / np.linalg.norm(embedded, axis=1, keepdims=True)
+    result.add("reference", "float32", size, {"cosine": 1.0}, "jit")
+    result.add("plain_bfloat16", FAST, size, subject.drift(embedded).fields, "plain")
+
+
+def fastest(subject: Subject, result: Study, tolerance: float) -> dict[str, Model]:
+    """Rows of what is computed in bfloat16, and the models to be timed.
+
+    Least time (each layer timed alone, by the rule) within the tolerance of drift, and within shares of the drift of all layers.
+    Attention's products are in bfloat16, while the search measures, too; where they alone drift further, in float32.
+    """
+    model = subject.model
+    costs = cost.measure(model, (FAST,), *subject.batches["calibration"][0], implementation="rule", rounds=5)
+    assert costs.seconds is not None
+    problem = search.Problem(
+        layers=model.names,
+        formats=(FAST,),
+        penalty=result.scores.column(FAST)[:, None],
+        objective="cost_min",
+        cost=costs.seconds[:, 1:],
+        float32_cost=costs.seconds[:, 0],
+    )
+    evaluations = emulated(subject)
+    everything = evaluations[FAST](Assignment.uniform(model.names, FAST)).value
+    limits = {"mixed": tolerance} | {f"mixed, {share:g} of all low": share * everything for share in TOLERANCES}
+    programs = {"fp32": model}
+    for name, limit in limits.items():
+        solution, attention = solved(problem, evaluations, limit)
+        programs[name] = apply(model, with_attention(model, solution.assignment, attention), implementation="rule")
+        heldout = subject.batches["heldout"]
+        program = compiled.compile(programs[name], heldout[:2])
+        measured = subject.drift(np.concatenate([np.asarray(program(*batch)) for batch in heldout]))
+        formats = storage.formats_of(solution.assignment)
+        row = result.add("mixed", formats, program.weight_bytes, measured.fields, name)
+        purpose = f"least time within {limit:.2g}, attention in {attention}"
+        result.searched(purpose, limit, solution, measured.mean, row)
+    return programs
+
+
+def solved(
+    problem: search.Problem, evaluations: Mapping[str, search.Evaluate], limit: float
+) -> tuple[search.Result, str]:
+    """The search's result, and the first format of attention's products with which float32 layers are within the limit."""
+    for attention, evaluate in evaluations.items():
+        try:
+            result = search.solve(
+                problem, search.ilp(), evaluate=evaluate, tolerance=limit, confidence=storage.CONFIDENCE
+            )
+        except search.ToleranceError:  # attention alone is too much
+            continue
+        return result, attention
+    raise search.ToleranceError(f"Not even float32 is within {limit:g} of itself.")
+
+
+def with_attention(model: Model, assignment: Assignment, fmt: str) -> dict[str, str]:
+    """The assignment, with attention's products in a format."""
+    return {**assignment, **dict.fromkeys((product.name for product in model.activation_products), fmt)}
+
+
+def emulated(subject: Subject) -> dict[str, Callable[[Assignment], Measurement]]:
+    """Format of attention's products -> calibration drift of an assignment of the layers, by emulation."""
+    truth = subject.reference["calibration"]
+    evaluate = Evaluation(
+        with_activation_products(subject.model),
+        subject.batches["calibration"],
+        (FAST,),
+        lambda low, _: drift(low, truth),
+        blocks=np.arange(len(truth)),
+        confidence=storage.CONFIDENCE,
+    )
+
+    def drift_with(fmt: str) -> Callable[[Assignment], Measurement]:
+        return lambda assignment: evaluate(with_attention(subject.model, assignment, fmt))
+
+    return {fmt: drift_with(fmt) for fmt in (FAST, "float32")}
+
+
+def times(subject: Subject, programs: Mapping[str, Model]) -> list[Speed]:
+    """Jitted float32, Flax's bfloat16 and the programs, in turns, at batch 1 and 8 of 128 tokens."""
+    ids = np.asarray(subject.batches["heldout"][0][0])
+    ids = np.where(ids == 0, ids[:, 1:2], ids)  # no padding: every token counts
+    plain = {"jit": jitted(subject.module), "plain": jitted(in_dtype(subject.module, jnp.bfloat16))}
+    rows = []
+    for batch in (1, 8):
+        mask = jnp.ones((batch, LENGTH), jnp.int32)
+        batches: Batches = [(jnp.asarray(tokens[:batch]), mask) for tokens in (ids, ids[::-1])]
+        rows += study.timed(f"batch {batch}", plain, programs, batches, subject.store.bytes_of({}), ROUNDS)
+    return rows
