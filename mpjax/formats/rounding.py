@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ from jaxtyping import Array, Float
 
 from mpjax.formats.registry import Format
 
+F = TypeVar("F", bound=Callable[..., Any])
 
-def program(*static: str) -> Callable[[Callable[..., Any]], Any]:
+
+def program(*static: str) -> Callable[[F], F]:
     """One compiled program where the function is called by itself; part of the caller's where it is traced."""
-    return functools.partial(jax.jit, static_argnames=static, inline=True)
+    return lambda function: cast(F, jax.jit(function, static_argnames=static, inline=True))
 
 
 @program("dtype")
