@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,15 @@ from jaxtyping import Array, Float
 
 from mpjax.formats.registry import Format
 
+F = TypeVar("F", bound=Callable[..., Any])
 
+
+def program(*static: str) -> Callable[[F], F]:
+    """One compiled program where the function is called by itself; part of the caller's where it is traced."""
+    return lambda function: cast(F, jax.jit(function, static_argnames=static, inline=True))
+
+
+@program("dtype")
 def round_to(x: Float[Array, ...], dtype: str) -> Float[Array, ...]:
     """Float32 values rounded to the nearest value of `dtype` (ties to even), returned as float32.
 
@@ -41,6 +51,7 @@ def _rounded_jvp(dtype: str, primals: tuple[Array], tangents: tuple[Array]) -> t
     return _rounded(dtype, *primals), tangents[0]
 
 
+@program("dtype")
 def narrowed(x: Float[Array, ...], dtype: str) -> Array:
     """`x.astype(dtype)`, the same numbers; on a CPU float32 → bfloat16 by its bit pattern, which vectorises there."""
     if dtype != "bfloat16" or x.dtype != jnp.float32 or jax.default_backend() != "cpu":

@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mpjax.formats.registry import Format
-from mpjax.formats.rounding import amax_scale, narrowed, round_to
+from mpjax.formats.rounding import amax_scale, narrowed, program, round_to
 from mpjax.program.product import Axes, Layer
 
 Summed = Axes | None  # axes of the weights that the product sums over; None: unknown, one scale for all
@@ -62,6 +62,7 @@ def local_axes(layer: Layer) -> tuple[Summed, Axes]:
     return summed, tuple(axis - layer.levels for axis in layer.stacked if axis >= layer.levels)
 
 
+@program("fmt", "summed", "stacked")
 def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed, stacked: Sequence[int] = ()) -> Stored:
     """Weights as a scaled or weight-only format stores them.
 
@@ -81,6 +82,7 @@ def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed, stacked: S
     return Stored(packed(numbers) if fmt.bits == 4 else numbers.transpose(_order(weights.ndim, fmt, summed)), scale)
 
 
+@program("fmt", "shape", "summed", "stacked")
 def stands_for(
     stored: tuple[Array, Array | None], fmt: Format, shape: Sequence[int], summed: Summed, stacked: Sequence[int] = ()
 ) -> Float[Array, ...]:
@@ -125,6 +127,7 @@ def dequantize_rows(
     return (groups.astype(jnp.float32) * scales).reshape(*rows.shape, width)
 
 
+@program("fmt", "summed", "stacked")
 def round_weights(
     weights: Float[Array, ...], fmt: Format, summed: Summed = None, stacked: Sequence[int] = ()
 ) -> Float[Array, ...]:
@@ -153,9 +156,9 @@ def weight_bytes(layer: Layer, fmt: Format) -> int:
     return stored_bytes(fmt, layer.kernel_shape, layer.summed, layer.stacked) if layer.kernel else 0
 
 
-def scale_dtype(fmt: Format) -> Any:
+def scale_dtype(fmt: Format) -> str:
     """Of the stored scales: bfloat16 for groups, of which there are many."""
-    return jnp.bfloat16 if fmt.group else jnp.float32
+    return "bfloat16" if fmt.group else "float32"
 
 
 def packed(numbers: Array) -> Array:
@@ -183,7 +186,7 @@ def _scaled(weights: Array, fmt: Format, summed: Summed, stacked: Sequence[int])
     """The weights in groups, and their scales."""
     groups, axes = _groups(weights, fmt, summed, stacked)
     amax = jnp.max(jnp.abs(groups), axis=axes, keepdims=True, initial=0.0)
-    return groups, amax_scale(amax, fmt).astype(scale_dtype(fmt))
+    return groups, narrowed(amax_scale(amax, fmt), scale_dtype(fmt))
 
 
 def _groups(weights: Array, fmt: Format, summed: Summed, stacked: Sequence[int]) -> tuple[Array, Axes]:
