@@ -16,7 +16,7 @@ from mpjax.formats.registry import Format
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def program(*static: str) -> Callable[[F], F]:
+def jitted(*static: str) -> Callable[[F], F]:
     """One compiled program where the function is called by itself; part of the caller's where it is traced."""
 
     def compiled(function: F) -> F:
@@ -25,7 +25,7 @@ def program(*static: str) -> Callable[[F], F]:
     return compiled
 
 
-@program("dtype")
+@jitted("dtype")
 def round_to(x: Float[Array, ...], dtype: str) -> Float[Array, ...]:
     """Float32 values rounded to the nearest value of `dtype` (ties to even), returned as float32.
 
@@ -55,7 +55,7 @@ def _rounded_jvp(dtype: str, primals: tuple[Array], tangents: tuple[Array]) -> t
     return _rounded(dtype, *primals), tangents[0]
 
 
-@program("dtype")
+@jitted("dtype")
 def narrowed(x: Float[Array, ...], dtype: str) -> Array:
     """`x.astype(dtype)`, the same numbers; on a CPU float32 → bfloat16 by its bit pattern, which vectorises there."""
     if dtype != "bfloat16" or x.dtype != jnp.float32 or jax.default_backend() != "cpu":

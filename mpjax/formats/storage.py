@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mpjax.formats.registry import Format
-from mpjax.formats.rounding import amax_scale, narrowed, program, round_to
+from mpjax.formats.rounding import amax_scale, narrowed, jitted, round_to
 from mpjax.program.product import Axes, Layer
 
 Summed = Axes | None  # axes of the weights that the product sums over; None: unknown, one scale for all
@@ -62,7 +62,7 @@ def local_axes(layer: Layer) -> tuple[Summed, Axes]:
     return summed, tuple(axis - layer.levels for axis in layer.stacked if axis >= layer.levels)
 
 
-@program("fmt", "summed", "stacked")
+@jitted("fmt", "summed", "stacked")
 def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed, stacked: Sequence[int] = ()) -> Stored:
     """Weights as a scaled or weight-only format stores them.
 
@@ -82,7 +82,7 @@ def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed, stacked: S
     return Stored(packed(numbers) if fmt.bits == 4 else numbers.transpose(_order(weights.ndim, fmt, summed)), scale)
 
 
-@program("fmt", "shape", "summed", "stacked")
+@jitted("fmt", "shape", "summed", "stacked")
 def stands_for(
     stored: tuple[Array, Array | None], fmt: Format, shape: Sequence[int], summed: Summed, stacked: Sequence[int] = ()
 ) -> Float[Array, ...]:
@@ -127,7 +127,7 @@ def dequantize_rows(
     return (groups.astype(jnp.float32) * scales).reshape(*rows.shape, width)
 
 
-@program("fmt", "summed", "stacked")
+@jitted("fmt", "summed", "stacked")
 def round_weights(
     weights: Float[Array, ...], fmt: Format, summed: Summed = None, stacked: Sequence[int] = ()
 ) -> Float[Array, ...]:
