@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mpjax.formats.registry import Format
-from mpjax.formats.rounding import amax_scale, narrowed, jitted, round_to
+from mpjax.formats.rounding import amax_scale, jitted, narrowed, round_to
 from mpjax.program.product import Axes, Layer
 
 Summed = Axes | None  # axes of the weights that the product sums over; None: unknown, one scale for all
