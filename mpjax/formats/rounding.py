@@ -18,7 +18,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def program(*static: str) -> Callable[[F], F]:
     """One compiled program where the function is called by itself; part of the caller's where it is traced."""
-    return lambda function: cast(F, jax.jit(function, static_argnames=static, inline=True))
+
+    def compiled(function: F) -> F:
+        return cast(F, jax.jit(function, static_argnames=static, inline=True))
+
+    return compiled
 
 
 @program("dtype")
