@@ -27,7 +27,7 @@ Implementation = str | Mapping[str, str]  # one of `kernels.CHOICES`; or layer -
 _ENOUGH = 0.25  # of the FLOPs; of three models on a CPU, .35 and .35 were faster so, .20 was not (docs/speed.md)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class MixedModel(Model):
     """A model whose layers are stored and computed in assigned formats; made by `apply`.
 

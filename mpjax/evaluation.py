@@ -102,7 +102,10 @@ class Evaluation:
         per_sample = np.asarray(self.error(outputs, self._reference), np.float64)
         self.evaluations += 1
         if per_sample.shape != (self.examples,):
-            raise ValueError(f"Expected error(low, reference) of shape ({self.examples},), found {per_sample.shape}.")
+            raise ValueError(
+                f"Expected error(low, reference) to give one number per example, shape ({self.examples},) over all batches, "
+                f"found {per_sample.shape}."
+            )
         interval = self._interval(per_sample)
         return Measurement(value=float(per_sample.mean()), per_sample=per_sample, **interval)
 

@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused(net) -> None:
     with pytest.raises(ValueError, match="Unknown format"):
         Evaluation(model, batches, ("bf16",), error)
     evaluate = Evaluation(model, batches, ("bfloat16",), lambda low, reference: low - reference)
-    with pytest.raises(ValueError, match=r"shape \(8,\), found \(8, 5\)"):
+    with pytest.raises(ValueError, match=r"shape \(8,\) over all batches, found \(8, 5\)"):
         evaluate({})
     with pytest.raises(ValueError, match="built for"):
         Evaluation(model, batches, ("bfloat16",), error)({"first": "float8_e4m3fn"})

@@ -1,14 +1,15 @@
-"""What makes a low-precision layer fast or slow on this CPU: small programs, each way timed in turns.
+"""What makes a low-precision layer fast or slow on this CPU: small programs, all implementations interleaved.
 
-    python -m experiments.speed_examples [--cores 1]      (about two minutes; writes docs/speed_examples/examples.json)
+    python -m experiments.speed_examples [--cores 1]      (about two minutes)
 
-Products and casts as `docs/speed.md` tells them. Microseconds include the start of a program, about 10.
+Products, convolutions and casts for `docs/speed.md`. Microseconds include the start of a program, about 10.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 if "--cores" in sys.argv:  # before jax counts them
@@ -17,38 +18,50 @@ if "--cores" in sys.argv:  # before jax counts them
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+import tyro  # noqa: E402
 from jax import lax  # noqa: E402
 
-from experiments.lib import common, report  # noqa: E402
-from experiments.lib.pages import Column  # noqa: E402
-from mpjax import formats, kernels, xla
-from mpjax.files import jsonable, write_json
+from experiments.lib.rows import Table, column  # noqa: E402
+from experiments.lib.run import Options, Run  # noqa: E402
+from experiments.lib.times import interleaved  # noqa: E402
+from mpjax import formats, kernels
 from mpjax.kernels import resize, shift
 from mpjax.program import Product
 from mpjax.xla import executable, timing
 
-DOCS = common.ROOT / "docs/speed_examples"
 NHWC = ("NHWC", "HWIO", "NHWC")
 ON, OFF = executable.EXACT | executable.WIDE, executable.EXACT | executable.WIDE | executable.NO_YNN
 NARROW_VECTORS = executable.EXACT | executable.NO_YNN
 ROUNDS = 15
-COLUMNS = (
-    Column(key="example", title="example"),
-    Column(key="implementation", title="implementation"),
-    Column(key="options", title="options"),
-    Column(key="us", title="µs", format=".1f"),
-    Column(key="vs_first", title="/ first", format=".2f"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Config(Options):
+    """How the experiment runs."""
+
+    cores: int | None = None
+    """Number of cores; None: all that this process may use."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """An implementation of an example, and its time over that of the first one."""
+
+    example: str = column("example")
+    implementation: str = column("implementation")
+    options: str = column("options")
+    us: float = column("µs", ".1f")
+    vs_first: float = column("/ first", ".2f")
+
+
+@dataclass(frozen=True)
 class Way:
-    """One way to compute an example."""
+    """One implementation of an example."""
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=lambda: OFF)
 
 
 def numbers(*shape: int, dtype: str = "float32") -> jax.Array:
@@ -66,8 +79,8 @@ def plain(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.dot_general(x, w, (((1,), (0,)), ((), ())))
 
 
-def convolution(way: str, strides: tuple[int, int] = (1, 1), groups: int = 1) -> Callable[..., jax.Array]:
-    """A convolution in a way."""
+def convolution(implementation: str, strides: tuple[int, int] = (1, 1), groups: int = 1) -> Callable[..., jax.Array]:
+    """A convolution by that implementation."""
 
     def function(x: jax.Array, w: jax.Array) -> jax.Array:
         product = Product(
@@ -80,7 +93,7 @@ def convolution(way: str, strides: tuple[int, int] = (1, 1), groups: int = 1) ->
             dimension_numbers=NHWC,
             feature_group_count=groups,
         )
-        return kernels.implemented(product, way).multiply(x, w, accumulate="float32")
+        return kernels.implemented(product, implementation).multiply(x, w, accumulate="float32")
 
     return function
 
@@ -99,13 +112,13 @@ def in_one_block(x: jax.Array, w: jax.Array) -> jax.Array:
 def products(rows: int, inner: int, columns: int) -> list[Way]:
     """float32 and bfloat16, with and without YNN."""
     wide = (numbers(rows, inner), numbers(inner, columns))
-    low = tuple(each.astype(jnp.bfloat16) for each in wide)
-    found = [
-        Way(name="float32", function=dot, arguments=wide, options=OFF),
-        Way(name="float32", function=dot, arguments=wide, options=ON),
-        Way(name="bfloat16, float32 sums", function=dot, arguments=low, options=OFF),
-        Way(name="bfloat16, float32 sums", function=dot, arguments=low, options=ON),
-        Way(name="bfloat16, as Flax's dtype=", function=plain, arguments=low, options=ON),
+    low = tuple(x.astype(jnp.bfloat16) for x in wide)
+    implementations = [
+        Way("float32", dot, wide),
+        Way("float32", dot, wide, ON),
+        Way("bfloat16, float32 sums", dot, low),
+        Way("bfloat16, float32 sums", dot, low, ON),
+        Way("bfloat16, as Flax's dtype=", plain, low, ON),
     ]
     if rows < 4:
 
@@ -113,34 +126,25 @@ def products(rows: int, inner: int, columns: int) -> list[Way]:
             product = Product(kind="dot", function=lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())))
             return kernels.implemented(product, "rows").multiply(x, w, accumulate="float32")
 
-        found.append(Way(name="bfloat16, rows up to four", function=padded, arguments=low, options=ON))
-    return found
+        implementations.append(Way("bfloat16, rows up to four", padded, low, ON))
+    return implementations
 
 
 def convolutions(x: tuple[int, ...], w: tuple[int, ...], ways: str, **options: Any) -> list[Way]:
-    """float32, each way."""
+    """float32, by several implementations."""
     arguments = (numbers(*x), numbers(*w))
-    return [
-        Way(name=way, function=convolution(way, **options), arguments=arguments, options=OFF) for way in ways.split()
-    ]
+    return [Way(way, convolution(way, **options), arguments) for way in ways.split()]
 
 
 def examples() -> dict[str, list[Way]]:
-    """Name -> ways, the one to compare with first."""
+    """Name -> implementations, the one to compare with first."""
     activations = numbers(1, 64, 64, 144)
     wide = (numbers(1, 16, 16, 528), numbers(5, 5, 1, 528))
     blocks = [
-        Way(name="grouped convolution", function=convolution("xla", groups=528), arguments=wide, options=OFF),
-        Way(name="shifts, all channels at once", function=in_one_block, arguments=wide, options=OFF),
-        Way(
-            name="shifts, in blocks of channels", function=convolution("shift", groups=528), arguments=wide, options=OFF
-        ),
-        Way(
-            name="shifts, in blocks of channels",
-            function=convolution("shift", groups=528),
-            arguments=wide,
-            options=NARROW_VECTORS,
-        ),
+        Way("grouped convolution", convolution("xla", groups=528), wide),
+        Way("shifts, all channels at once", in_one_block, wide),
+        Way("shifts, in blocks of channels", convolution("shift", groups=528), wide),
+        Way("shifts, in blocks of channels", convolution("shift", groups=528), wide, NARROW_VECTORS),
     ]
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
     low = activations.astype(jnp.bfloat16)
@@ -156,60 +160,46 @@ def examples() -> dict[str, list[Way]]:
         ),
         "head 3x3, 256 x 256 x 8 to 1": convolutions((1, 256, 256, 8), (3, 3, 8, 1), "xla im2col taps"),
         "cast 64 x 64 x 144 to bfloat16": [
-            Way(name="astype", function=lambda x: x.astype(jnp.bfloat16), arguments=(activations,), options=OFF),
-            Way(
-                name="by the bit pattern",
-                function=lambda x: formats.narrowed(x, "bfloat16"),
-                arguments=(activations,),
-                options=OFF,
-            ),
+            Way("astype", lambda x: x.astype(jnp.bfloat16), (activations,)),
+            Way("by the bit pattern", lambda x: formats.narrowed(x, "bfloat16"), (activations,)),
         ],
         "pad 64 x 64 x 144": [
-            Way(name="float32", function=lambda x: jnp.pad(x, pads), arguments=(activations,), options=OFF),
-            Way(name="bfloat16", function=lambda x: jnp.pad(x, pads), arguments=(low,), options=OFF),
+            Way("float32", lambda x: jnp.pad(x, pads), (activations,)),
+            Way("bfloat16", lambda x: jnp.pad(x, pads), (low,)),
         ],
         "min(max(2x + 1, 0), 6), 64 x 64 x 144": [
-            Way(name=name, function=lambda x: jnp.clip(2 * x + 1, 0, 6), arguments=(each,), options=OFF)
-            for name, each in (("float32", activations), ("bfloat16", low))
+            Way(name, lambda x: jnp.clip(2 * x + 1, 0, 6), (x,))
+            for name, x in (("float32", activations), ("bfloat16", low))
         ],
         "resize 128 x 128 x 8 to 256 x 256": [
-            Way(
-                name=way,
-                function=lambda x, way=way: resize.doubled(x, implementation=way),
-                arguments=(image,),
-                options=OFF,
-            )
+            Way(way, lambda x, way=way: resize.doubled(x, implementation=way), (image,))
             for way in resize.IMPLEMENTATIONS
         ],
     }
 
 
-def main() -> None:
-    """Time, print, and write the table."""
-    rows = []
+def main(config: Config) -> None:
+    """Time all examples."""
+    run, rows = Run("speed_examples", config), []
     for name, ways in examples().items():
-        runs = []
-        for way in ways:
+        calls = {}
+        for number, way in enumerate(ways):
             placed = jax.device_put(way.arguments)
-            program = executable.build(way.function, placed, way.options)
-            runs.append(lambda program=program, placed=placed: jax.block_until_ready(program(*placed)))
-        medians = [1e6 * float(np.median(each)) for each in timing.in_turns(runs, ROUNDS)]
+            calls[str(number)] = functools.partial(executable.build(way.function, placed, way.options), *placed)
+        times = interleaved(calls, rounds=ROUNDS, shortest=timing.SHORTEST)
+        medians = [1e3 * times.quartiles(number).median for number in calls]
         rows += [
-            {
-                "example": name,
-                "implementation": way.name,
-                "options": executable.name(way.options),
-                "us": median,
-                "vs_first": median / medians[0],
-            }
+            Row(
+                example=name,
+                implementation=way.name,
+                options=executable.name(way.options),
+                us=median,
+                vs_first=median / medians[0],
+            )
             for way, median in zip(ways, medians, strict=True)
         ]
-    report.print_table(rows, COLUMNS)
-    where = xla.environment()
-    DOCS.mkdir(parents=True, exist_ok=True)
-    write_json(DOCS / "examples.json", {"environment": jsonable(where), "commit": common.commit(), "rows": rows})
-    print(f"{where['device']}, {where['cores']} cores, jax {where['jax']}, {where['date'][:10]}")
+    run.finish("What makes a layer fast or slow", results=Table("examples", Row, rows))
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Config, description=__doc__))

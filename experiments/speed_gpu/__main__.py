@@ -1,4 +1,4 @@
-"""Low precision on a CUDA GPU: MediaPipe's pose model and two transformer encoders, by mpjax and by Flax's plain way.
+"""Low precision on a CUDA GPU: MediaPipe's pose model and two transformer encoders, by mpjax and by Flax alone.
 
     scripts/bench_gpu                              (an environment of its own; under 8 minutes)
     scripts/bench_gpu --cpu --quick                (a dry run without a GPU, under a minute)
@@ -21,76 +21,49 @@ Writes results/speed_gpu/: summary.json, tables (CSV, LaTeX), figures (PNG, PDF)
 """
 
 import functools
-import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import tyro
 
-from experiments.lib import assets, common, report
-from experiments.lib.pages import Column, Picture, Section
+from experiments.lib import assets
+from experiments.lib.page import Section
+from experiments.lib.progress import progress
+from experiments.lib.rows import Table
+from experiments.lib.run import Options, Run, check_names
+from experiments.lib.times import interleaved
 from experiments.models.encoder import ENCODERS, random_encoder
 from experiments.models.tflite_import import load_tflite
 from experiments.problems import data
+from experiments.speed_gpu import figures
+from experiments.speed_gpu.figures import VARIANTS
+from experiments.speed_gpu.rows import Row
 from mpjax import compiled, emulation, metrics, xla
 from mpjax.apply import apply
-from mpjax.compiled import tuning
+from mpjax.compiled import building
 from mpjax.ledger import Ledger
 from mpjax.program import Batches, Model, from_linen
 from mpjax.xla import executable, timing
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
-Run = Callable[[], Any]
+Call = Callable[[], Any]
 
 POSE = "pose_landmark_full"
 MODELS = (POSE, *ENCODERS)
 LANDMARKS = "Identity"  # of the pose model's outputs; its mask, Identity_2, amplifies rounding most
-VARIANTS = ("fp32", "tf32", "flax_bf16", "bf16", "fp16", "bf16_activations", "fp8")
 FORMATS = {"bf16": "bfloat16", "fp16": "float16", "bf16_activations": "bfloat16", "fp8": "float8_e4m3fn"}
-COLOURS = dict(zip(VARIANTS, (report.PALETTE[-1], *report.PALETTE[:-1]), strict=True))
 FP8_SINCE = (8, 9)  # compute capability
 # What one program may fail with while the others go on.
 REFUSED = (compiled.MiscompiledError, jax.errors.JaxRuntimeError, NotImplementedError, TypeError, ValueError)
 
-ROW_FIELDS: dict[str, Any] = {
-    "model": str,
-    "outputs": str,
-    "batch": int,
-    "device": str,
-    "variant": str,
-    "ms_median": (float, None),
-    "ms_min": (float, None),
-    "vs_fp32": (float, None),
-    "max_rel_error": (float, None),
-    "note": (str, None),
-}
-TABLE = (
-    Column(key="model", title="model"),
-    Column(key="outputs", title="outputs"),
-    Column(key="batch", title="batch"),
-    Column(key="device", title="device"),
-    Column(key="variant", title="variant"),
-    Column(key="ms_median", title="ms", format=".3f"),
-    Column(key="ms_min", title="ms, least", format=".3f"),
-    Column(key="vs_fp32", title="time / fp32", format=".2f"),
-    Column(key="max_rel_error", title="error", format=".1e"),
-    Column(key="note", title="note"),
-)
-SHORT_TABLE = tuple(column for column in TABLE if column.key not in ("outputs", "device"))
-
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Options):
     """What is measured, and for how long."""
 
     quick: bool = False
@@ -109,11 +82,9 @@ class Config:
     """After that many, no further program is compiled: it gets a row without numbers."""
     seed: int = 0
     """Seed of the encoders' weights and inputs."""
-    results: Path = Path("results")
-    """Folder of the results."""
 
     def __post_init__(self) -> None:
-        common.check_models(self.models, MODELS)
+        check_names("--models", self.models, MODELS)
         if not self.batches or min(self.batches) < 1:
             raise SystemExit(f"--batches: expected sizes of at least 1 such as 1 32, found {self.batches or 'none'}.")
         for name in ("tokens", "rounds"):
@@ -142,30 +113,24 @@ class Case:
 
 
 def main(config: Config) -> None:
-    """Measure, write everything, and print where the report is."""
+    """Measure, and write everything."""
     check_device(config)
-    start = time.perf_counter()
-    environment = xla.environment()
-    folder = report.run_folder(config.results, "speed_gpu")
-    rows, ledger = measured(config, environment["device"], deadline=time.monotonic() + 60 * config.minutes)
-    summary = report.jsonable(
-        {
-            "schema": report.SCHEMA,
-            "experiment": "speed_gpu",
-            "command": " ".join(["python -m experiments.speed_gpu", *sys.argv[1:]]),
-            "config": config,
-            "environment": environment,
-            "seconds": time.perf_counter() - start,
-            "ledger": ledger.as_dict(),
-            "rows": rows,
-            "commit": common.commit(),
-            "backend": jax.default_backend(),
-        }
+    run, backend = Run("speed_gpu", config), jax.default_backend()
+    rows, ledger = measured(config, run.environment["device"], deadline=time.monotonic() + 60 * config.minutes)
+    run.ledger += ledger
+    by_model = {name: [row for row in rows if row.model == name] for name in dict.fromkeys(row.model for row in rows)}
+    pictures = [
+        run.save(figures.bars(name, part), f"speed_gpu_{name}", alt=f"Bars of time relative to fp32 by batch: {name}")
+        for name, part in by_model.items()
+        if any(row.vs_fp32 is not None for row in part)
+    ]
+    run.finish(
+        "Low precision on a GPU" + ("" if backend == "gpu" else ": a dry run without one"),
+        results=Table("speed_gpu", Row, rows),
+        findings=findings(rows),
+        sections=[Section("Time relative to fp32", *pictures)],
+        facts={"backend": backend},
     )
-    report.write_summary(folder, summary, row_fields=ROW_FIELDS)
-    write_report(folder, summary)
-    report.print_table(summary["rows"], SHORT_TABLE, title=f"Time and error, {environment['device']}")
-    print(f"{summary['seconds']:.0f} s. Report: {folder / 'report.html'}")
 
 
 def check_device(config: Config) -> None:
@@ -185,23 +150,22 @@ def check_device(config: Config) -> None:
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
-def measured(config: Config, device: str, *, deadline: float) -> tuple[list[dict[str, Any]], Ledger]:
+def measured(config: Config, device: str, *, deadline: float) -> tuple[list[Row], Ledger]:
     """One row for each model, batch and variant; and the work it took."""
-    rounds, rows, ledger = 3 if config.quick else config.rounds, [], Ledger()
-    with report.progress("programs", sum(len(names_for(name)) for name, _ in config.jobs)) as advance:
+    rounds, rows, ledger = 3 if config.quick else config.rounds, list[Row](), Ledger()
+    with progress("programs", sum(len(names_for(name)) for name, _ in config.jobs)) as advance:
         for name, batch in config.jobs:
             runs, notes = prepared(config, name, batch, deadline, advance)
-            found, more = timed(runs, rounds)
+            numbers, more = timed(runs, rounds)
             notes |= more
-            for variant in names_for(name):
-                row = {"model": name, "outputs": "all", "batch": batch, "device": device, "variant": variant}
-                rows.append(row | found.get(variant, NOTHING) | {"note": notes.get(variant)})
-            ledger += Ledger(compilations=len(runs), forward=len(found) * (rounds + 2) * batch)
+            case: dict[str, Any] = {"model": name, "outputs": "all", "batch": batch, "device": device}
+            rows += [
+                Row(**case, variant=variant, note=notes.get(variant), **numbers.get(variant, {}))
+                for variant in names_for(name)
+            ]
+            ledger += Ledger(compilations=len(runs), forward=len(numbers) * (rounds + 2) * batch)
             del runs  # their memory, before the next model is loaded
     return rows, ledger
-
-
-NOTHING: dict[str, Any] = dict.fromkeys(("ms_median", "ms_min", "vs_fp32", "max_rel_error"))
 
 
 def names_for(name: str) -> tuple[str, ...]:
@@ -214,9 +178,9 @@ def names_for(name: str) -> tuple[str, ...]:
 
 def prepared(
     config: Config, name: str, batch: int, deadline: float, advance: Callable[[], None]
-) -> tuple[dict[str, Run], dict[str, str]]:
+) -> tuple[dict[str, Call], dict[str, str]]:
     """Variant -> a run of its compiled program; and why others have none."""
-    runs: dict[str, Run] = {}
+    runs: dict[str, Call] = {}
     notes: dict[str, str] = {}
     case: Case | None = None
     for variant in names_for(name):
@@ -234,30 +198,31 @@ def prepared(
     return runs, notes
 
 
-def timed(runs: Mapping[str, Run], rounds: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def timed(runs: Mapping[str, Call], rounds: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Variant -> its row's numbers; and why others have none."""
     errors, notes = output_errors(runs)
     usable = {variant: run for variant, run in runs.items() if variant not in notes}
     if not usable:
         return {}, notes
     try:
-        waited = [lambda run=run: jax.block_until_ready(run()) for run in usable.values()]
-        seconds = np.array(timing.in_turns(waited, rounds, shortest=timing.WHOLE))
+        times = interleaved(usable, rounds=rounds, shortest=timing.WHOLE)
     except REFUSED as error:
         return {}, notes | dict.fromkeys(usable, reason(error))
-    found: dict[str, dict[str, Any]] = {}
-    ratios = dict(zip(usable, np.median(seconds / seconds[0], axis=1).tolist(), strict=True))
-    for variant, each in zip(usable, 1e3 * seconds, strict=True):
-        ratio = ratios[variant] if "fp32" in usable else None  # fp32 is the first
-        found[variant] = {"ms_median": float(np.median(each)), "ms_min": float(each.min()), "vs_fp32": ratio}
-        own = errors.get(variant)
-        found[variant]["max_rel_error"] = float(np.max(list(own.values()))) if own else None
-        if own and (note := where(own)):
+    numbers: dict[str, dict[str, Any]] = {}
+    for variant in usable:
+        values = errors.get(variant)
+        numbers[variant] = {
+            "ms_median": times.quartiles(variant).median,
+            "ms_min": times.fastest(variant),
+            "vs_fp32": times.ratio(variant, "fp32").median if "fp32" in usable else None,
+            "max_rel_error": float(np.max(list(values.values()))) if values else None,
+        }
+        if values and (note := where(values)):
             notes[variant] = note
-    return found, notes
+    return numbers, notes
 
 
-def output_errors(runs: Mapping[str, Run]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+def output_errors(runs: Mapping[str, Call]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
     """Variant -> output -> error to `fp32`, where that runs; and why others do not run."""
     truth: dict[str, np.ndarray] | None = None
     errors: dict[str, dict[str, float]] = {}
@@ -281,7 +246,7 @@ def named(outputs: Any) -> dict[str, np.ndarray]:
 
 
 def where(errors: Mapping[str, float]) -> str | None:
-    """What the worst error does not say: whether a number is finite, which output it is of, and the landmarks' own."""
+    """What the worst error does not say: whether a number is finite, which output it is of, and that of the landmarks."""
     if not np.isfinite(list(errors.values())).all():
         return "an output is not finite"
     if LANDMARKS not in errors or not max(errors.values()):
@@ -328,11 +293,11 @@ def pose_images() -> np.ndarray:
     return np.concatenate([crops.calibration.images, crops.evaluation.images])
 
 
-def build(case: Case, variant: str) -> Run:
+def build(case: Case, variant: str) -> Call:
     """A run of the variant's program on the first batch.
 
     Raises:
-        MiscompiledError, JaxRuntimeError, NotImplementedError: it does not compile, or not rightly, or not on this device.
+        MiscompiledError, JaxRuntimeError, NotImplementedError: it does not compile, or wrongly, or not on this device.
     """
     if variant == "fp32":
         return jitted(case.model, case.batches, "highest")
@@ -344,20 +309,20 @@ def build(case: Case, variant: str) -> Run:
     return by_mpjax(case, variant)
 
 
-def jitted(model: Model, batches: Batches, precision: str) -> Run:
+def jitted(model: Model, batches: Batches, precision: str) -> Call:
     """A plain jitted run; the precision of its products is fixed while it is traced."""
-    function, arguments = tuning.as_function(model, batches[0])
+    function, arguments = building.as_function(model, batches[0])
 
-    def traced(*each: Any) -> Any:
+    def traced(*values: Any) -> Any:
         with jax.default_matmul_precision(precision):
-            return function(*each)
+            return function(*values)
 
     run = functools.partial(jax.jit(traced), *jax.device_put(arguments))
     jax.block_until_ready(run())
     return run
 
 
-def by_mpjax(case: Case, variant: str) -> Run:
+def by_mpjax(case: Case, variant: str) -> Call:
     """A run of the program that mpjax makes, without its check of the inputs' shapes.
 
     It is verified on the first two examples of each batch: its definition, compiled without optimisation, is slow.
@@ -369,8 +334,8 @@ def by_mpjax(case: Case, variant: str) -> Run:
     assignment = dict.fromkeys(case.model.names, FORMATS[variant])
     activations = "bfloat16" if variant == "bf16_activations" else "float32"
     mixed = apply(case.model, assignment, calibration=calibration, activations=activations)
-    program = compiled.compile(mixed, [tuple(each[:2] for each in batch) for batch in case.batches])
-    function, (weights, *inputs) = tuning.as_function(mixed, case.batches[0])
+    program = compiled.compile(mixed, [tuple(x[:2] for x in batch) for batch in case.batches])
+    function, (weights, *inputs) = building.as_function(mixed, case.batches[0])
     weights = jax.device_put(weights)
     whole = executable.build(function, (weights, *inputs), program.options)
     return functools.partial(whole, weights, *inputs)
@@ -378,80 +343,23 @@ def by_mpjax(case: Case, variant: str) -> Run:
 
 def require_fp8() -> None:
     """Raises NotImplementedError on a chip without float8 products."""
-    found = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
+    capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
     try:
-        known = tuple(int(part) for part in found.split("."))
+        known = tuple(int(part) for part in capability.split("."))
     except ValueError:
         known = ()
     if known < FP8_SINCE:
-        raise NotImplementedError(f"needs compute capability 8.9 or newer; this device has {found}")
+        raise NotImplementedError(f"needs compute capability 8.9 or newer; this device has {capability}")
 
 
-# --- what it leaves behind --------------------------------------------------------------------------------------
-
-
-def write_report(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Tables, one figure for each model that was timed, and the page."""
-    rows, environment = summary["rows"], summary["environment"]
-    table = report.write_table(folder, "speed_gpu", rows, TABLE)
-    pictures = [
-        Picture(path=bars(folder, name, own), alt=f"Bars of time relative to fp32 by batch: {name}", caption=name)
-        for name, own in by_model(rows)
-        if any(row["vs_fp32"] is not None for row in own)
-    ]
-    machine = (
-        f"{environment['device']} ({summary['backend']}), {environment['cores']} cores; Python {environment['python']}, jax "
-        f"{environment['jax']}, flax {environment['flax']}; {environment['date']}; commit {summary['commit']}."
-    )
-    sections = [
-        Section(heading="Time relative to fp32", paragraphs=findings(rows), pictures=pictures),
-        Section(heading="All numbers", html=[table]),
-        Section(heading="What the variants are", html=[report.code(str(__doc__).strip())]),
-        Section(heading="Where and how", paragraphs=[machine], html=[report.code(summary["command"])]),
-    ]
-    title = "Low precision on a GPU" if summary["backend"] == "gpu" else "Low precision on a GPU: a dry run without one"
-    (folder / "report.html").write_text(report.html_page(title, sections, lead=machine), encoding="utf-8")
-
-
-def by_model(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
-    """(model, its rows)."""
-    for name in dict.fromkeys(row["model"] for row in rows):
-        yield name, [row for row in rows if row["model"] == name]
-
-
-def findings(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A sentence for each model and batch: what was fastest."""
-    said = []
-    for name, own in by_model(rows):
-        for batch in dict.fromkeys(row["batch"] for row in own):
-            there = [row for row in own if row["batch"] == batch and row["vs_fp32"] is not None]
-            if not there:
-                said.append(f"{name}, batch {batch}: nothing was timed against fp32; the notes say why.")
-                continue
-            best = min(there, key=lambda row: row["vs_fp32"])
-            said.append(f"{name}, batch {batch}: {best['variant']} is fastest, {best['vs_fp32']:.2f} of fp32's time.")
-    return said
-
-
-def bars(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Time relative to fp32, one group of bars for each batch."""
-    batches = list(dict.fromkeys(row["batch"] for row in rows))
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    ratios = {(row["batch"], row["variant"]): row["vs_fp32"] for row in rows}
-    width = 0.85 / len(variants)
-    with report.style():
-        figure, axis = plt.subplots()
-        for number, variant in enumerate(variants):
-            heights = [ratios[batch, variant] for batch in batches]
-            shown = [np.nan if height is None else height for height in heights]
-            places = np.arange(len(batches)) + (number - (len(variants) - 1) / 2) * width
-            axis.bar(places, shown, width, color=COLOURS[variant], label=variant)
-        axis.axhline(1.0, color="#777777", linewidth=0.8)
-        axis.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-        axis.set_ylabel("time / fp32")
-        axis.set_title(name)
-        figure.legend(loc="outside lower center", ncols=4)
-        return report.save_figure(folder, f"speed_gpu_{name}", figure)
+def findings(rows: Sequence[Row]) -> list[str]:
+    """What was fastest, for each model and batch."""
+    sentences = []
+    for name, batch in dict.fromkeys((row.model, row.batch) for row in rows):
+        ratios = {r.vs_fp32: r.variant for r in rows if (r.model, r.batch) == (name, batch) and r.vs_fp32 is not None}
+        best = f"{ratios[min(ratios)]} is fastest, {min(ratios):.2f} of fp32's time" if ratios else "not timed"
+        sentences.append(f"{name}, batch {batch}: {best}.")
+    return sentences
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from mpjax.program import Array, Model, calls, spec
 from mpjax.xla.executable import Executable
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Program:
     """An executable with its weights; `program(*inputs) -> outputs`.
 
@@ -29,6 +29,11 @@ class Program:
     input_specs: tuple[Any, ...]
     assignment: Mapping[str, str]
     implementation: Mapping[str, str]
+
+    def __repr__(self) -> str:
+        lowered = sum(fmt != "float32" for fmt in self.assignment.values())
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in jax.tree.leaves(self.input_specs))
+        return f"{type(self).__name__}(inputs {shapes}; {lowered} of {len(self.assignment)} layers lowered)"
 
     def __call__(self, *inputs: Array) -> Any:
         """Run the program on inputs of the shapes and dtypes that it was compiled for."""
@@ -51,7 +56,11 @@ def _check_inputs(inputs: Sequence[Any], specs: Sequence[jax.ShapeDtypeStruct]) 
         return  # a microsecond; what follows takes ten
     given, expected = specs_of(inputs), tuple(specs)
     if given != expected:
-        raise ValueError(f"Expected inputs {expected}, found {given}: compile again for other shapes or dtypes.")
+        star = " Pass a batch as program(*batch)." if len(inputs) == 1 and isinstance(inputs[0], tuple | list) else ""
+        raise ValueError(
+            f"Expected inputs {expected}, found {given}: a program is compiled for fixed shapes and dtypes; compile the model "
+            f"again for others.{star}"
+        )
 
 
 def specs_of(inputs: Sequence[Any]) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _FORMAT = 5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Loaded(Program):
     """A program read from a file; `loaded(*inputs) -> outputs`. `header`: what `Compiled.export` wrote beside it, plain JSON."""
 

@@ -30,7 +30,7 @@ from mpjax.xla import executable, hlo, timing
 _CLEARLY = 0.99  # of the reference's time: what takes more is not faster
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Compiled(Program):
     """A compiled mixed-precision function; `compiled(*inputs) -> outputs`.
 

@@ -38,7 +38,7 @@ _PLAIN = frozenset(
 _ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, bool, int, float, complex)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Model:
     """A model as a pure function.
 
@@ -90,6 +90,10 @@ class Model:
     def with_call(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Self:
         """The model with `wrap(call)` in place of its `call`."""
         return replace(self, call=wrap(self.call))
+
+    def __repr__(self) -> str:
+        weights = sum(layer.weights for layer in self.layers)
+        return f"{type(self).__name__}({len(self.layers)} layers, {weights:,} weights; see .summary())"
 
     def summary(self) -> str:
         """The share of the weights that formats can lower, a table of the layers, and what stays as it is, with its share."""

@@ -124,18 +124,18 @@ def test_crop_of_an_upright_region_is_a_slice():
 
 
 def test_crops_of_eyes_and_faces():
-    found = eyes.eyes(6)
-    assert found.images.shape == (6, 64, 64, 3) and found.images.dtype == found.unit.dtype == np.float32
-    assert 0 <= found.images.min() and found.images.max() <= 1
-    np.testing.assert_allclose(found.unit[:2], 64 / 2.3, rtol=1e-6)
-    assert [region.mirrored for region in found.regions] == [False, True] * 3
-    assert len({region.centre for region in found.regions}) == 6
+    result = eyes.eyes(6)
+    assert result.images.shape == (6, 64, 64, 3) and result.images.dtype == result.unit.dtype == np.float32
+    assert 0 <= result.images.min() and result.images.max() <= 1
+    np.testing.assert_allclose(result.unit[:2], 64 / 2.3, rtol=1e-6)
+    assert [region.mirrored for region in result.regions] == [False, True] * 3
+    assert len({region.centre for region in result.regions}) == 6
     for number, corners in enumerate((eyes.LEFT_EYE, eyes.RIGHT_EYE)):  # the outer corner left, both at half height
-        inverse = np.linalg.inv(np.vstack([found.regions[number].affine(64), [0, 0, 1]]))
+        inverse = np.linalg.inv(np.vstack([result.regions[number].affine(64), [0, 0, 1]]))
         points = (np.column_stack([corners, [1, 1]]) @ inverse.T)[:, :2]
         half = 32 / 2.3
         np.testing.assert_allclose(points, [[32 - half, 32], [32 + half, 32]], atol=1e-9)
-    np.testing.assert_array_equal(eyes.eyes(3).images, found.images[:3])  # more crops leave the first as they are
+    np.testing.assert_array_equal(eyes.eyes(3).images, result.images[:3])  # more crops leave the first as they are
     assert eyes.faces(2).images.shape == (2, 192, 192, 3)
 
 
@@ -164,8 +164,8 @@ def test_convolution_as_products(strides, groups, window):
     expected = lax.conv_general_dilated(
         lhs, rhs, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
     )
-    found = digits.as_products(lhs, rhs, strides, "SAME", feature_group_count=groups)
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+    result = digits.as_products(lhs, rhs, strides, "SAME", feature_group_count=groups)
+    np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_convolution_as_products_refuses_dilation():
@@ -185,12 +185,12 @@ def test_optimum_of_least_squares_in_closed_form(seed):
     expected = np.linalg.solve(matrix, inputs.T @ targets / 36)
     steps = []
     data = (jnp.asarray(inputs), jnp.asarray(targets))
-    found = optimum.newton(
+    result = optimum.newton(
         loss, jnp.asarray(rng.normal(size=20)), data, rounds=2, tolerance=1e-12, advance=lambda n=1: steps.append(n)
     )
-    np.testing.assert_allclose(found.vector, expected, atol=1e-12)
-    np.testing.assert_allclose(found.eigenvalues, 2 * np.linalg.eigvalsh(matrix), rtol=1e-12)
-    assert found.rounds == 1 and sum(steps) == optimum.progress_steps(0, 20)[2] == 2
+    np.testing.assert_allclose(result.vector, expected, atol=1e-12)
+    np.testing.assert_allclose(result.eigenvalues, 2 * np.linalg.eigvalsh(matrix), rtol=1e-12)
+    assert result.rounds == 1 and sum(steps) == optimum.progress_steps(0, 20)[2] == 2
     steps.clear()
     start = jnp.asarray(rng.normal(size=20))
     vector, taken = optimum.lbfgs(
@@ -207,10 +207,10 @@ def test_newton_leaves_a_saddle():
         return 0.5 * w[1] ** 2 + 0.25 * w[0] ** 4 - 0.5 * w[0] ** 2
 
     data = (jnp.zeros(1),)
-    found = optimum.newton(loss, jnp.asarray([0.1, 0.5]), data, rounds=20, tolerance=1e-12, advance=lambda n=1: None)
-    np.testing.assert_allclose(np.abs(found.vector), [1, 0], atol=1e-12)
-    assert found.eigenvalues[0] == pytest.approx(1)
-    assert abs(found.eigenvalues[1] - 2) < 7 * found.distance < 0.1  # 3x² − 1 where the last Hessian was taken
+    result = optimum.newton(loss, jnp.asarray([0.1, 0.5]), data, rounds=20, tolerance=1e-12, advance=lambda n=1: None)
+    np.testing.assert_allclose(np.abs(result.vector), [1, 0], atol=1e-12)
+    assert result.eigenvalues[0] == pytest.approx(1)
+    assert abs(result.eigenvalues[1] - 2) < 7 * result.distance < 0.1  # 3x² − 1 where the last Hessian was taken
 
 
 def test_weights_come_from_the_cache_and_damage_is_set_aside(tmp_path, monkeypatch):

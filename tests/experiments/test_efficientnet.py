@@ -82,12 +82,12 @@ def test_one_block_is_one_function_in_both_forms(kept) -> None:
     """A strided block and one with its input added; the whole network on real weights is the slow test."""
     whole = {name: fold(kept)[name] for name in ("params",)}
     for name in ("block_01", "block_02"):
-        shape = next(each for each in efficientnet._blocks() if each.name == name)
+        shape = next(item for item in efficientnet._blocks() if item.name == name)
         x = jax.random.normal(jax.random.key(1), (2, 12, 12, shape.inputs), jnp.float32)
         out = {}
         for form, variables in (("kept", kept), ("folded", whole)):
-            own = {collection: tree[name] for collection, tree in variables.items()}
-            out[form] = jax.jit(efficientnet._Block(shape=shape, batch_norm=form).apply)(own, x)
+            own_layer = {collection: tree[name] for collection, tree in variables.items()}
+            out[form] = jax.jit(efficientnet._Block(shape=shape, batch_norm=form).apply)(own_layer, x)
         assert out["kept"].shape == (2, 12 // shape.stride, 12 // shape.stride, shape.outputs)
         assert metrics.relative_error(out["folded"], out["kept"]) < 2e-6
 
@@ -107,9 +107,9 @@ def test_stride_two_pads_after_the_picture_as_tensorflow_does() -> None:
 
 
 def test_pixels_are_normalised_in_float32() -> None:
-    found = normalised(np.array([[0, 127, 255]], np.uint8))
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, [[-127 / 128, 0, 1]])
+    result = normalised(np.array([[0, 127, 255]], np.uint8))
+    assert result.dtype == np.float32
+    np.testing.assert_array_equal(result, [[-127 / 128, 0, 1]])
 
 
 # --- the checkpoint's names -------------------------------------------------------------------------------------------
@@ -123,25 +123,25 @@ def as_torch(kept) -> dict[str, np.ndarray]:
         "depthwise": ("_depthwise_conv", "_bn1"),
         "project": ("_project_conv", "_bn2"),
     }
-    found = {}
+    result = {}
 
     def put(prefix, params, stats, known):
         for name, (conv, norm) in known.items():
             if name not in params:
                 continue
-            found[f"{prefix}{conv}.weight"] = np.transpose(params[name]["kernel"], (3, 2, 0, 1))
-            own, seen = params[f"{name}_norm"], stats[f"{name}_norm"]
-            found[f"{prefix}{norm}.weight"], found[f"{prefix}{norm}.bias"] = own["scale"], own["bias"]
-            found[f"{prefix}{norm}.running_mean"], found[f"{prefix}{norm}.running_var"] = seen["mean"], seen["var"]
-            found[f"{prefix}{norm}.num_batches_tracked"] = np.array(0)
+            result[f"{prefix}{conv}.weight"] = np.transpose(params[name]["kernel"], (3, 2, 0, 1))
+            own_layer, seen = params[f"{name}_norm"], stats[f"{name}_norm"]
+            result[f"{prefix}{norm}.weight"], result[f"{prefix}{norm}.bias"] = own_layer["scale"], own_layer["bias"]
+            result[f"{prefix}{norm}.running_mean"], result[f"{prefix}{norm}.running_var"] = seen["mean"], seen["var"]
+            result[f"{prefix}{norm}.num_batches_tracked"] = np.array(0)
 
     params, stats = kept["params"], kept["batch_stats"]
     put("", params, stats, names)
     for number in range(16):
         group = f"block_{number:02}"
         put(f"_blocks.{number}.", params[group], stats[group], inside)
-    found["_fc.weight"], found["_fc.bias"] = params["classifier"]["kernel"].T, params["classifier"]["bias"]
-    return {name: np.asarray(value) for name, value in found.items()}
+    result["_fc.weight"], result["_fc.bias"] = params["classifier"]["kernel"].T, params["classifier"]["bias"]
+    return {name: np.asarray(value) for name, value in result.items()}
 
 
 def test_every_tensor_of_a_checkpoint_finds_its_place(kept, monkeypatch) -> None:

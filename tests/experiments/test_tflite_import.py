@@ -499,8 +499,8 @@ def test_any_computed_value_can_be_an_output(tmp_path):
     with pytest.raises(TFLiteError, match=r"does not need them: outputs=\('middle',\)"):
         load_tflite(path)
     part = load_tflite(path, outputs=("middle",))
-    found = part.module.apply(part.variables, jnp.array([[-1, 1, -2, 2, 0, 3]], jnp.float32))
-    np.testing.assert_array_equal(found["middle"], [[0, 1, 0, 2, 0, 3]])
+    outcome = part.module.apply(part.variables, jnp.array([[-1, 1, -2, 2, 0, 3]], jnp.float32))
+    np.testing.assert_array_equal(outcome["middle"], [[0, 1, 0, 2, 0, 3]])
 
 
 def test_an_output_that_is_a_constant_is_refused(tmp_path):

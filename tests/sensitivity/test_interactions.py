@@ -54,10 +54,14 @@ def deep():
 def changes(model, batches, assignments):
     """For each assignment (N, K), the change of the outputs, in float64."""
     ranges = emulation.calibrate(model, batches)
-    run = jax.jit(emulation.emulated(model, LOW, calibration=ranges))
+
+    @jax.jit
+    def run(params, numbers, *inputs):
+        override = emulation.in_formats(numbers, model.names, formats.parse_all(LOW), calibration=ranges)
+        return model.call(params, *inputs, override=override)
 
     def outputs(assignment):
-        index = emulation.choice(assignment, model.names, formats.parse_all(LOW))
+        index = emulation.format_numbers(assignment, model.names, formats.parse_all(LOW))
         return np.concatenate([np.float64(run(model.params, index, *batch)) for batch in batches])
 
     return [outputs(assignment) - outputs({}) for assignment in assignments]

@@ -1,0 +1,123 @@
+"""What the experiment computes: the mixed assignment of a model, and timing jobs in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.lib.run import ROOT, Computed, Run
+from experiments.problems import searches_tasks
+from experiments.problems.benchmarks import first
+from experiments.speed.worker import Job
+from mpjax import plan, search, sensitivity
+from mpjax.files import write_json
+from mpjax.ledger import Ledger
+from mpjax.search import Problem
+
+TOLERANCE, LOW = 0.1, "bfloat16"
+
+
+class JobFailed(RuntimeError):
+    """A worker process ended with an error."""
+
+
+def timed(job: Job, run: Run) -> dict[str, Any]:
+    """The result of a job in a process of its own.
+
+    Raises:
+        JobFailed: with the end of what the process wrote to stderr.
+    """
+
+    def compute() -> Computed:
+        with tempfile.TemporaryDirectory() as temporary:
+            question, answer = Path(temporary, "job.json"), Path(temporary, "result.json")
+            question.write_text(json.dumps(asdict(job)), encoding="utf-8")
+            command = [sys.executable, "-m", "experiments.speed.worker", str(question), str(answer)]
+            with pinned(job.cores):  # a process starts on the cores of the thread that starts it
+                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise JobFailed(f"{job.model}, {job.cores} cores: {' '.join(command)} failed:\n{done.stderr[-3000:]}")
+            return {}, {"result": json.loads(answer.read_text(encoding="utf-8"))}, Ledger()
+
+    what = "costs" if job.costs else f"{job.outputs} batch {job.batch}"
+    return run.piece(f"{job.model} {what}, {job.cores} cores", compute, job=asdict(job)).meta["result"]
+
+
+@contextmanager
+def pinned(cores: int) -> Iterator[None]:
+    """This thread on the first `cores` of its cores; where the system cannot pin, on all that it has."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(before)[:cores]))
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def searched(name: str, run: Run, *, quick: bool) -> dict[str, Any]:
+    """The search's row, the mixed assignment within the tolerance by the layers' seconds, and the profitable one."""
+    cache = str((run.folder / "costs").resolve())
+    costs = timed(Job(model=name, cache=cache, rounds=9, quick=quick, costs=True), run)
+    seconds = np.array(costs["seconds"], np.float64)
+
+    def compute() -> Computed:
+        task = searches_tasks.load(name, quick=quick)
+        benchmark = task.benchmark
+        batches = first(benchmark.batches, min(task.scored, benchmark.examples), None)
+        scores = sensitivity.local_rounding(num_probes=4)(benchmark.model, batches, (LOW,), jax.random.key(0))
+        problem = Problem(
+            layers=benchmark.model.names,
+            formats=(LOW,),
+            penalty=scores.value,
+            objective="cost_min",
+            cost=seconds[:, 1:],
+            float32_cost=seconds[:, 0],
+        )
+        evaluation = task.evaluation((LOW,))
+        all_low = evaluation(search.Assignment.uniform(benchmark.model.names, LOW)).value
+        limit = TOLERANCE * all_low
+        result = search.solve(problem, search.ilp(), evaluate=evaluation, tolerance=limit, max_evaluations=60)
+        profitable = [layer for layer, (wide, low) in zip(costs["layers"], seconds, strict=True) if low < wide]
+        chosen = plan.Plan(
+            assignment=result.assignment,
+            estimator=scores.estimator,
+            strategy="ilp",
+            metric={"value": result.measurement.value, "low": None, "high": None, "tolerance": limit},
+            seeds={"scores": 0},
+            versions={"jax": jax.__version__},
+            data=plan.digest(*(np.asarray(batch[0]) for batch in benchmark.batches)),
+        )
+        path = run.folder / f"{name}.plan.json"
+        plan.save(chosen, path)
+        row = {
+            "model": name,
+            "layers": len(problem.layers),
+            "layers_low": len(result.assignment.lowered),
+            "layers_profitable": len(profitable),
+            "tolerance": TOLERANCE,
+            "tolerance_value": limit,
+            "error_calibration": result.measurement.value,
+            "error_all_low": all_low,
+            "predicted_gain": float(1 - result.cost / seconds[:, 0].sum()) if result.cost is not None else None,
+            "evaluations": result.ledger.evaluations,
+        }
+        lowered = {"mixed": result.assignment.lowered, "bf16_profitable": profitable}
+        assignments = {variant: dict.fromkeys(layers, LOW) for variant, layers in lowered.items()}
+        text = json.loads(path.read_text(encoding="utf-8"))
+        return {}, {"row": row, "assignments": assignments, "plan": text}, result.ledger + scores.ledger
+
+    meta = run.piece(f"{name} search", compute).meta
+    write_json(run.folder / f"{name}.plan.json", meta["plan"])  # also where the piece is reused
+    return dict(meta)
