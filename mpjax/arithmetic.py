@@ -10,7 +10,7 @@ it stays as it is. Its scaled formats need a range for either operand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -95,7 +95,7 @@ def executed(
     lhs: Array,
     rhs: Any,
     *,
-    shape: Sequence[int] = (),
+    shape: tuple[int, ...] = (),
     ranges: Ranges = (None, None),
     implementation: str = "xla",
     as_stored: bool = True,
@@ -167,7 +167,7 @@ def _rounded(fmt: Format, x: Array, amax: float | None) -> Array:
     return round_to(x / scale, fmt.operand) * scale
 
 
-def _multiplied_out(fmt: Format, product: Product, weights: Stored, shape: Sequence[int]) -> Array:
+def _multiplied_out(fmt: Format, product: Product, weights: Stored, shape: tuple[int, ...]) -> Array:
     with jax.named_scope(MULTIPLIED_OUT):
         return stands_for(weights, fmt, shape, product.summed, product.stacked)
 
@@ -214,7 +214,7 @@ def _rounded_rows(fmt: Format, product: Product, ids: Array, table: Array) -> Ar
     return product(ids, round_weights(table, fmt, product.summed, product.stacked))
 
 
-def _stored_rows(fmt: Format, product: Product, ids: Array, table: Any, shape: Sequence[int]) -> Array:
+def _stored_rows(fmt: Format, product: Product, ids: Array, table: Any, shape: tuple[int, ...]) -> Array:
     """Rows of a stored table; only these are multiplied out, where it can be."""
     if not isinstance(table, Stored):
         return product.multiply(ids, table, accumulate="float32")

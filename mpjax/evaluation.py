@@ -22,7 +22,7 @@ from mpjax.emulation import format_numbers, in_formats
 from mpjax.formats import Format, parse_all
 from mpjax.ledger import Ledger
 from mpjax.losses import flat
-from mpjax.program import Array, Batches, Model, Params, check_batches
+from mpjax.program import Array, Batches, Model, Params, check_batches, examples_in
 from mpjax.search.problem import Measurement
 
 Error = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -111,7 +111,7 @@ class Evaluation:
 
     def _set(self, batches: Batches, blocks: Sequence[Any] | np.ndarray | None) -> None:
         self.batches, self.blocks = check_batches(batches), blocks
-        self.examples = sum(len(batch[0]) for batch in self.batches)
+        self.examples = examples_in(self.batches)
         self.evaluations = 0
         self._reference = None
         self._interval(np.zeros(self.examples))  # refuses blocks that do not fit

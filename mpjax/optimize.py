@@ -20,14 +20,15 @@ from mpjax import cost, emulation, search, sensitivity
 from mpjax.apply import apply
 from mpjax.compiled import Compiled, MiscompiledError, compile, fastest
 from mpjax.evaluation import Error, Evaluation
-from mpjax.formats import Format, parse, parse_all
+from mpjax.formats import FLOAT32, Format, parse, parse_all
 from mpjax.losses import flat
 from mpjax.plan import Plan
-from mpjax.program import Batches, Model, check_batches
+from mpjax.program import Batches, Model, check_batches, examples_in
+from mpjax.program.summary import aligned
 from mpjax.search import Measurement, Problem
+from mpjax.search.solve import compared
 from mpjax.xla import environment
 
-BASELINE = "float32"
 _CONFIDENCE = 0.95  # of the interval that is shown where none is asked for
 _TRIES = 3  # searches for an assignment whose compiled program is within the tolerance, too
 
@@ -58,7 +59,7 @@ class Candidate:
     @property
     def lowered(self) -> int:
         """Number of layers below float32."""
-        return sum(fmt != BASELINE for fmt in self.program.assignment.values())
+        return self.program.lowered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +134,7 @@ class Optimized:
                     _executed(candidate.program),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines = [line.rstrip() for line in aligned(rows)]
         limit = f"Tolerance {self.tolerance:g}" + (f" at {self.confidence:.0%} confidence" if self.confidence else "")
         held_out = f"; held out {_interval(self.held_out)}" if self.held_out is not None else ""
         legend = "✗: beyond the tolerance. " if any(not c.within for c in self.candidates) else ""
@@ -181,7 +181,8 @@ def optimize(
         progress: called with a line at each step; None is silent.
 
     Raises:
-        ValueError: fewer than two batches, a tolerance that is not positive, unknown formats, a mixed model.
+        TypeError: no model, or a mixed one.
+        ValueError: fewer than two batches, held-out batches of other shapes, a tolerance that is not positive, unknown formats.
         MiscompiledError: not even the float32 program agrees with its definition.
     """
     if type(model) is not Model:
@@ -211,9 +212,8 @@ def optimize(
     calibration = emulation.calibrate(model, batches) if any(fmt.needs_range for fmt in low) else None
     scores = sensitivity.local_rounding(calibration=calibration)(model, batches, names, jax.random.key(seed))
     level = confidence or _CONFIDENCE
-    count = sum(batch[0].shape[0] for batch in batches)
     evaluation = Evaluation(
-        model, batches, names, error, calibration=calibration, confidence=level, blocks=_blocks(blocks, count)
+        model, batches, names, error, calibration=calibration, confidence=level, blocks=_blocks(blocks, batches)
     )
 
     notes: list[str] = []
@@ -221,14 +221,14 @@ def optimize(
 
     def add(name: str, program: Compiled, result: search.Result | None) -> Candidate:
         measurement = evaluation.measure(_outputs(program, batches))
-        within = _bound(measurement, confidence) <= tolerance
+        within = compared(measurement, confidence) <= tolerance
         candidate = Candidate(name=name, program=program, search=result, error=measurement, within=within)
         candidates.append(candidate)
         return candidate
 
     report("optimize 2/4: compiling float32")
-    add(BASELINE, compile(model, batches), None)
-    add(f"{BASELINE}, rule", compile(model, batches, implementation="rule"), None)
+    add(FLOAT32.name, compile(model, batches), None)
+    add(f"{FLOAT32.name}, rule", compile(model, batches, implementation="rule"), None)
     groups = [names] if by_bytes else [(name,) for name in names]
     known: dict[Any, Measurement] = {}
     for number, group in enumerate(groups, start=1):
@@ -262,7 +262,7 @@ def optimize(
                 break
             candidates.pop()
             notes.append(f"{label}: {candidate.lowered} layers were within the tolerance emulated, but not compiled.")
-            limit *= 0.9 * tolerance / _bound(candidate.error, confidence)
+            limit *= 0.9 * tolerance / compared(candidate.error, confidence)
 
     report(f"optimize 4/4: timing {len(candidates)} programs")
     times = fastest({c.name: c.program for c in candidates}, *batches[0], rounds=rounds)
@@ -278,8 +278,7 @@ def optimize(
     chosen = _choose(timed, objective)
     held = None
     if held_out is not None:
-        examples = sum(batch[0].shape[0] for batch in held_out)
-        held = evaluation.over(held_out, _blocks(None, examples)).measure(_outputs(chosen.program, held_out))
+        held = evaluation.over(held_out, _blocks(None, held_out)).measure(_outputs(chosen.program, held_out))
     return Optimized(
         chosen=chosen,
         candidates=timed,
@@ -304,15 +303,11 @@ def _choose(candidates: Sequence[Candidate], objective: str) -> Candidate:
     return best if clearly else float32
 
 
-def _bound(error: Measurement, confidence: float | None) -> float:
-    """The number that the tolerance is compared with."""
-    return error.value if confidence is None or error.high is None else error.high
-
-
-def _blocks(blocks: Sequence[Any] | np.ndarray | None, examples: int) -> np.ndarray | None:
+def _blocks(blocks: Sequence[Any] | np.ndarray | None, batches: Batches) -> np.ndarray | None:
     """Blocks of dependent examples; each its own where none are given, and None where there is a single example."""
     if blocks is not None:
         return np.asarray(blocks)
+    examples = examples_in(batches)
     return np.arange(examples) if examples > 1 else None
 
 

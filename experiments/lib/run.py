@@ -10,7 +10,6 @@
 `python -m experiments.publish` puts into docs/.
 """
 
-import hashlib
 import io
 import resource
 import shlex
@@ -24,13 +23,12 @@ from typing import Any
 
 import jax
 
-import mpjax
 from experiments.lib.contract import SCHEMA, validate
 from experiments.lib.page import Code, Picture, Section, render
 from experiments.lib.plots import Figure, plt
 from experiments.lib.rows import Table, schema
 from mpjax import sensitivity, xla
-from mpjax.files import Checkpoint, Piece, jsonable, write_bytes, write_json
+from mpjax.files import Checkpoint, Piece, jsonable, source_digest, write_bytes, write_json
 from mpjax.ledger import Ledger
 from mpjax.program import Batches, Model
 
@@ -69,7 +67,7 @@ class Run:
         self.ledger = Ledger()
         self._start, self._piece_seconds, self._reused = time.perf_counter(), 0.0, list[str]()
         versions = {key: value for key, value in self.environment.items() if key != "date"}
-        self._key: dict[str, Any] = {"sources": source_digest(), **versions}
+        self._key: dict[str, Any] = {"sources": source_digest(ROOT / "experiments"), **versions}
 
     def depends_on(self, **key: Any) -> None:
         """Adds to what every piece from now on depends on."""
@@ -200,14 +198,6 @@ def _where(summary: Mapping[str, Any]) -> str:
         f"{here['date'][:10]}, commit {summary['commit']}; {max(summary['seconds'], summary['pieces_seconds']):.0f} s{reused}, "
         f"{summary['peak_rss_mb'] / 1e3:.1f} GB at most."
     )
-
-
-def source_digest() -> str:
-    """A hash of the library's and the experiments' sources: other code does not reuse a finished piece."""
-    digest = hashlib.sha256()
-    for file in sorted([*Path(mpjax.__file__).parent.rglob("*.py"), *(ROOT / "experiments").rglob("*.py")]):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
 
 
 def commit() -> str:

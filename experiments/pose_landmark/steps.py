@@ -224,7 +224,7 @@ def executed_rows(
         on_calibration = nme(_landmarks(program, calibration), calibration, seed=0).value
         quartiles, ratio = times.quartiles(name), times.ratio(name, "fp32").median
         facts: dict[str, Any] = {"nme_calibration": on_calibration, "latency_ms": quartiles.median, "vs_fp32": ratio}
-        low, fmt = sum(f != "float32" for f in program.assignment.values()), "float32" if name == "fp32" else EXECUTED
+        low, fmt = program.lowered, "float32" if name == "fp32" else EXECUTED
         xy = _landmarks(program, evaluation)
         rows.append(row(name, xy, evaluation, outcome, fmt=fmt, executed="xla", low=low, **facts, **more))
         check = program.verification

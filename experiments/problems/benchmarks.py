@@ -32,8 +32,7 @@ from experiments.problems.digits import SIZE, TRAIN, DigitsCNN, Settings, split,
 from experiments.problems.pose import in_torso_units, splits
 from mpjax import plan
 from mpjax.files import Checkpoint
-from mpjax.program import Batches, Model, from_linen, with_output
-from mpjax.sensitivity.task import examples_in
+from mpjax.program import Batches, Model, examples_in, from_linen, with_output
 
 Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 

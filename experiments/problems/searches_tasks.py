@@ -25,9 +25,8 @@ from mpjax import emulation, sensitivity
 from mpjax.cost import Costs
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
-from mpjax.program import Batches
+from mpjax.program import Batches, examples_in
 from mpjax.search.problem import Problem
-from mpjax.sensitivity.task import examples_in
 
 FORMATS = ("bfloat16", "float8_e4m3fn", "float16_acc16")  # scored together
 SETS = (("bfloat16",), ("bfloat16", "float8_e4m3fn"), ("float16_acc16",))  # searched

@@ -9,7 +9,7 @@ size and number of cores is timed in a process of its own, all variants interlea
 | variant | what it is |
 | --- | --- |
 | `fp32_naive` | jitted float32 with XLA's own convolutions; of a transformer, plain jitted float32 |
-| `fp32_tuned` | mpjax, float32, implementations and options by `autotune` (batch 1, all outputs) or by the rule |
+| `fp32_tuned` | mpjax, float32, implementations and options by `compiled.tune` (batch 1, all outputs) or by the rule |
 | `flax_bf16` | the Flax module with dtype=bfloat16 everywhere, jitted, with XLA's own convolutions |
 | `mixed` | mpjax: bfloat16 where it pays by measured seconds, within 10 % of the all-bfloat16 error, by a search |
 | `bf16_profitable` | mpjax: bfloat16 wherever it was faster alone, whatever the error; of a transformer, in all products |

@@ -1,6 +1,6 @@
 """A model whose weights are stored small: what it costs in bytes, what it computes, and how to mix formats at a number of bytes.
 
-Weights in a weight-only format are nothing but other float32 weights to a float32 program (`quantized`), so one compiled program
+Weights in a weight-only format are nothing but other float32 weights to a float32 program (`formats.storage`), so one compiled program
 serves all assignments: its arguments are the rounded weights.
 """
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from mpjax.apply import as_mixed, picked, runs_narrow
+from mpjax.formats import FLOAT32
 from mpjax.program import Array, Model, calls, spec
 from mpjax.xla.executable import Executable
 
@@ -30,10 +31,14 @@ class Program:
     assignment: Mapping[str, str]
     implementation: Mapping[str, str]
 
+    @property
+    def lowered(self) -> int:
+        """Number of layers below float32."""
+        return sum(fmt != FLOAT32.name for fmt in self.assignment.values())
+
     def __repr__(self) -> str:
-        lowered = sum(fmt != "float32" for fmt in self.assignment.values())
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in jax.tree.leaves(self.input_specs))
-        return f"{type(self).__name__}(inputs {shapes}; {lowered} of {len(self.assignment)} layers lowered)"
+        return f"{type(self).__name__}(inputs {shapes}; {self.lowered} of {len(self.assignment)} layers lowered)"
 
     def __call__(self, *inputs: Array) -> Any:
         """Run the program on inputs of the shapes and dtypes that it was compiled for."""

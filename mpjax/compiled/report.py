@@ -12,6 +12,7 @@ from mpjax import arithmetic
 from mpjax.formats import parse
 from mpjax.formats.storage import weight_bytes
 from mpjax.program import Array, Layer
+from mpjax.program.summary import aligned
 from mpjax.xla import executable, hlo, profiling
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ class Report:
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(_HEADER, *lines, strict=True)]
-        text = ["  ".join(map(str.ljust, line, widths)) for line in (_HEADER, *lines)]
+        text = aligned([_HEADER, *lines])
         program = self.program
         text.append(
             f"{program['weight_bytes'] / 1024:.0f} KiB of weights, {program['peak_bytes'] / 1024:.0f} KiB in use at most, "

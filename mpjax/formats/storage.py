@@ -63,7 +63,7 @@ def local_axes(layer: Layer) -> tuple[Summed, Axes]:
 
 
 @jitted("fmt", "summed", "stacked")
-def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed, stacked: Sequence[int] = ()) -> Stored:
+def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed, stacked: Axes = ()) -> Stored:
     """Weights as a scaled or weight-only format stores them.
 
     Numbers have the weights' axes; in a weight-only format those in `summed` are last, and `int4_w` is a flat array of bytes: the
@@ -84,7 +84,7 @@ def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed, stacked: S
 
 @jitted("fmt", "shape", "summed", "stacked")
 def stands_for(
-    stored: tuple[Array, Array | None], fmt: Format, shape: Sequence[int], summed: Summed, stacked: Sequence[int] = ()
+    stored: tuple[Array, Array | None], fmt: Format, shape: tuple[int, ...], summed: Summed, stacked: Axes = ()
 ) -> Float[Array, ...]:
     """The float32 weights of this shape that `quantize` stored."""
     numbers, scale = stored
@@ -129,7 +129,7 @@ def dequantize_rows(
 
 @jitted("fmt", "summed", "stacked")
 def round_weights(
-    weights: Float[Array, ...], fmt: Format, summed: Summed = None, stacked: Sequence[int] = ()
+    weights: Float[Array, ...], fmt: Format, summed: Summed = None, stacked: Axes = ()
 ) -> Float[Array, ...]:
     """The float32 values that a layer's stored weights stand for in this format."""
     weights = jnp.asarray(weights, jnp.float32)

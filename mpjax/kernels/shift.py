@@ -4,7 +4,7 @@ XLA:CPU runs it tens of times faster than its own grouped convolution; its deriv
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -103,13 +103,16 @@ def _transpose_rhs(cotangent: Any, lhs: Array, rhs: Any, *, window: Window) -> A
     return jax.linear_transpose(lambda w: _shifted_sum(lhs, w, window=window), zeros)(cotangent)[0]
 
 
-def _batch(arrays: Sequence[Array], axes: Sequence[Any], *, window: Window) -> tuple[Array, int]:
+def batched(
+    primitive: Primitive, compute: Callable[..., Array], arrays: Sequence[Array], axes: Sequence[Any], **options: Any
+) -> tuple[Array, int]:
+    """The batching rule of a product (lhs, rhs): where rhs is shared, more examples of the same one; else `compute` mapped."""
     lhs, rhs = arrays
-    if axes[1] is None:  # more examples of the same convolution
+    if axes[1] is None:
         lhs = jnp.moveaxis(lhs, axes[0], 0)
-        out = _depthwise_p.bind(lhs.reshape(-1, *lhs.shape[2:]), rhs, window=window)
+        out = primitive.bind(lhs.reshape(-1, *lhs.shape[2:]), rhs, **options)
         return out.reshape(*lhs.shape[:2], *out.shape[1:]), 0
-    return jax.vmap(functools.partial(_shifted_sum, window=window), in_axes=tuple(axes))(lhs, rhs), 0
+    return jax.vmap(functools.partial(compute, **options), in_axes=tuple(axes))(lhs, rhs), 0
 
 
 _depthwise_p = Primitive("depthwise_conv")
@@ -118,5 +121,5 @@ _depthwise_p.def_abstract_eval(
     lambda lhs, rhs, *, window: jax.core.ShapedArray((lhs.shape[0], *window.out, rhs.shape[3]), lhs.dtype)
 )
 ad.defbilinear(_depthwise_p, _transpose_lhs, _transpose_rhs)
-batching.primitive_batchers[_depthwise_p] = _batch
+batching.primitive_batchers[_depthwise_p] = functools.partial(batched, _depthwise_p, _shifted_sum)
 mlir.register_lowering(_depthwise_p, mlir.lower_fun(_shifted_sum, multiple_results=False))

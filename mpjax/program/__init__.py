@@ -8,6 +8,7 @@ from mpjax.program.graph import calls, edges
 from mpjax.program.model import Batches as Batches
 from mpjax.program.model import Model, with_activation_products, with_output
 from mpjax.program.model import check_batches as check_batches
+from mpjax.program.model import examples_in as examples_in
 from mpjax.program.model import from_function as from_function
 from mpjax.program.product import Array as Array
 from mpjax.program.product import Layer, Override, Product

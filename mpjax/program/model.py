@@ -156,6 +156,11 @@ def with_activation_products(model: Model) -> Model:
     return replace(model, layers=every, call=call)
 
 
+def examples_in(batches: Batches) -> int:
+    """Number of examples in all batches."""
+    return sum(batch[0].shape[0] for batch in batches)
+
+
 def check_batches(batches: Batches) -> Batches:
     """Batches, refused early if empty, ragged or not tuples of arrays.
 

@@ -163,7 +163,7 @@ class _Search:
             raise _BudgetSpent
         if (measurement := self.known.get(assignment)) is None:
             measurement = self.measure(assignment, f"evaluation {len(self.tried) + 1}")
-        value = _compared(measurement, self.confidence)
+        value = compared(measurement, self.confidence)
         self.known[assignment] = measurement
         accepted = not math.isnan(measurement.value) and value <= self.tolerance
         step = Step(
@@ -202,7 +202,7 @@ class _Search:
         return kind(message, trail=tuple(self.trail), best=None if best is None else best.assignment)
 
 
-def _compared(measurement: Measurement, confidence: float | None) -> float:
+def compared(measurement: Measurement, confidence: float | None) -> float:
     """The number that is compared with the tolerance."""
     if not isinstance(measurement, Measurement):
         raise TypeError(f"evaluate must return a Measurement; got {type(measurement).__name__}: {measurement!r}")

@@ -24,6 +24,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mpjax.kernels import Implemented, implemented, suited
+from mpjax.kernels.shift import batched
 from mpjax.program import Layer, Product
 
 # Positions of a depthwise convolution's output in one step of the sum. 16 to 64 are equally fast; with fewer terms XLA:CPU
@@ -202,12 +203,7 @@ def _multiply_wrt_rhs(cotangent: Array, lhs: Array, aval: Any, *, product: Produ
 
 
 def _multiply_batch(arrays: Sequence[Array], axes: Sequence[Any], *, product: Product) -> tuple[Array, int]:
-    lhs, rhs = arrays
-    if axes[1] is None:  # more examples of the same product
-        lhs = jnp.moveaxis(lhs, axes[0], 0)
-        out = _multiply_p.bind(lhs.reshape(-1, *lhs.shape[2:]), rhs, product=product)
-        return out.reshape(*lhs.shape[:2], *out.shape[1:]), 0
-    return jax.vmap(product.multiply, in_axes=tuple(axes))(lhs, rhs), 0
+    return batched(_multiply_p, _multiply, arrays, axes, product=product)
 
 
 def _gradient_batch(arrays: Sequence[Array], axes: Sequence[Any], **options: Any) -> tuple[Array, int]:

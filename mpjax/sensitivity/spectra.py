@@ -13,10 +13,10 @@ from mpjax.curvature import grams
 from mpjax.curvature.estimates import Estimate
 from mpjax.ledger import Ledger
 from mpjax.losses import OUTPUT, Loss, flat
-from mpjax.program import Array, Batches, Model, Params
+from mpjax.program import Array, Batches, Model, Params, examples_in
 from mpjax.sensitivity.gradients import scored
 from mpjax.sensitivity.output_probes import half_hessian, output_size
-from mpjax.sensitivity.task import ModelTask, exactly, examples_in
+from mpjax.sensitivity.task import ModelTask, exactly
 from mpjax.sensitivity.timed import Timed
 
 

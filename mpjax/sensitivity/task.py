@@ -24,7 +24,7 @@ from mpjax.formats.storage import round_weights
 from mpjax.ledger import Ledger
 from mpjax.losses import OUTPUT, Loss, flat, inexact, with_inexact
 from mpjax.partition import Partition
-from mpjax.program import Array, Batches, Model, Params, check_batches, with_output
+from mpjax.program import Array, Batches, Model, Params, check_batches, examples_in, with_output
 from mpjax.sensitivity.gradients import scored
 from mpjax.sensitivity.scores import Key, Kind, Scorer, Scores, Status
 from mpjax.sensitivity.timed import Timed
@@ -307,11 +307,6 @@ def _in_range(estimate: Callable[[ModelTask], Scores], task: ModelTask) -> Score
 
     scores = estimate(replace(task, model=with_output(task.model, near_one), timed=Timed()))
     return scores if scores.kind == "ranking" else _with_arrays(scores, lambda array: np.ldexp(array, -2 * power))
-
-
-def examples_in(batches: Batches) -> int:
-    """Number of examples in all batches."""
-    return sum(batch[0].shape[0] for batch in batches)
 
 
 def exactly(value: Any, ledger: Ledger | None = None) -> Estimate:
