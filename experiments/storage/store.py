@@ -1,7 +1,7 @@
 """A model whose weights are stored small: what it costs in bytes, what it computes, and how to mix formats at a number of bytes.
 
-Weights in a weight-only format are nothing but other float32 weights to a float32 program (`formats.storage`), so one compiled program
-serves all assignments: its arguments are the rounded weights.
+Weights in a weight-only format are nothing but other float32 weights to a float32 program (`formats.storage`), so one compiled
+program serves all assignments: its arguments are the rounded weights.
 """
 
 import functools
