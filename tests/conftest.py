@@ -31,6 +31,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from mpjax.xla import profile  # noqa: E402
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -62,6 +64,31 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """Free a file's programs after its last test: together they take gigabytes."""
     if nextitem is None or nextitem.path != item.path:
         jax.clear_caches()
+
+
+FAST = {  # what the device under test is taken to be, whatever it is: one that multiplies narrow operands fast
+    "device": "made up",
+    "backend": "cpu",
+    "cores": 2,
+    "jax": jax.__version__,
+    "instructions": (),
+    "seconds": {"float32": (1.0, 1.0, 1.0), **dict.fromkeys(profile.DTYPES[1:], (0.5, 0.5, 0.5))},
+    "ynn": {},
+    "convolution": dict.fromkeys(profile.CONVOLVED, 0.5),
+    "grouped": 20.0,
+    "start": 1e-5,
+    "bandwidth": 1e10,
+    "cast": {},
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device() -> Iterator[None]:
+    """Rules decide as on one device, so that no test depends on timings; forms are faster as stored than multiplied out, or wide."""
+    order = {"multiplied out": 2.0, "wide": 3.0}
+    with pytest.MonkeyPatch.context() as patch, profile.assumed(profile.DeviceProfile(**FAST)):
+        patch.setattr(profile, "compared", lambda programs: {name: order.get(name, 1.0) for name in programs})
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,18 @@ from mpjax.xla.executable import build as build
 from mpjax.xla.executable import option_sets as option_sets
 from mpjax.xla.hlo import Executed as Executed
 from mpjax.xla.hlo import executed_dtypes
+from mpjax.xla.profile import ROWS as ROWS
+from mpjax.xla.profile import DeviceProfile, assumed, device_profile
 from mpjax.xla.profiling import layer_seconds
 from mpjax.xla.timing import Timings as Timings
 from mpjax.xla.timing import in_turns as in_turns
 
-__all__ = ["device_name", "environment", "executed_dtypes", "layer_seconds"]
+__all__ = [
+    "DeviceProfile",
+    "assumed",
+    "device_name",
+    "device_profile",
+    "environment",
+    "executed_dtypes",
+    "layer_seconds",
+]
