@@ -11,7 +11,9 @@ from mpjax.xla.executable import option_sets as option_sets
 from mpjax.xla.hlo import Executed as Executed
 from mpjax.xla.hlo import executed_dtypes
 from mpjax.xla.profile import ROWS as ROWS
-from mpjax.xla.profile import DeviceProfile, assumed, device_profile
+from mpjax.xla.profile import DeviceProfile as DeviceProfile
+from mpjax.xla.profile import assumed as assumed
+from mpjax.xla.profile import device_profile
 from mpjax.xla.profiling import layer_seconds
 from mpjax.xla.timing import Timings as Timings
 from mpjax.xla.timing import in_turns as in_turns

@@ -28,7 +28,7 @@ from mpjax.xla.environment import environment, instruction_sets
 
 ROWS = (1, 16, 256)
 CONVOLVED = ("bfloat16", "float16")
-DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 _ROUNDS = 7
 _BYTES = 2**25  # of float32 weights that one run reads: more than a cache holds, as a model's are
 

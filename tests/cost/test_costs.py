@@ -50,7 +50,7 @@ def made(monkeypatch):
         counts["timed"] += len(runs)
         return [[1e-3 * (number + 1 + turn) for turn in range(rounds)] for number in range(len(runs))]
 
-    monkeypatch.setattr(timing, "_ready", ready)
+    monkeypatch.setattr(timing, "ready", ready)
     monkeypatch.setattr(timing, "in_turns", fake)
     return counts
 
@@ -145,14 +145,14 @@ def test_what_cannot_be_timed_is_noted(made, monkeypatch):
     with pytest.raises(ValueError, match="'stem' was not timed in float16_acc16"):
         cost.predicted(costs, {"stem": "float16_acc16"})
     assert cost.predicted(costs, {}) > 0
-    ready = timing._ready
+    ready = timing.ready
 
     def refusing(function, arguments, options):
         if arguments[0].dtype == jnp.float16 and arguments[0].ndim == 4:
             raise NotImplementedError("no float16 convolution\nat all")
         return ready(function, arguments, options)
 
-    monkeypatch.setattr(timing, "_ready", refusing)
+    monkeypatch.setattr(timing, "ready", refusing)
     costs = measure("float16")
     np.testing.assert_array_equal(np.isnan(costs.seconds), [[False, name in NAMES[:2]] for name in NAMES])
     assert costs.notes[0] == "stem in float16 was not timed: it does not compile here (no float16 convolution)"

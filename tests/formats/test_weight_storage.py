@@ -120,7 +120,7 @@ def test_they_go_through_scores_apply_compile_report_and_files(net, name, tmp_pa
         stored = mixed.params[layer.kernel]
         assert sum(leaf.nbytes for leaf in jax.tree.leaves(stored)) == counted == storage.weight_bytes(layer, fmt)
         assert stored.numbers.nbytes == -(-layer.weights * fmt.bits // 8)
-    program = compiled.compile(mixed, batches)
+    program = compiled.compile(mixed, batches, weights="small")
     override = emulation.in_format(dict.fromkeys(model.names, fmt))
     for batch in batches:
         np.testing.assert_allclose(program(*batch), model.call(model.params, *batch, override=override), atol=1e-5)
@@ -138,7 +138,7 @@ def test_a_full_copy_takes_memory(name):
     """What the report says of a real program, against XLA's own analysis of its memory."""
     module, size = nn.Dense(512, use_bias=False), 4 * 512 * 512
     model, batches = linen(module, 64, 512)
-    program = compiled.compile(apply(model, {"Dense": name}), batches)
+    program = compiled.compile(apply(model, {"Dense": name}), batches, weights="small")
     (row,) = program.report().rows
     temporary = program.executable.compiled.memory_analysis().temp_size_in_bytes
     assert row["full_copy"] == (temporary >= size), temporary

@@ -29,7 +29,7 @@ def made(monkeypatch):
         made["timed"] += len(runs)
         return [[1e-3 * (number + 1 + turn) for turn in range(rounds)] for number in range(len(runs))]
 
-    monkeypatch.setattr(timing, "_ready", lambda function, arguments, options: lambda: None)
+    monkeypatch.setattr(timing, "ready", lambda function, arguments, options: lambda: None)
     monkeypatch.setattr(timing, "in_turns", in_turns)
     return made
 
@@ -74,7 +74,7 @@ def test_a_program_that_does_not_compile_is_a_text(made, monkeypatch, tmp_path):
     def refuse(function, arguments, options):
         raise NotImplementedError("no such product\nat all")
 
-    monkeypatch.setattr(timing, "_ready", refuse)
+    monkeypatch.setattr(timing, "ready", refuse)
     assert measure(tmp_path, "a") == {"a": "it does not compile here (no such product)"}
     assert not list(tmp_path.iterdir())
 
