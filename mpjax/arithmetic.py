@@ -168,7 +168,8 @@ def time_ratio(fmt: Format, product: Product, lhs: Any, rhs: Any, *, implementat
     profile = device_profile()
     if product.kind == "conv" and implementation not in kernels.MATRIX_PRODUCTS:
         return profile.convolution.get(fmt.operand, math.inf)
-    return profile.ratio(fmt.operand, kernels.rows_of(product, lhs))
+    rows = kernels.rows_of(product, lhs)
+    return profile.ratio(fmt.operand, max(rows, kernels.rows.LEAST_ROWS) if implementation == "rows" else rows)
 
 
 def operand(fmt: Format, x: Array, amax: float | None = None) -> tuple[Array, Any]:

@@ -1,7 +1,7 @@
 """Products of few rows with weights in int8, float8 or int4, in Pallas for GPUs: each weight is read once, as stored.
 
-int4 weights lie two in a byte, those of the first half of the output channels in the lower bits: a program of the grid computes as
-many channels of either half from the same bytes.
+int4 weights lie two in a byte, those of the first half of the output channels in the lower bits: a program of the grid computes
+as many channels of either half from the same bytes.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from mpjax.files import Checkpoint
 from mpjax.xla import executable, timing
 from mpjax.xla.environment import environment, instruction_sets
 
-ROWS = (1, 16, 256)
+ROWS = (1, 4, 16, 256)
 CONVOLVED = ("bfloat16", "float16")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 _ROUNDS = 7
@@ -170,6 +171,7 @@ def _profile(folder: Path, here: tuple[tuple[str, Any], ...]) -> DeviceProfile:
         piece = None
     if piece is not None:
         return _from_json(dict(piece.meta))
+    print("mpjax: measuring what this device is fast at (some ten seconds, once)", file=sys.stderr, flush=True)
     profile: DeviceProfile = outside_trace(_measured)
     with contextlib.suppress(OSError):
         checkpoint.save("device_profile", {}, asdict(profile))

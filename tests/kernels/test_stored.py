@@ -53,7 +53,7 @@ def test_what_this_device_computes_slowly_is_stored_small_and_kept_wide(fmt, mon
     mixed = apply(model, {"Dense": fmt})
     small = compiled.compile(mixed, batches, weights="small")
     monkeypatch.setattr(profile, "compared", lambda programs: {name: 2.0 - (name == "wide") for name in programs})
-    slow = {dtype: (1.0 if dtype == "float32" else 2.0,) * 3 for dtype in profile.DTYPES}
+    slow = {dtype: (1.0 if dtype == "float32" else 2.0,) * 4 for dtype in profile.DTYPES}
     stored._timed.cache_clear()
     with profile.assumed(replace(profile.device_profile(), seconds=slow)):
         program = compiled.compile(mixed, batches)
