@@ -26,10 +26,10 @@ import tyro
 
 from experiments.language_model import steps
 from experiments.lib.run import Options, Run
+from experiments.lib.storage.study import Study
 from experiments.models.pretrained import in_dtype, jitted
 from experiments.models.smollm2 import generate
 from experiments.problems import text_data
-from experiments.storage.study import Study
 from mpjax import search
 from mpjax.search import Assignment
 

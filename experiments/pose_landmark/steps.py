@@ -114,9 +114,9 @@ def search_format(
         problem = search.Problem(
             layers=scores.layers, formats=(fmt,), penalty=scores.column(fmt)[:, None], kind=scores.kind
         )
-        way = search.binary() if strategy == "binary" else search.greedy()
+        chosen = search.binary() if strategy == "binary" else search.greedy()
         limit = tolerance * everything
-        result = search.solve(problem, way, evaluate=evaluate, tolerance=limit, confidence=confidence)
+        result = search.solve(problem, chosen, evaluate=evaluate, tolerance=limit, confidence=confidence)
         measured = [(len(s.assignment.lowered), s.measurement.value) for s in result.trail if s.measurement is not None]
         evaluations = evaluate.cache_info().currsize
         meta = {

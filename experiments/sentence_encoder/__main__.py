@@ -22,10 +22,10 @@ import numpy as np
 import tyro
 
 from experiments.lib.run import Options, Run
+from experiments.lib.storage.store import FORMATS
+from experiments.lib.storage.study import Study
 from experiments.problems import text_data
 from experiments.sentence_encoder import steps
-from experiments.storage.store import FORMATS
-from experiments.storage.study import Study
 from mpjax import search
 from mpjax.apply import apply
 

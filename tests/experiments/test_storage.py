@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from toys import linen
 
+from experiments.lib.storage import store as storage
+from experiments.lib.storage import study
+from experiments.lib.storage.rows import Mix, comparison
 from experiments.problems import text_data
 from experiments.sentence_encoder import steps as sentence_encoder
-from experiments.storage import store as storage
-from experiments.storage import study
-from experiments.storage.rows import Mix, comparison
 from mpjax import compiled, sensitivity
 from mpjax.apply import apply
 from mpjax.search import Assignment

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 
 from experiments.lib.plots import BLUE, GREEN, Figure, plt
-from experiments.storage.rows import Assigned, Mix, Score, Search, Speed
+from experiments.lib.storage.rows import Assigned, Mix, Score, Search, Speed
 
 FORMAT_COLOURS = {
     "int4_w": "#D55E00",

@@ -10,9 +10,8 @@ import numpy as np
 from experiments.lib.page import Section
 from experiments.lib.rows import Table
 from experiments.lib.run import Run
-from experiments.lib.times import interleaved
-from experiments.storage import figures
-from experiments.storage.rows import (
+from experiments.lib.storage import figures
+from experiments.lib.storage.rows import (
     Assigned,
     Comparison,
     Mix,
@@ -24,7 +23,8 @@ from experiments.storage.rows import (
     kind_of,
     score_rows,
 )
-from experiments.storage.store import CONFIDENCE, HEADLINE, Store, candidates, formats_of, measured
+from experiments.lib.storage.store import CONFIDENCE, HEADLINE, Store, candidates, formats_of, measured
+from experiments.lib.times import interleaved
 from mpjax import compiled, search
 from mpjax.ledger import Ledger
 from mpjax.program import Batches, Model
