@@ -1,7 +1,7 @@
 """Number formats: what each can hold, how it represents 0.3952, and what it does to a real model's weights and activations.
 
-    python -m experiments.number_formats            (about half a minute on 2 cores)
-    python -m experiments.number_formats --quick    (a quarter: 2 crops instead of 24)
+    python -m experiments.number_formats            (about a minute on 2 cores)
+    python -m experiments.number_formats --quick    (less: 2 crops instead of 24)
 
 Rows: bits that carry information (tensorfloat32 uses 19 of the 32 that store it), largest number, smallest normal and subnormal,
 epsilon (gap above 1); the number nearest to 0.3952 (ties to even), its distance, and the gap between the format's two numbers
@@ -9,6 +9,9 @@ around 0.3952: the largest rounding error there is half of it. All exact, rounde
 
 Integers have no exponent: they stand here with the scale that gives them the largest number 1, so 1/127 and 1/7, symmetric
 (-128 and -8 unused); smallest normal, smallest subnormal and epsilon are that step.
+
+The figure of errors is flat at half an epsilon; to the left of the smallest normal number a format's step no longer shrinks, so
+the relative error grows, up to 1, where numbers round to 0. An integer's step never shrinks.
 
 The model: MediaPipe's pose landmarks, its 72 layers' weights and inputs on person crops of a video. Shares are of the numbers
 that are not 0. Formats of 8 bits and less are judged twice: as they are, and with a scale per tensor that maps its largest
@@ -27,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.lib.page import Picture, Section
 from experiments.lib.progress import progress
 from experiments.lib.rows import Table
 from experiments.lib.run import Options, Run
@@ -71,54 +73,24 @@ def main(config: Config) -> None:
     value = Table("value", Value, [value_of(row) for row in formats.rows])
     shares = Table("shares", Share, [row for name, sums in tallies.items() for row in share_rows(name, sums)])
 
-    def picture(figure: figures.Figure, name: str, caption: str) -> Picture:
-        return run.save(figure, name, alt=caption, caption=caption)
-
+    for figure, name, alt in (
+        (figures.layouts(), "layouts", "A bar per format: sign, exponent and mantissa bits"),
+        (
+            figures.number_line(),
+            "number_line",
+            "Each format's numbers around 0.3952 (blue line); dot: the nearest. Grey band: too many numbers to draw; "
+            "a number at the edge: the nearest lies outside the window.",
+        ),
+        (figures.errors(), "errors", "Largest relative rounding error by magnitude (integers with largest number 1)"),
+        (figures.ranges(histograms, titles), "ranges", "Histograms of magnitudes over each format's range"),
+    ):
+        run.save(figure, name, alt=alt)
     run.finish(
         "Number formats",
-        lead="Bits are those that carry information; tensorfloat32 is stored in 32. Integers have no exponent: they stand here, "
-        "symmetric, with the scale that makes their largest number 1; smallest numbers and epsilon are that step.",
+        lead=__doc__,
         results=formats,
         tables=[value, shares],
         findings=findings(shares.rows, histograms),
-        sections=[
-            Section(
-                "Bits",
-                picture(figures.layouts(), "layouts", "A bar per format: sign, exponent and mantissa bits"),
-            ),
-            Section(
-                "0.3952",
-                "The largest error near 0.3952 is half the gap between the two numbers around it.",
-                value,
-                picture(
-                    figures.number_line(),
-                    "number_line",
-                    "Each format's numbers around 0.3952 (blue line); dot: the nearest. Grey band: too many numbers to draw; a "
-                    "number at the edge: the nearest lies outside the window.",
-                ),
-            ),
-            Section(
-                "Error against magnitude",
-                "Flat: half an epsilon. To the left of its smallest normal number a format's step no longer shrinks, so the "
-                "relative error grows, up to 1, where numbers round to 0. An integer's step never shrinks.",
-                picture(
-                    figures.errors(),
-                    "errors",
-                    "Largest relative rounding error of each format by magnitude (integers with largest number 1)",
-                ),
-            ),
-            Section(
-                f"A real model's numbers: {benchmark.name}",
-                f"{len(benchmark.model.layers)} layers: their weights, and their inputs on {benchmark.facts['examples']} "
-                f"{benchmark.facts['source']}. Shares are of the numbers that are not 0; scaled: divided by a scale per tensor "
-                "that maps its largest magnitude onto the format's; an unscaled integer has step 1. Relative error: the norm of "
-                "the error over the norm of the numbers, all layers together.",
-                shares,
-                picture(
-                    figures.ranges(histograms, titles), "ranges", "Histograms of magnitudes over each format's range"
-                ),
-            ),
-        ],
         facts={
             "model": {"name": benchmark.name, "layers": len(benchmark.model.layers), **benchmark.facts},
             "histograms": histograms,

@@ -38,7 +38,7 @@ class Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What a format does to the numbers of a model that are not 0."""
+    """What a format does to the numbers of a model that are not 0, all layers together; relative error: norm over norm."""
 
     numbers: str = column("numbers")
     format: str = column("format")

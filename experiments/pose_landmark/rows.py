@@ -53,7 +53,8 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A compiled program: its verification, memory and time."""
+    """A compiled program: error ‖program − definition‖ / ‖definition‖, at most the limit; distance: the same of definition and
+    float32; noise: what numbers one float32 rounding away make of float32's, times 16; time of one crop, in turns: quartiles."""
 
     program: str = column("program")
     error: float = column("error", ".1e")
@@ -72,7 +73,7 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True)
 class Executed:
-    """What a layer's product really is in the mixed and in the all-low program."""
+    """What a layer's product really is in the mixed and in the all-low program, read from the optimised HLO."""
 
     layer: str = column("layer")
     requested: str = column("requested")
@@ -100,7 +101,7 @@ def agreement(scores: Mapping[str, Scores]) -> Table:
         )
         for score in scores.values()
     ]
-    return Table("agreement", Agreement, rows, "Estimators against the measured error")
+    return Table("agreement", Agreement, rows)
 
 
 def layers(base: Model, scores: Mapping[str, Scores], assignments: Mapping[str, Assignment]) -> Table:
@@ -112,7 +113,9 @@ def layers(base: Model, scores: Mapping[str, Scores], assignments: Mapping[str, 
         *((f"assigned_{fmt}", str, column(f"assigned ({fmt})")) for fmt in FORMATS),
         *((f"{name}_{fmt}", float | None, column(f"{name} {fmt}", ".2e")) for name in scores for fmt in FORMATS),
     ]
-    kind = make_dataclass("LayerRow", shown, frozen=True, kw_only=True)
+    kind = make_dataclass(
+        "LayerRow", shown, frozen=True, kw_only=True, namespace={"__doc__": "A layer and its scores."}
+    )
     rows = [
         kind(
             layer=layer.name,

@@ -1,7 +1,7 @@
 """How fast is the compiled mixed-precision function? Against float32 XLA, Flax's plain bfloat16, and LiteRT's XNNPACK.
 
     python -m experiments.speed            (about 75 minutes on 2 cores; again: under 1)
-    python -m experiments.speed --quick    (about 3: iris and a transformer, one core, no tuning)
+    python -m experiments.speed --quick    (about 1: iris and a transformer, one core, no tuning)
 
 Models: pose, iris and face landmarks on real images, transformer encoders on random tokens (for time only). Each model, batch
 size and number of cores is timed in a process of its own, all variants interleaved.
@@ -30,7 +30,6 @@ from typing import Any
 
 import tyro
 
-from experiments.lib.page import Section
 from experiments.lib.progress import progress
 from experiments.lib.rows import Table
 from experiments.lib.run import Options, Run, check_names
@@ -121,25 +120,18 @@ def main(config: Config) -> None:
     tables = {
         name: Table(name, kind, listed[name]) for name, kind in {**kinds, "searches": Search, "notes": Note}.items()
     }
-    pictures = [
+    for model in dict.fromkeys(row.model for row in rows):
         run.save(
             figures.bars(model, [row for row in rows if row.model == model]),
             f"speed_{model}",
             alt=f"{model}: time of each variant relative to LiteRT's float32, or to float32 by mpjax or jax",
         )
-        for model in dict.fromkeys(row.model for row in rows)
-    ]
-    headings = {"searches": "Searches", "tuning": "Tuning", "programs": "The mixed programs", "layers": "Their layers"}
     run.finish(
         "How fast is the compiled function?",
+        lead=__doc__,
         results=tables.pop("speed"),
         tables=list(tables.values()),
         findings=findings(rows, listed["tuning"], listed["searches"]),
-        sections=[
-            Section("Time by model", *pictures),
-            *(Section(heading, tables[name]) for name, heading in headings.items() if listed[name]),
-            Section("Notes", *(row.note for row in listed["notes"])),
-        ],
         facts={"litert": litert},
     )
     if failed:

@@ -49,7 +49,7 @@ def timed(job: Job, run: Run) -> dict[str, Any]:
             return {}, {"result": json.loads(answer.read_text(encoding="utf-8"))}, Ledger()
 
     what = "costs" if job.costs else f"{job.outputs} batch {job.batch}"
-    return run.piece(f"{job.model} {what}, {job.cores} cores", compute, job=asdict(job)).meta["result"]
+    return run.piece(f"{job.model} {what}, on {job.cores}", compute, job=asdict(job)).meta["result"]
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.lib.page import Section
 from experiments.lib.rows import Table
 from experiments.lib.run import Run
 from experiments.lib.storage import figures
@@ -136,7 +135,6 @@ class Study:
         title: str,
         *,
         lead: str,
-        how: str,
         error_name: str,
         as_int8: Assignment,
         speed: Sequence[Speed],
@@ -147,7 +145,7 @@ class Study:
         """Tables, figures, page and summary.
 
         Args:
-            title, lead, how: of the page.
+            title, lead: of the page.
             error_name: axis label.
             as_int8: the storage that is no worse than uniform int8.
             speed: of all variants.
@@ -171,44 +169,31 @@ class Study:
             for layer in self.store.model.names
         ]
         scores, compared = score_rows(self.scores), comparison(self.mixes)
-        results = Table("rows", Row, rows)
-        tables = {
-            "comparison": Table("comparison", Comparison, compared),
-            "searches": Table("searches", Search, self.searches),
-            "speed": Table("speed", Speed, speed),
-            "scores": Table("scores", Score, scores),
-            "mixes": Table("mixes", Mix, self.mixes),
-            "assignments": Table("assignments", Assigned, assigned),
-        }
-        save = self.run.save
-        front = figures.front(self.mixes, self.searches, error_name, source_bytes)
-        kinds = save(figures.by_kind(scores), "sensitivity_by_kind", alt="Predicted loss per layer, block and format")
+        for figure, name, alt in (
+            (
+                figures.front(self.mixes, self.searches, error_name, source_bytes),
+                "error_against_bytes",
+                "Error against bytes: mixes and uniform formats",
+            ),
+            (figures.by_kind(scores), "sensitivity_by_kind", "Predicted loss per layer, block and format"),
+            (figures.chosen(assigned), "chosen_formats", "Format of each layer in two mixes"),
+            (figures.times(speed), "times", "Milliseconds by variant"),
+        ):
+            self.run.save(figure, name, alt=alt)
         return self.run.finish(
             title,
             lead=lead,
-            results=results,
+            results=Table("rows", Row, rows),
             overview=Table("overview", Row, [row for row in rows if row.method not in ("random", "depth")]),
-            tables=list(tables.values()),
-            findings=findings(scores, self.mixes, compared, self.searches, error_name),
-            sections=[
-                Section(
-                    "Error against bytes",
-                    how,
-                    save(front, "error_against_bytes", alt="Error against bytes: mixes and uniform formats"),
-                    tables["comparison"],
-                ),
-                Section("Searches within a tolerance", tables["searches"]),
-                Section(
-                    "Which layers are sensitive",
-                    kinds,
-                    save(figures.chosen(assigned), "chosen_formats", alt="Format of each layer in two mixes"),
-                ),
-                Section(
-                    "How fast", save(figures.times(speed), "times", alt="Milliseconds by variant"), tables["speed"]
-                ),
-                Section("All rows", results),
-                Section("All scores", tables["scores"]),
+            tables=[
+                Table("comparison", Comparison, compared),
+                Table("searches", Search, self.searches),
+                Table("speed", Speed, speed),
+                Table("scores", Score, scores),
+                Table("mixes", Mix, self.mixes),
+                Table("assignments", Assigned, assigned),
             ],
+            findings=findings(scores, self.mixes, compared, self.searches, error_name),
             facts={"facts": {**facts, "other_bytes": self.store.other_bytes, "source_bytes": source_bytes}},
         )
 
