@@ -66,12 +66,11 @@ def layouts() -> Figure:
 
 def _cells(axes: Axes, part: str, start: int, line: int, width: int) -> None:
     """The bits of one part of a format, and their number in the middle."""
-    colour, dash = _PARTS[part], ":" if part == "unused" else "-"
-    for bit in range(start, start + width):
-        cell = Rectangle(
-            (bit, line - 0.36), 1, 0.72, facecolor=colour, edgecolor="#666666", linewidth=0.5, linestyle=dash
-        )
-        axes.add_patch(cell)
+    colour = _PARTS[part]
+    axes.barh(
+        [line] * width, 1, 0.72, range(start, start + width), align="center", color=colour, edgecolor="#666666",
+        linewidth=0.5, linestyle=":" if part == "unused" else "-",
+    )  # fmt: skip
     if width:
         patch = {"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"} if width > 2 else None
         ink = "white" if part in ("sign", "mantissa") else "black"
