@@ -17,7 +17,7 @@ Writes results/pose_landmark/: summary.json, a plan for each format, the exporte
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,8 +42,6 @@ class Config(Options):
     """Largest accepted NME, as a fraction of the NME with all layers low (calibration crops)."""
     confidence: float | None = None
     """None accepts by the mean; 0.95, say, by the upper bound of that interval instead."""
-    strategy: Literal["binary", "greedy"] = "binary"
-    """How layers are chosen: a bisected prefix of the ranking, or one by one."""
     probes: int = 4
     """Random output probes per crop of the local-rounding score."""
     seed: int = 0
@@ -73,12 +71,7 @@ def main(config: Config) -> None:
     scores = steps.all_scores(run, model, calibration, probes=config.probes, seed=config.seed)
     ranking = scores["local_rounding"]
     emulators = {fmt: steps.Emulator(model, fmt, calibration) for fmt in FORMATS}
-    knobs: dict[str, Any] = {
-        "confidence": config.confidence,
-        "strategy": config.strategy,
-        "probes": config.probes,
-        "seed": config.seed,
-    }
+    knobs: dict[str, Any] = {"confidence": config.confidence, "probes": config.probes, "seed": config.seed}
     outcomes = {
         fmt: steps.search_format(run, ranking, emulators[fmt], calibration, tolerance=config.tolerance, **knobs)
         for fmt in FORMATS
@@ -90,9 +83,8 @@ def main(config: Config) -> None:
         }
         for fmt in FORMATS
     }
-    if config.strategy == "binary":  # the trail lies on the ranking's curve
-        for fmt in FORMATS:
-            curves[fmt][f"ranked by {ranking.estimator}"] |= outcomes[fmt].trail
+    for fmt in FORMATS:  # the search's trail lies on the ranking's curve
+        curves[fmt][f"ranked by {ranking.estimator}"] |= dict(outcomes[fmt].trail)
 
     judged = {"tolerance": config.tolerance, "seed": config.seed}
     emulated, drawn = steps.emulated_rows(run, emulators[EMULATED], outcomes[EMULATED], evaluation, **judged)

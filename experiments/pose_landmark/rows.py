@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, make_dataclass
 from typing import Any
 
-from experiments.lib.rows import Table, column
+from experiments.lib.rows import Table, column, fill
 from mpjax import metrics
 from mpjax.program import Model
 from mpjax.search import Assignment
@@ -32,8 +32,8 @@ class Row:
     nme_calibration: float = column("NME calib.", ".4f")
     tolerance_value: float | None = column("limit", ".5f", short=True)
     within_tolerance: bool = column("within", short=True)
-    latency_ms: float | None = column("ms", ".1f", short=True)
-    vs_fp32: float | None = column("time / fp32", ".2f", short=True)
+    latency_ms: float | None = column("ms", ".1f", short=True, default=None)
+    vs_fp32: float | None = column("time / fp32", ".2f", short=True, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,16 +88,13 @@ def agreement(scores: Mapping[str, Scores]) -> Table:
     """Every estimator beside "measured"."""
     truth = scores["measured"]
     rows = [
-        Agreement(
-            estimator=score.estimator,
+        fill(
+            Agreement,
+            score,
+            score.ledger,
             spearman_float16_acc16=metrics.spearman(score.column(EMULATED), truth.column(EMULATED)),
             spearman_bfloat16=metrics.spearman(score.column(EXECUTED), truth.column(EXECUTED)),
-            seconds=score.seconds,
             vs_measured=score.seconds / truth.seconds,
-            compile_seconds=score.compile_seconds,
-            forward=score.ledger.forward,
-            vjp=score.ledger.vjp,
-            jvp=score.ledger.jvp,
         )
         for score in scores.values()
     ]
