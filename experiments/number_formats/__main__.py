@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 
 from experiments.lib.progress import progress
-from experiments.lib.rows import Table
+from experiments.lib.rows import Table, fill
 from experiments.lib.run import Options, Run
 from experiments.number_formats import figures
 from experiments.number_formats.core import GRIDS, VALUE, Grid, Tally, inputs_of, share_rows, tally, total
@@ -49,18 +49,12 @@ class Config(Options):
 
     quick: bool = False
     """A first look: 2 crops."""
-    crops: int = CROPS
-    """Crops that the activations are taken from."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.crops <= CROPS:
-            raise SystemExit(f"--crops: there are 1 to {CROPS} crops; found {self.crops}.")
 
 
 def main(config: Config) -> None:
     """Rows of all formats, shares of the model's numbers, figures, page."""
     run = Run("number_formats", config)
-    benchmark = benchmarks.pose(count=min(config.crops, 2) if config.quick else config.crops, batch=1)
+    benchmark = benchmarks.pose(count=2 if config.quick else CROPS, batch=1)
     tallies = model_tallies(benchmark)
     run.ledger += Ledger(forward=2 * benchmark.examples, compilations=2)
     histograms = {name: histogram(sums) for name, sums in tallies.items()}
@@ -69,7 +63,7 @@ def main(config: Config) -> None:
         for name, part in histograms.items()
     }
     formats = Table("formats", Row, [row_of(grid) for grid in GRIDS])
-    value = Table("value", Value, [value_of(row) for row in formats.rows])
+    value = Table("value", Value, [fill(Value, row) for row in formats.rows])
     shares = Table("shares", Share, [row for name, sums in tallies.items() for row in share_rows(name, sums)])
 
     for figure, name, alt in (
@@ -100,33 +94,16 @@ def main(config: Config) -> None:
 
 def row_of(grid: Grid) -> Row:
     """A format's row."""
-    nearest = grid.nearest(VALUE)
-    return Row(
+    nearest, gap = grid.nearest(VALUE), grid.gap(VALUE)
+    return fill(
+        Row,
+        {name: float(getattr(grid, name)) for name in ("scale", "max", "min_normal", "min_subnormal", "epsilon")},
+        grid,
         format=grid.name,
-        short=grid.short,
-        bits=grid.bits,
-        stored_bits=grid.stored_bits,
-        exponent_bits=grid.exponent_bits,
-        mantissa_bits=grid.mantissa_bits,
-        scale=float(grid.scale),
-        max=float(grid.max),
-        min_normal=float(grid.min_normal),
-        min_subnormal=float(grid.min_subnormal),
-        epsilon=float(grid.epsilon),
         value_of_0_3952=float(nearest),
         error_of_0_3952=float(abs(nearest - VALUE)),
-        largest_gap_near_0_3952=float(grid.gap(VALUE)),
-    )
-
-
-def value_of(row: Row) -> Value:
-    """What it says of 0.3952."""
-    return Value(
-        format=row.format,
-        value_of_0_3952=row.value_of_0_3952,
-        error_of_0_3952=row.error_of_0_3952,
-        largest_gap_near_0_3952=row.largest_gap_near_0_3952,
-        largest_error_near_0_3952=row.largest_gap_near_0_3952 / 2,
+        largest_gap_near_0_3952=float(gap),
+        largest_error_near_0_3952=float(gap / 2),
     )
 
 

@@ -23,6 +23,7 @@ class Row:
     value_of_0_3952: float
     error_of_0_3952: float
     largest_gap_near_0_3952: float
+    largest_error_near_0_3952: float
 
 
 @dataclass(frozen=True, kw_only=True)

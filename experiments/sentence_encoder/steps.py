@@ -94,8 +94,8 @@ def reference_rows(subject: Subject, result: Study) -> None:
     plain, size = jitted(in_dtype(subject.module, jnp.bfloat16)), subject.store.bytes_of({})
     embedded = np.concatenate([np.asarray(plain(*batch), np.float32) for batch in subject.batches["heldout"]])
     embedded = embedded / np.linalg.norm(embedded, axis=1, keepdims=True)
-    result.add("reference", "float32", size, {"cosine": 1.0}, "jit")
-    result.add("plain_bfloat16", FAST, size, subject.drift(embedded).fields, "plain")
+    result.store_as("reference", Assignment.uniform(subject.model.names), variant="jit")
+    result.add("plain_bfloat16", FAST, size, subject.drift(embedded), variant="plain")
 
 
 def fastest(subject: Subject, result: Study, tolerance: float) -> dict[str, Model]:
@@ -126,7 +126,7 @@ def fastest(subject: Subject, result: Study, tolerance: float) -> dict[str, Mode
         program = compiled.compile(programs[name], heldout[:2])
         measured = subject.drift(np.concatenate([np.asarray(program(*batch)) for batch in heldout]))
         formats = storage.formats_of(solution.assignment)
-        row = result.add("mixed", formats, program.weight_bytes, measured.fields, name)
+        row = result.add("mixed", formats, program.weight_bytes, measured, variant=name)
         purpose = f"least time within {limit:.2g}, attention in {attention}"
         result.searched(purpose, limit, solution, measured.mean, row)
     return programs

@@ -248,9 +248,3 @@ def test_a_run(tmp_path, monkeypatch):
     weights, activations = (summary["histograms"][name] for name in ("weights", "activations"))
     assert weights["numbers"] == 6 * 6 + 6 * 3 and activations["numbers"] == 2 * 3 * 6
     assert math.isclose(sum(weights["share"]), 1) and math.isclose(sum(activations["share"]), 1)
-
-
-@pytest.mark.parametrize("crops", [0, 25, -1])
-def test_misuse_is_refused(crops):
-    with pytest.raises(SystemExit, match=f"1 to 24 crops; found {crops}"):
-        number_formats.Config(crops=crops)

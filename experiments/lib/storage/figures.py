@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 
 from experiments.lib.plots import BLUE, GREEN, Figure, plt
-from experiments.lib.storage.rows import Assigned, Mix, Score, Search, Speed
+from experiments.lib.storage.rows import Assigned, Row, Score, Search, Speed
 
 FORMAT_COLOURS = {
     "int4_w": "#D55E00",
@@ -30,8 +30,9 @@ VARIANTS = {
 }
 
 
-def front(mixes: Sequence[Mix], searches: Sequence[Search], error_name: str, source_bytes: int | None) -> Figure:
+def front(rows: Sequence[Row], searches: Sequence[Search], error_name: str, source_bytes: int | None) -> Figure:
     """Error against bytes: by scores, by depth and at random; uniform formats; what the searches chose."""
+    mixes = [row for row in rows if row.share is not None or row.method == "uniform"]
     figure, axis = plt.subplots(figsize=(9, 5.5))
     for method, (colour, marker, label) in METHODS.items():
         group = sorted((mix for mix in mixes if mix.method == method), key=lambda mix: mix.bytes)
