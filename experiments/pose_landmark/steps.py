@@ -112,9 +112,7 @@ def search_format(
             return nme(xy, split, seed=key["seed"], confidence=confidence or 0.95)
 
         everything = evaluate(search.Assignment.uniform(scores.layers, fmt)).value
-        problem = search.Problem(
-            layers=scores.layers, formats=(fmt,), penalty=scores.column(fmt)[:, None], kind=scores.kind
-        )
+        problem = search.Problem.from_scores(scores, formats=(fmt,))
         limit = tolerance * everything
         result = search.solve(problem, search.binary(), evaluate=evaluate, tolerance=limit, confidence=confidence)
         evaluations = evaluate.cache_info().currsize

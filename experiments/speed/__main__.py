@@ -17,7 +17,7 @@ size and number of cores is timed in a process of its own, all variants interlea
 
 LiteRT always computes all outputs; only its `invoke` is timed, because mpjax's programs find their input in place, too. NME is on
 held-out examples, against the float32 model. Expected: mixed faster than LiteRT on one core; Flax's plain bfloat16 slower than
-float32. Writes results/speed/: summary.json, plans, tables, figures and report.html.
+float32. Writes results/speed/: summary.json, tables, figures and report.html.
 """
 
 import importlib.metadata
