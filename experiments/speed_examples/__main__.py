@@ -1,6 +1,6 @@
 """What makes a low-precision layer fast or slow on this CPU: small programs, all implementations interleaved.
 
-    python -m experiments.speed_examples [--cores 1]      (about two minutes)
+    python -m experiments.speed_examples [--cores 1]      (less than a minute)
 
 Products, convolutions and casts for `docs/speed.md`. Microseconds include the start of a program, about 10.
 """
@@ -29,7 +29,7 @@ from mpjax.kernels import resize, shift
 from mpjax.program import Product
 from mpjax.xla import executable, timing
 
-NHWC = ("NHWC", "HWIO", "NHWC")
+Function = Callable[..., jax.Array]
 ON, OFF = executable.EXACT | executable.WIDE, executable.EXACT | executable.WIDE | executable.NO_YNN
 NARROW_VECTORS = executable.EXACT | executable.NO_YNN
 ROUNDS = 15
@@ -69,33 +69,24 @@ def numbers(*shape: int, dtype: str = "float32") -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32).astype(dtype)
 
 
-def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A product of matrices, accumulated and returned in float32."""
-    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+def implemented(name: str, **product: Any) -> Function:
+    """A product by that implementation, accumulated and returned in float32."""
+    return lambda x, w: kernels.implemented(Product(**product), name).multiply(x, w, accumulate="float32")
 
 
-def plain(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A product of matrices as Flax's dtype= computes it: the result in the operands' dtype."""
-    return lax.dot_general(x, w, (((1,), (0,)), ((), ())))
-
-
-def convolution(implementation: str, strides: tuple[int, int] = (1, 1), groups: int = 1) -> Callable[..., jax.Array]:
+def convolution(name: str, strides: tuple[int, int] = (1, 1), groups: int = 1) -> Function:
     """A convolution by that implementation."""
-
-    def function(x: jax.Array, w: jax.Array) -> jax.Array:
-        product = Product(
-            kind="conv",
-            function=lax.conv_general_dilated,
-            window_strides=strides,
-            padding="SAME",
-            lhs_dilation=(1, 1),
-            rhs_dilation=(1, 1),
-            dimension_numbers=NHWC,
-            feature_group_count=groups,
-        )
-        return kernels.implemented(product, implementation).multiply(x, w, accumulate="float32")
-
-    return function
+    return implemented(
+        name,
+        kind="conv",
+        function=lax.conv_general_dilated,
+        window_strides=strides,
+        padding="SAME",
+        lhs_dilation=(1, 1),
+        rhs_dilation=(1, 1),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 def in_one_block(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -110,22 +101,19 @@ def in_one_block(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def products(rows: int, inner: int, columns: int) -> list[Program]:
-    """float32 and bfloat16, with and without YNN."""
+    """float32 and bfloat16, with and without YNN; as Flax's dtype= computes it, the result is in the operands' dtype."""
     wide = (numbers(rows, inner), numbers(inner, columns))
     low = tuple(x.astype(jnp.bfloat16) for x in wide)
+    dot: Function = functools.partial(lax.dot, preferred_element_type=jnp.float32)
     programs = [
         Program("float32", dot, wide),
         Program("float32", dot, wide, ON),
         Program("bfloat16, float32 sums", dot, low),
         Program("bfloat16, float32 sums", dot, low, ON),
-        Program("bfloat16, as Flax's dtype=", plain, low, ON),
+        Program("bfloat16, as Flax's dtype=", lax.dot, low, ON),
     ]
     if rows < 4:
-
-        def padded(x: jax.Array, w: jax.Array) -> jax.Array:
-            product = Product(kind="dot", function=lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())))
-            return kernels.implemented(product, "rows").multiply(x, w, accumulate="float32")
-
+        padded = implemented("rows", kind="dot", function=lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())))
         programs.append(Program("bfloat16, rows up to four", padded, low, ON))
     return programs
 
@@ -198,7 +186,13 @@ def main(config: Config) -> None:
             )
             for program, median in zip(programs, medians, strict=True)
         ]
-    run.finish("What makes a layer fast or slow", results=Table("examples", Row, rows))
+    fastest = [min((row for row in rows if row.example == name), key=lambda row: row.us) for name in examples()]
+    run.finish(
+        "What makes a layer fast or slow",
+        results=Table("examples", Row, rows),
+        overview=Table("fastest", Row, fastest),
+        lead=__doc__,
+    )
 
 
 if __name__ == "__main__":
