@@ -216,8 +216,9 @@ def _where(summary: Mapping[str, Any]) -> str:
     here = summary["environment"]
     reused = f", {len(summary['reused_pieces'])} pieces of an earlier run" if summary["reused_pieces"] else ""
     return (
-        f"{here['device']}, {here['cores']} core{'s' * (here['cores'] > 1)}, Python {here['python']}, jax {here['jax']}, flax {here['flax']}, "
-        f"{here['date'][:10]}, commit {summary['commit']}; {max(summary['seconds'], summary['pieces_seconds']):.0f} s{reused}, "
+        f"{here['device']}, {here['cores']} core{'s' * (here['cores'] > 1)}, Python {here['python']}, "
+        f"jax {here['jax']}, flax {here['flax']}, {here['date'][:10]}, commit {summary['commit']}; "
+        f"{max(summary['seconds'], summary['pieces_seconds']):.0f} s{reused}, "
         f"{summary['peak_rss_mb'] / 1e3:.1f} GB at most."
     )
 
