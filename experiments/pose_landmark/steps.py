@@ -14,6 +14,7 @@ from experiments.lib.progress import progress
 from experiments.lib.rows import fill
 from experiments.lib.run import Computed, Run
 from experiments.lib.times import interleaved
+from experiments.models import litert
 from experiments.pose_landmark.rows import EXECUTED, FORMATS, Executed, Program, Row
 from experiments.problems import data, pose
 from experiments.problems.benchmarks import landmark_error
@@ -30,18 +31,11 @@ CURVE_POINTS = 10
 
 def litert_parity(base: Model, split: Split) -> Computed:
     """Largest difference of `Identity` to LiteRT over the largest output, on four crops."""
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(model_path=str(assets.fetch(pose.MODEL)), num_threads=1)
-    interpreter.allocate_tensors()
-    source = interpreter.get_input_details()[0]["index"]
-    target = next(output["index"] for output in interpreter.get_output_details() if output["name"] == "Identity")
+    peer = litert.float32(assets.fetch(pose.MODEL), 1)
     errors = []
     for image in split.crops.images[:: len(split.torso) // 4][:4]:
-        interpreter.set_tensor(source, image[None])
-        interpreter.invoke()
         identity = base.call(base.params, jnp.asarray(image[None]))["Identity"]
-        errors.append(metrics.relative_error(np.asarray(identity), interpreter.get_tensor(target)))
+        errors.append(metrics.relative_error(np.asarray(identity), peer(image[None])["Identity"]))
     return {}, {"parity": max(errors)}, Ledger(forward=len(errors))
 
 

@@ -38,9 +38,9 @@ class Search:
     error_all_low: float = column("error, all low", ".5f")
     tolerance_value: float = column("limit", ".5f")
     error_calibration: float = column("error, calibration", ".5f")
-    nme_all_low: float | None
-    nme_limit: float | None = column("limit, held out", ".5f")
-    nme_mixed: float | None = column("NME, held out", ".5f")
+    nme_all_low: float | None = None
+    nme_limit: float | None = column("limit, held out", ".5f", default=None)
+    nme_mixed: float | None = column("NME, held out", ".5f", default=None)
     predicted_gain: float | None = column("predicted gain", ".1%")
     evaluations: int = column("evaluations")
 

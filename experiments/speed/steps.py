@@ -17,11 +17,11 @@ import numpy as np
 from experiments.lib.run import ROOT, Computed, Run
 from experiments.problems import searches_tasks
 from experiments.problems.benchmarks import first
-from experiments.speed.worker import Job
+from experiments.speed.worker import TOLERANCE, Job
 from mpjax import search, sensitivity
 from mpjax.ledger import Ledger
 
-TOLERANCE, LOW = 0.1, "bfloat16"
+LOW = "bfloat16"
 
 
 class JobFailed(RuntimeError):
