@@ -1,7 +1,6 @@
 """Number formats: what each can hold, how it represents 0.3952, and what it does to a real model's weights and activations.
 
-    python -m experiments.number_formats            (about a minute on 2 cores)
-    python -m experiments.number_formats --quick    (10 seconds: 2 crops instead of 24)
+    python -m experiments.number_formats    (about a minute on 2 cores)
 
 Rows: bits that carry information (tensorfloat32 uses 19 of the 32 that store it), largest number, smallest normal and subnormal,
 epsilon (gap above 1); the number nearest to 0.3952 (ties to even), its distance, and the gap between the format's two numbers
@@ -22,7 +21,6 @@ Writes results/number_formats/: summary.json, tables, figures and report.html.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -40,21 +38,11 @@ from experiments.problems.benchmarks import Benchmark
 from mpjax import emulation
 from mpjax.ledger import Ledger
 
-CROPS = data.CropSettings().calibration
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Options):
-    """How the experiment runs."""
-
-    quick: bool = False
-    """A first look: 2 crops."""
-
-
-def main(config: Config) -> None:
+def main(config: Options) -> None:
     """Rows of all formats, shares of the model's numbers, figures, page."""
     run = Run("number_formats", config)
-    benchmark = benchmarks.pose(count=2 if config.quick else CROPS, batch=1)
+    benchmark = benchmarks.pose(count=data.CropSettings().calibration, batch=1)
     tallies = model_tallies(benchmark)
     run.ledger += Ledger(forward=2 * benchmark.examples, compilations=2)
     histograms = {name: histogram(sums) for name, sums in tallies.items()}
@@ -151,4 +139,4 @@ def findings(shares: Sequence[Share], histograms: Mapping[str, Any]) -> list[str
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Options, description=__doc__))

@@ -15,7 +15,7 @@ requested, XLA converts the rounded numbers up before the product: the accuracy 
 Writes results/pose_landmark/: summary.json, a plan for each format, the exported program, tables, figures and report.html.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,17 @@ from experiments.lib import assets
 from experiments.lib.rows import Table
 from experiments.lib.run import Options, Run
 from experiments.pose_landmark import figures, steps
-from experiments.pose_landmark.rows import EMULATED, EXECUTED, FORMATS, Executed, Program, Row, agreement, layers
+from experiments.pose_landmark.rows import (
+    EMULATED,
+    EXECUTED,
+    FORMATS,
+    Agreement,
+    Executed,
+    Program,
+    Row,
+    agreement,
+    layers,
+)
 from experiments.problems import data, pose
 from mpjax import metrics, plan
 from mpjax.ledger import Ledger
@@ -162,7 +172,7 @@ def landmarks(run: Run, split: pose.Split, drawn: Mapping[str, np.ndarray]) -> N
     run.save(figure, f"landmarks_{EMULATED}", alt=alt)
 
 
-def findings(rows, agreements) -> list[str]:  # type: ignore[no-untyped-def]
+def findings(rows: Sequence[Row], agreements: Sequence[Agreement]) -> list[str]:
     """What the run says, in three sentences."""
     by_name = {(row.name, row.format): row for row in rows}
     local, determinant = (next(a for a in agreements if a.estimator.startswith(n)) for n in ("local", "logdet"))

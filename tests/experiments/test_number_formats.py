@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from experiments.lib.run import Options
 from experiments.number_formats import __main__ as number_formats
 from experiments.number_formats import core
 from experiments.number_formats.core import GRIDS, LOW, VALUE, VARIANTS
@@ -239,12 +240,12 @@ def test_every_input_is_taken():
 def test_a_run(tmp_path, monkeypatch):
     counts = []
     monkeypatch.setattr(benchmarks, "pose", lambda *, count, batch: counts.append(count) or tiny(count, batch))
-    number_formats.main(number_formats.Config(quick=True, results=tmp_path))
+    number_formats.main(Options(results=tmp_path))
     summary = json.loads((tmp_path / "number_formats" / "summary.json").read_text())
-    assert counts == [2] and summary["ledger"]["forward"] == 4
+    assert counts == [24] and summary["ledger"]["forward"] == 48
     assert [row["format"] for row in summary["rows"]] == [grid.name for grid in GRIDS]
     assert [row["value_of_0_3952"] for row in summary["rows"]] == [row["value_of_0_3952"] for row in summary["value"]]
     assert len(summary["shares"]) == 2 * len(VARIANTS)
     weights, activations = (summary["histograms"][name] for name in ("weights", "activations"))
-    assert weights["numbers"] == 6 * 6 + 6 * 3 and activations["numbers"] == 2 * 3 * 6
+    assert weights["numbers"] == 6 * 6 + 6 * 3 and activations["numbers"] == 24 * 3 * 6
     assert math.isclose(sum(weights["share"]), 1) and math.isclose(sum(activations["share"]), 1)
