@@ -304,6 +304,8 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> publish.Config
 
 def test_publishing_writes_the_block_and_what_pages_link_to(published: publish.Config) -> None:
     before = (published.docs.parent / "README.md").read_text()
+    (published.docs / "toy").mkdir()
+    (published.docs / "toy/targets.csv").write_text("of an earlier edition")
     publish.main(published)
     text = (published.docs / "page.md").read_text()
     block = (published.results / "toy/docs.md").read_text()
