@@ -54,18 +54,13 @@ def main(config: Options) -> None:
     value = Table("value", Value, [fill(Value, row) for row in formats.rows])
     shares = Table("shares", Share, [row for name, sums in tallies.items() for row in share_rows(name, sums)])
 
-    for figure, name, alt in (
-        (figures.layouts(), "layouts", "A bar per format: sign, exponent and mantissa bits"),
-        (
-            figures.number_line(),
-            "number_line",
-            "Each format's numbers around 0.3952 (blue line); dot: the nearest. Grey band: too many numbers to draw; "
-            "a number at the edge: the nearest lies outside the window.",
-        ),
-        (figures.errors(), "errors", "Largest relative rounding error by magnitude (integers with largest number 1)"),
-        (figures.ranges(histograms, titles), "ranges", "Histograms of magnitudes over each format's range"),
-    ):
-        run.save(figure, name, alt=alt)
+    run.save(figures.layouts(), "layouts", alt="A bar per format: sign, exponent and mantissa bits")
+    line = "Numbers around 0.3952 (blue line); dot: the nearest; grey band: too many to draw; at the edge: the nearest is outside"
+    run.save(figures.number_line(), "number_line", alt=line)
+    run.save(
+        figures.errors(), "errors", alt="Largest relative rounding error by magnitude (integers with largest number 1)"
+    )
+    run.save(figures.ranges(histograms, titles), "ranges", alt="Histograms of magnitudes over each format's range")
     run.finish(
         "Number formats",
         lead=__doc__,

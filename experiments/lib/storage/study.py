@@ -164,28 +164,22 @@ class Study:
         for row in self.rows:
             prefill, decode = (timed.get((phase or "", row.variant)) for phase in phases)
             times: dict[str, Any] = {
-                "prefill_ms": getattr(prefill, "ms", None),
-                "decode_ms": getattr(decode, "ms", None),
+                "prefill_ms": prefill.ms if prefill else None,
+                "decode_ms": decode.ms if decode else None,
             }
             last = decode if phases[1] else prefill
-            rows.append(replace(row, **times, vs_fp32=getattr(last, "vs_fp32", None)))
+            rows.append(replace(row, **times, vs_fp32=last.vs_fp32 if last else None))
         rows.sort(key=lambda row: (ORDER.index(row.method), row.bytes))
         assigned = [
             Assigned(layer=layer, kind=kind_of(layer), as_int4=self.headline[layer], as_int8=as_int8[layer])
             for layer in self.store.model.names
         ]
         scores, compared = score_rows(self.scores), comparison(rows)
-        for figure, name, alt in (
-            (
-                figures.front(rows, self.searches, error_name, source_bytes),
-                "error_against_bytes",
-                "Error against bytes: mixes and uniform formats",
-            ),
-            (figures.by_kind(scores), "sensitivity_by_kind", "Predicted loss per layer, block and format"),
-            (figures.chosen(assigned), "chosen_formats", "Format of each layer in two mixes"),
-            (figures.times(speed), "times", "Milliseconds by variant"),
-        ):
-            self.run.save(figure, name, alt=alt)
+        save, front = self.run.save, figures.front(rows, self.searches, error_name, source_bytes)
+        save(front, "error_against_bytes", alt="Error against bytes: mixes and uniform formats")
+        save(figures.by_kind(scores), "sensitivity_by_kind", alt="Predicted loss per layer, block and format")
+        save(figures.chosen(assigned), "chosen_formats", alt="Format of each layer in two mixes")
+        save(figures.times(speed), "times", alt="Milliseconds by variant")
         return self.run.finish(
             title,
             lead=lead,
