@@ -1,7 +1,7 @@
 """A sentence encoder in low precision: all-MiniLM-L6-v2, faster in bfloat16, and smaller with weights stored in mixed formats.
 
     python -m experiments.sentence_encoder            (about 6 minutes on 2 cores)
-    python -m experiments.sentence_encoder --quick    (about 3: fewer texts, probes and mixes)
+    python -m experiments.sentence_encoder --quick    (about 2: fewer texts, probes and mixes)
 
 Truth is the float32 model's own embedding. Drift is 1 − cosine to it, mean over paragraphs of the Python language reference. For
 embeddings of length 1 that is ½‖Δ‖², the output loss itself: `local_rounding` predicts the drift, with nothing between.
