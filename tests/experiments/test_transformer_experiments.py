@@ -9,11 +9,11 @@ from test_minilm import SHAPE, tensors, tokenizer
 from test_smollm2 import write
 
 from experiments.language_model import __main__ as language_model
+from experiments.lib.storage import store as storage
 from experiments.models.minilm import load_minilm, load_tokenizer
 from experiments.problems import text_data
 from experiments.sentence_encoder import __main__ as sentence_encoder
 from experiments.sentence_encoder import steps
-from experiments.storage import store as storage
 
 pytestmark = [pytest.mark.usefixtures("relaxed_promotion"), pytest.mark.slow]
 _ = tokenizer  # a fixture
