@@ -89,7 +89,7 @@ def seconds(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tup
     if inputs * channels > _MOST_TIMED:
         channels = max(_MOST_TIMED // inputs // 64, 1) * 64
     inputs_first = min(over) == 0  # in memory, of float32 weights as the program multiplies them
-    return _timed(fmt, 1 << (rows - 1).bit_length(), inputs, channels, inputs_first, possible)
+    return dict(_timed(fmt, 1 << (rows - 1).bit_length(), inputs, channels, inputs_first, possible))
 
 
 def choice(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tuple[int, ...]) -> str:
