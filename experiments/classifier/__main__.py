@@ -1,6 +1,6 @@
 """An ImageNet classifier in low precision: which layers of EfficientNet-Lite0 can be lowered, batch norm folded or kept.
 
-    python -m experiments.classifier            (about 8 minutes on 2 cores; again: under 1)
+    python -m experiments.classifier            (about 15 minutes on 2 cores; again: under 1)
     python -m experiments.classifier --quick    (about 2: fewer images, probes and tolerances)
 
 Truth is the float32 model's own output on unlabelled photographs and video frames: top-1 agreement, and KL of the

@@ -17,8 +17,7 @@ import tyro
 from experiments.lib.rows import Table, column
 from experiments.lib.run import Options, Run
 from experiments.problems import benchmarks, data, searches_tasks
-from experiments.problems.searches_tasks import FORMATS, SETS, Predicted, Task
-from experiments.searches.__main__ import TOLERANCES
+from experiments.problems.searches_tasks import FORMATS, SETS, TOLERANCES, Predicted, Task
 from mpjax import cost, metrics, search
 from mpjax.evaluation import Evaluation
 from mpjax.search.problem import Assignment, Measurement

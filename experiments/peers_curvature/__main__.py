@@ -1,7 +1,7 @@
 """mpjax's curvature estimators beside PyHessian's and curvlinops': the same numbers, and what they cost.
 
     pip install -e '.[experiments,peers]'
-    python -m experiments.peers_curvature            (--quick for a first look)
+    python -m experiments.peers_curvature            (about 7 minutes on 2 cores; --quick for a first look)
 
 Install the CPU builds of torch and torchvision first, as PyTorch's own page says (curvlinops wants torchvision installed and
 never imports it): what the package index has by default draws gigabytes of CUDA libraries. All tools run on the CPU in

@@ -187,8 +187,8 @@ def whole_traces(network: Network, twin: Any, *, products: int, rounds: int, see
     runs = [one for method in methods for one in results[best, method]]
     ledger = sum((one.ledger for one in runs), Ledger(compilations=len(methods)))
     every: dict[Name, Sampled] = {}
-    for name, found in results.items():
-        numbers = [one.value for one in found] if name[0] == best else found
+    for name, returned in results.items():
+        numbers = [one.value for one in returned] if name[0] == best else returned
         values = np.array(numbers, np.float64).reshape(rounds, -1).mean(1, keepdims=True)
         spread = values.std(0, ddof=1) * math.sqrt(products)  # of whole calls
         every[name] = Sampled(value=values.mean(0), deviation=spread, probes=products * rounds)

@@ -162,15 +162,15 @@ def findings(rows: Sequence[Row]) -> list[str]:
     lines = []
     for network in dict.fromkeys(row.network for row in rows):
         some = [row for row in rows if row.network == network]
-        found = {(row.quantity, *row.name): row for row in some if row.layer is None}
+        whole = {(row.quantity, *row.name): row for row in some if row.layer is None}
         tool = MATRIX if any(row.tool == MATRIX for row in some) else PLAIN
         hvp = next(row for row in some if (row.quantity, row.tool) == ("hvp", tool))
         text = f"{network}: one HVP costs mpjax {hvp.gradients:.2f} gradients"
         if hvp.vs_pyhessian is None:
             lines.append(text + ".")
             continue
-        joint, single = (found["layer_traces", tool, method] for method in (JOINT, PER_LAYER))
-        peer = found["layer_traces", PYHESSIAN, PER_LAYER].seconds_at_target
+        joint, single = (whole["layer_traces", tool, method] for method in (JOINT, PER_LAYER))
+        peer = whole["layer_traces", PYHESSIAN, PER_LAYER].seconds_at_target
         at_target = [row.seconds_at_target / peer for row in (joint, single) if row.seconds_at_target and peer]
         ratio = joint.vs_pyhessian or math.nan
         lines.append(

@@ -198,19 +198,19 @@ class Twin:
     def tree(self, tensors: Tensors) -> dict[str, dict[str, np.ndarray]]:
         """The inverse of `tensors`."""
         by_id = dict(zip(map(id, self.parameters), tensors, strict=True))
-        found: dict[str, dict[str, np.ndarray]] = {}
+        values: dict[str, dict[str, np.ndarray]] = {}
         for (name, leaf), parameter in self.names.items():
-            found.setdefault(name, {})[leaf] = _to_flax(by_id[id(parameter)].detach().numpy())
-        return found
+            values.setdefault(name, {})[leaf] = _to_flax(by_id[id(parameter)].detach().numpy())
+        return values
 
     @contextmanager
     def only(self, layer: str) -> Iterator[list[Any]]:
         """Within it only that layer's parameters are differentiated."""
-        own = list(self.model.layers[layer].parameters())
+        chosen = list(self.model.layers[layer].parameters())
         for parameter in self.parameters:
-            parameter.requires_grad_(any(parameter is each for each in own))
+            parameter.requires_grad_(any(parameter is other for other in chosen))
         try:
-            yield own
+            yield chosen
         finally:
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
@@ -222,10 +222,10 @@ class Twin:
         self.model.zero_grad()  # the constructor adds to gradients that are there
         return hessian(self.model, self.criterion, data=self.batch, cuda=False)
 
-    def pyhessian_hvp(self, vector: Tensors, kept: Any = None) -> Tensors:
+    def pyhessian_hvp(self, vector: Tensors, graph: Any = None) -> Tensors:
         """One Hessian-vector product, with the gradient and its graph unless an object that has them is given."""
-        found = kept or self.pyhessian()
-        return hessian_vector_product(found.gradsH, found.params, vector)
+        graph = graph or self.pyhessian()
+        return hessian_vector_product(graph.gradsH, graph.params, vector)
 
     def pyhessian_trace(self, probes: int) -> np.ndarray:
         """Samples of the whole model's trace, one per probe."""
@@ -237,14 +237,14 @@ class Twin:
         for layer in self.layers:
             with self.only(layer):
                 start = time.perf_counter()
-                found = self.pyhessian()
+                matrix = self.pyhessian()
                 setup += time.perf_counter() - start
-                columns.append(found.trace(maxIter=probes, tol=float("-inf")))
+                columns.append(matrix.trace(maxIter=probes, tol=float("-inf")))
         return np.asarray(columns).T, setup
 
     def pyhessian_top_eigenvalue(self, iterations: int, tolerance: float) -> tuple[float, int]:
         """Top eigenvalue by power iteration, and the number of products it took."""
-        found = self.pyhessian()
+        matrix = self.pyhessian()
         products = 0
         plain = self.model.zero_grad
 
@@ -255,7 +255,7 @@ class Twin:
 
         self.model.zero_grad = counted
         try:
-            values, _ = found.eigenvalues(maxIter=iterations, tol=tolerance, top_n=1)
+            values, _ = matrix.eigenvalues(maxIter=iterations, tol=tolerance, top_n=1)
         finally:
             del self.model.zero_grad
         return float(values[0]), products

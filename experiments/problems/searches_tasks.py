@@ -31,6 +31,7 @@ from mpjax.search.problem import Problem
 FORMATS = ("bfloat16", "float8_e4m3fn", "float16_acc16")  # scored together
 SETS = (("bfloat16",), ("bfloat16", "float8_e4m3fn"), ("float16_acc16",))  # searched
 MODELS = ("pose_landmark_full", "iris_landmark", "digits_cnn")
+TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)  # shares of the error with all layers low
 SUBSET = 12  # layers of the problem that is enumerated
 
 

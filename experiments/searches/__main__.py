@@ -24,12 +24,11 @@ from experiments.lib.progress import Advance, progress
 from experiments.lib.rows import Table, column
 from experiments.lib.run import Options, Run, check_names
 from experiments.problems import searches_tasks
-from experiments.problems.searches_tasks import MODELS, SETS
+from experiments.problems.searches_tasks import MODELS, SETS, TOLERANCES
 from experiments.searches import figures
 from experiments.searches.rows import Cost, Enumerated, Latency, Point, Row, Scored, Solver
 from experiments.searches.steps import Model, random_problems
 
-TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
 HOW = (
     "Every strategy measures the user's error on calibration data and ends with an assignment within the tolerance there; its "
     "held-out error is measured once, afterwards. Objective layers: as many below float32 as possible; bytes: of the stored "

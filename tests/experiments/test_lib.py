@@ -279,8 +279,8 @@ def test_a_run_that_breaks_the_contract_writes_no_summary(tmp_path: Path) -> Non
 
 def test_names_are_checked() -> None:
     run.check_names("--models", ["a"], ("a", "b"))
-    for names, told in ((["c"], "found c"), ([], "found none")):
-        with pytest.raises(SystemExit, match=f"--models: expected some of a, b; {told}"):
+    for names, message in ((["c"], "found c"), ([], "found none")):
+        with pytest.raises(SystemExit, match=f"--models: expected some of a, b; {message}"):
             run.check_names("--models", names, ("a", "b"))
 
 
@@ -314,7 +314,7 @@ def test_publishing_writes_the_block_and_what_pages_link_to(published: publish.C
 @pytest.mark.parametrize("what", ["commit", "quick", "marker", "file", "run"])
 def test_what_is_not_published(published: publish.Config, what: str) -> None:
     summary = published.results / "toy/summary.json"
-    told = {
+    messages = {
         "commit": "uncommitted",
         "quick": "--quick",
         "marker": "found 0",
@@ -332,6 +332,6 @@ def test_what_is_not_published(published: publish.Config, what: str) -> None:
         change = {"commit": "abc1234+"} if what == "commit" else {"config": {"quick": True}}
         summary.write_text(json.dumps({**content, **change}))
     before = (published.docs / "page.md").read_text()
-    with pytest.raises(SystemExit, match=told[what]):
+    with pytest.raises(SystemExit, match=messages[what]):
         publish.main(published)
     assert (published.docs / "page.md").read_text() == before and not (published.docs / "toy").exists()

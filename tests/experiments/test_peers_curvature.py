@@ -100,10 +100,10 @@ def test_layers_are_kernel_and_bias_of_what_multiplies(mlp: Network) -> None:
 
 def test_training_stops_at_the_loss_it_reports(mlp: Network) -> None:
     module, inputs = mlp.module, np.asarray(mlp.inputs, np.float32)
-    found = networks.network("mlp", module, inputs, {PLAIN: None}, 0, until=0.9)
-    assert found.notes["training_steps"] > 0
-    assert found.notes["loss"] < 0.9
-    assert float(found.loss(found.params)) == pytest.approx(found.notes["loss"], rel=1e-5)
+    trained = networks.network("mlp", module, inputs, {PLAIN: None}, 0, until=0.9)
+    assert trained.notes["training_steps"] > 0
+    assert trained.notes["loss"] < 0.9
+    assert float(trained.loss(trained.params)) == pytest.approx(trained.notes["loss"], rel=1e-5)
 
 
 def test_the_exact_trace_of_the_head_is_the_dense_one(mlp: Network) -> None:
