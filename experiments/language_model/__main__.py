@@ -68,7 +68,7 @@ def main(config: Config) -> None:
     study.fewest_bytes(f"fewest bytes within {config.tolerance:g} nats", strategy, config.tolerance)
     as_int8 = study.fewest_bytes("no worse than uniform int8_w", strategy)
     speed = steps.times(subject, study.headline, quick=config.quick)
-    completion = generate(subject.language, PROMPT, 8).text
+    completion = generate(subject.language, PROMPT, 8)
     study.finish(
         "A language model in mixed formats",
         lead="SmolLM2-135M: how far its next-token probabilities move, how many bytes its weights take, and how fast it is. Its "
