@@ -14,7 +14,7 @@ the minimum is over the formats.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from experiments.lib.page import Section
 from experiments.lib.plots import PALETTE, Figure, plt
 from experiments.lib.progress import progress
 from experiments.lib.rows import Table, column
-from experiments.lib.run import Options, Run
+from experiments.lib.run import Options, Run, check_names
 from experiments.problems import benchmarks
 from experiments.problems.benchmarks import Benchmark
 from mpjax import emulation, metrics, sensitivity
@@ -72,6 +72,7 @@ class Config(Options):
     """Random output probes per example."""
 
     def __post_init__(self) -> None:
+        check_names("--models", self.models, tuple(benchmarks.BENCHMARKS))
         wrong = [count for count in self.formats if not 1 <= count <= len(FORMATS)]
         if wrong or not self.formats or self.probes < 1:
             raise SystemExit(
@@ -85,7 +86,8 @@ def main(config: Config) -> None:
     with progress("timing", len(config.models) * (1 + len(config.formats))) as advance:
         for name in config.models:
             benchmark = benchmarks.load(name, config.examples)
-            single, key = benchmark.rebatched(1), jax.random.key(0)
+            key = jax.random.key(0)
+            single = replace(benchmark, batches=benchmarks.first(benchmark.batches, benchmark.examples, 1))
             calibration = emulation.calibrate(benchmark.model, benchmark.batches)
             truth = sensitivity.measured(calibration=calibration)(benchmark.model, benchmark.batches, LOW, key)
             run.ledger += truth.ledger

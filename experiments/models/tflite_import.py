@@ -1,8 +1,8 @@
 """A .tflite file as a Flax linen module with ordinary layers, and its parameters.
 
 Convolutions are ``nn.Conv`` submodules, named by kind and running number (``conv_00``, ``depthwise_01`` …), with the same names
-whatever outputs are wanted; each is called once. Slopes of a PReLU are parameters, too. What MediaPipe's pose, iris and face models
-consist of can be imported; a further operator is a case in `_read` and in `compute`.
+whatever outputs are asked for; each is called once. Slopes of a PReLU are parameters, too. The operators of MediaPipe's pose,
+iris and face models can be imported; a further one is a case in `_read` and in `compute`.
 """
 
 from collections import Counter
