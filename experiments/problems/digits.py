@@ -37,7 +37,6 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from experiments.lib import assets
-from experiments.lib.progress import progress
 from experiments.lib.run import ROOT
 from experiments.problems import optimum
 from mpjax.files import Checkpoint
@@ -75,11 +74,10 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Digits:
-    """Images (N, 8, 8, 1) float32 in [0, 1], labels (N,) int32, and their rows (N,) in scikit-learn's data set."""
+    """Images (N, 8, 8, 1) float32 in [0, 1] and labels (N,) int32."""
 
     images: np.ndarray
     labels: np.ndarray
-    rows: np.ndarray
 
 
 def as_products(
@@ -87,24 +85,16 @@ def as_products(
     rhs: jax.Array,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int] = (1, 1),
-    rhs_dilation: Sequence[int] = (1, 1),
-    dimension_numbers: Any = None,
+    *,
     feature_group_count: int = 1,
-    precision: Any = None,
+    **_: Any,
 ) -> jax.Array:
     """A convolution as one matrix product of patches; a depthwise one as a sum of shifted slices times weights.
 
     It fits Flax's hook for `jax.lax.conv_general_dilated` and covers what `DigitsCNN` needs: NHWC and HWIO, no dilation,
     one group or one per channel, full precision. XLA on the CPU has no fast convolution for float64, nor for one whose
     weights are vectorised over.
-
-    Raises:
-        ValueError: a dilated convolution.
     """
-    del dimension_numbers, precision
-    if {*lhs_dilation, *rhs_dilation} != {1}:
-        raise ValueError(f"Expected no dilation, got {lhs_dilation} of the input, {rhs_dilation} of the kernel.")
     window = rhs.shape[:2]
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
@@ -162,7 +152,7 @@ def split(seed: int) -> tuple[Digits, Digits]:
     pixels, labels = load_digits(return_X_y=True)
     rows = train_test_split(np.arange(len(labels)), train_size=TRAIN, stratify=labels, random_state=seed)
     images = (pixels / 16.0).astype(np.float32).reshape(-1, SIZE, SIZE, 1)
-    train, test = (Digits(images=images[part], labels=labels[part].astype(np.int32), rows=part) for part in rows)
+    train, test = (Digits(images=images[part], labels=labels[part].astype(np.int32)) for part in rows)
     return train, test
 
 
@@ -235,22 +225,18 @@ def _train(settings: Settings) -> Trained:
     def whole(w: jax.Array) -> jax.Array:
         return loss(w, images, labels)
 
-    total = sum(optimum.progress_steps(settings.lbfgs_steps, vector.size))
-    with progress("training the digits network", total) as advance:
-        vector = optimum.adam(
-            loss,
-            vector,
-            (images, labels),
-            jax.random.fold_in(key, 1),
-            steps=settings.adam_steps,
-            rate=settings.adam_rate,
-            batch=settings.adam_batch,
-            advance=advance,
-        )
-        vector, steps = optimum.lbfgs(whole, vector, steps=settings.lbfgs_steps, tolerance=GRADIENT, advance=advance)
-        end = optimum.newton(
-            loss, vector, (images, labels), rounds=settings.newton_rounds, tolerance=GRADIENT, advance=advance
-        )
+    data = (images, labels)
+    vector = optimum.adam(
+        loss,
+        vector,
+        data,
+        jax.random.fold_in(key, 1),
+        steps=settings.adam_steps,
+        rate=settings.adam_rate,
+        batch=settings.adam_batch,
+    )
+    vector, steps = optimum.lbfgs(whole, vector, steps=settings.lbfgs_steps, tolerance=GRADIENT)
+    end = optimum.newton(loss, vector, data, rounds=settings.newton_rounds, tolerance=GRADIENT)
     vector, eigenvalues = end.vector, end.eigenvalues
 
     gradient = jax.jit(jax.grad(whole))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
+from sklearn.datasets import load_digits
 
 from experiments.lib import assets
 from experiments.models.tflite_import import load_tflite
@@ -103,13 +104,14 @@ def test_crops_of_eyes_and_faces():
 def test_digits_split_is_disjoint_stratified_and_fixed():
     train, test = digits.split(0)
     assert len(train.labels) == digits.TRAIN and len(test.labels) == 357
-    assert sorted([*train.rows, *test.rows]) == list(range(1797))
+    both = np.concatenate([train.images, test.images]).reshape(1797, 64)
+    np.testing.assert_array_equal(np.sort(both.sum(1)), np.sort(load_digits().data.astype(np.float32).sum(1) / 16))
     assert train.images.shape == (1440, 8, 8, 1) and train.images.dtype == np.float32
     assert 0 == train.images.min() and train.images.max() == 1
     assert set(train.labels) == set(range(10))
     np.testing.assert_allclose(np.bincount(train.labels) / 1440, np.bincount(test.labels) / 357, atol=0.003)
-    np.testing.assert_array_equal(digits.split(0)[0].rows, train.rows)
-    assert not np.array_equal(digits.split(1)[0].rows, train.rows)
+    np.testing.assert_array_equal(digits.split(0)[0].images, train.images)
+    assert not np.array_equal(digits.split(1)[0].images, train.images)
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
@@ -126,11 +128,6 @@ def test_convolution_as_products(strides, groups, window):
     np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_convolution_as_products_refuses_dilation():
-    with pytest.raises(ValueError, match="no dilation"):
-        digits.as_products(jnp.zeros((1, 8, 8, 1)), jnp.zeros((3, 3, 1, 2)), (1, 1), "SAME", rhs_dilation=(2, 2))
-
-
 @pytest.mark.parametrize("seed", range(2))
 def test_optimum_of_least_squares_in_closed_form(seed):
     rng = np.random.default_rng(seed)
@@ -141,21 +138,15 @@ def test_optimum_of_least_squares_in_closed_form(seed):
 
     matrix = inputs.T @ inputs / 36 + 0.1 * np.eye(20)
     expected = np.linalg.solve(matrix, inputs.T @ targets / 36)
-    steps = []
     data = (jnp.asarray(inputs), jnp.asarray(targets))
-    result = optimum.newton(
-        loss, jnp.asarray(rng.normal(size=20)), data, rounds=2, tolerance=1e-12, advance=lambda n=1: steps.append(n)
-    )
+    result = optimum.newton(loss, jnp.asarray(rng.normal(size=20)), data, rounds=2, tolerance=1e-12)
     np.testing.assert_allclose(result.vector, expected, atol=1e-12)
     np.testing.assert_allclose(result.eigenvalues, 2 * np.linalg.eigvalsh(matrix), rtol=1e-12)
-    assert result.rounds == 1 and sum(steps) == optimum.progress_steps(0, 20)[2] == 2
-    steps.clear()
+    assert result.rounds == 1
     start = jnp.asarray(rng.normal(size=20))
-    vector, taken = optimum.lbfgs(
-        lambda w: loss(w, *data), start, steps=300, tolerance=1e-9, advance=lambda n=1: steps.append(n)
-    )
+    vector, taken = optimum.lbfgs(lambda w: loss(w, *data), start, steps=300, tolerance=1e-9)
     np.testing.assert_allclose(vector, expected, atol=1e-8)
-    assert taken == 100 and sum(steps) == 3
+    assert taken == 100
 
 
 def test_newton_leaves_a_saddle():
@@ -165,7 +156,7 @@ def test_newton_leaves_a_saddle():
         return 0.5 * w[1] ** 2 + 0.25 * w[0] ** 4 - 0.5 * w[0] ** 2
 
     data = (jnp.zeros(1),)
-    result = optimum.newton(loss, jnp.asarray([0.1, 0.5]), data, rounds=20, tolerance=1e-12, advance=lambda n=1: None)
+    result = optimum.newton(loss, jnp.asarray([0.1, 0.5]), data, rounds=20, tolerance=1e-12)
     np.testing.assert_allclose(np.abs(result.vector), [1, 0], atol=1e-12)
     assert result.eigenvalues[0] == pytest.approx(1)
     assert abs(result.eigenvalues[1] - 2) < 7 * result.distance < 0.1  # 3x² − 1 where the last Hessian was taken
