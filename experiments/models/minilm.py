@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from experiments.models.pretrained import TextError, filled
+from experiments.models.pretrained import filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +78,6 @@ class MiniLM(nnx.Module):
         self.blocks = nnx.List([Block(shape, dtype=dtype, rngs=rngs) for _ in range(shape.blocks)])
 
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        if ids.ndim != 2 or ids.shape != mask.shape or ids.shape[1] > self.shape.positions:
-            raise ValueError(
-                f"ids of shape {ids.shape} and mask of shape {mask.shape}: expected two of (N, T) with T ≤ {self.shape.positions}"
-            )
         places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=ids.dtype), ids.shape)
         x = self.norm(self.words(ids) + self.positions(places) + self.kinds(jnp.zeros_like(ids)))
         for block in self.blocks:
@@ -133,34 +129,11 @@ def _source(name: str) -> str:
     return f"{prefix}{_NAMES[layer]}.{kind}"
 
 
-def load_tokenizer(path: Path | str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, without padding and truncation."""
+def encode(path: Path | str, texts: Sequence[str], *, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of texts by a tokenizer.json, (N, length) int32 each: padded with 0, longer texts cut off."""
     tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def encode(
-    tokenizer: Tokenizer, texts: Sequence[str], *, length: int, truncate: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask of texts, (N, length) int32 each, padded with 0.
-
-    Raises:
-        TextError: no text, an empty one, or one longer than `length` unless `truncate`.
-    """
-    if isinstance(texts, str) or not texts:
-        raise TextError(f"Expected a sequence of texts, found {texts!r}.")
-    ids, mask = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.int32)
-    for number, (text, encoded) in enumerate(zip(texts, tokenizer.encode_batch(list(texts)), strict=True)):
-        if 0 not in encoded.special_tokens_mask:
-            raise TextError(f"Text {number} is empty ({text!r}): there is nothing to encode.")
-        tokens = encoded.ids
-        if len(tokens) > length:
-            if not truncate:
-                raise TextError(
-                    f"Text {number} has {len(tokens)} tokens, the model reads {length}: split it, or pass truncate=True."
-                )
-            tokens = [*tokens[: length - 1], tokens[-1]]
-        ids[number, : len(tokens)], mask[number, : len(tokens)] = tokens, 1
-    return ids, mask
+    tokenizer.enable_padding(length=length)
+    tokenizer.enable_truncation(length)
+    encoded = tokenizer.encode_batch(list(texts))
+    ids, mask = ([getattr(text, name) for text in encoded] for name in ("ids", "attention_mask"))
+    return np.array(ids, np.int32), np.array(mask, np.int32)

@@ -10,10 +10,6 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 
-class TextError(ValueError):
-    """A text that a model cannot read; the message says what it is and what was expected."""
-
-
 def filled(make: Callable[[], Any], tensors: Mapping[str, np.ndarray], source: Callable[[str], str]) -> Any:
     """The module that `make` makes, with weights of a file as float32; nothing random is computed.
 

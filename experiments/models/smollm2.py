@@ -18,7 +18,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from experiments.models.pretrained import TextError, filled
+from experiments.models.pretrained import filled
 
 Cache = tuple[jax.Array, jax.Array]  # keys and values, (N, blocks, places, key-value heads, head size)
 _CONTROL = 3  # type of a token that no text spells
@@ -105,10 +105,6 @@ class SmolLM2(nnx.Module):
         values: jax.Array | None = None,
         start: jax.Array | None = None,
     ) -> Any:
-        room = self.shape.context if keys is None else keys.shape[2]
-        first = 0 if start is None or isinstance(start, jax.core.Tracer) else int(start.max())
-        if first + ids.shape[1] > room:
-            raise TextError(f"{ids.shape[1]} tokens from place {first} on do not fit into {room}: make a longer cache.")
         places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=ids.dtype), ids.shape)
         places = places if start is None else places + start[:, None]
         x, new = self.words(ids), []
@@ -156,13 +152,7 @@ def _norm(shape: Shape, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 def new_cache(shape: Shape, places: int, *, batch: int = 1, dtype: Any = jnp.float32) -> Cache:
-    """Room for so many tokens of each of `batch` texts.
-
-    Raises:
-        TextError: more than the model reads.
-    """
-    if not 0 < places <= shape.context:
-        raise TextError(f"A cache of {places} tokens: the model reads 1 to {shape.context}.")
+    """Room for so many tokens of each of `batch` texts."""
     sizes = (batch, shape.blocks, places, shape.kv_heads, shape.head)
     return jnp.zeros(sizes, dtype), jnp.zeros(sizes, dtype)
 
@@ -244,35 +234,14 @@ def _source(name: str) -> str:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def encode(language: Language, text: str, *, room: int = 0) -> np.ndarray:
-    """(1, T) int32 tokens of a text, to which `room` more may be added.
-
-    Raises:
-        TextError: an empty text, or one that does not fit into the model's context.
-    """
-    ids = language.tokenizer.encode(text).ids
-    context = language.module.shape.context
-    if not ids:
-        raise TextError("The prompt is empty: give it at least one word.")
-    if len(ids) + room > context:
-        raise TextError(
-            f"The prompt has {len(ids)} tokens and {room} are to come: the model reads {context}. Shorten it, or ask for fewer."
-        )
-    return np.asarray([ids], np.int32)
-
-
 @nnx.jit
 def _called(module: SmolLM2, *inputs: jax.Array) -> Any:
     return module(*inputs)
 
 
 def generate(language: Language, prompt: str, tokens: int) -> str:
-    """The greedy continuation: the most probable next token, so many times.
-
-    Raises:
-        TextError: as `encode`.
-    """
-    ids = encode(language, prompt, room=tokens)
+    """The greedy continuation: the most probable next token, so many times."""
+    ids = np.asarray([language.tokenizer.encode(prompt).ids], np.int32)
     keys, values = new_cache(language.module.shape, ids.shape[1] + tokens)
     start, made, step = 0, list[int](), jnp.asarray(ids)
     while len(made) < tokens:

