@@ -97,7 +97,7 @@ def compare(config: Config, models: Sequence[Benchmark], sizes: Mapping[str, Siz
         results=results,
         overview=compact(rows, {model.name: SHORT.get(model.name, model.name) for model in models}),
         tables=list(tables.values()),
-        findings=findings(rows, more["interactions"]),
+        findings=findings(rows),
         sections=[
             Section(
                 "Agreement and cost",

@@ -7,17 +7,14 @@ Install the CPU builds of torch and torchvision first, as PyTorch's own page say
 never imports it): what the package index has by default draws gigabytes of CUDA libraries. All tools run on the CPU in
 float32, with as many threads as the process has cores.
 
-Two networks, each in Flax and in torch, with the same weights, batch and mean cross-entropy: a 22-layer CNN (3x3, 1x1 and
-depthwise convolutions, GELU, a dense head) on 16 photos of people, and six transformer-like blocks (LayerNorm, d -> 4d -> d,
-GELU, residual) on 64 random vectors. Labels are arbitrary: the example's number modulo 10. Both are trained on that batch
-until the loss falls below 0.5, so that the Hessian is that of a trained network. Nothing is compared or timed before loss,
-outputs, gradient and one Hessian-vector product (HVP) agree to 1e-4.
+Two networks, each in Flax and in torch, with the same weights, batch and mean cross-entropy: a 22-layer CNN on 16 photos of
+people, and six transformer-like blocks without attention on 64 random vectors, both trained on that batch until the loss falls
+below 0.5. Nothing is compared or timed before loss, outputs, gradient and one Hessian-vector product (HVP) agree to 1e-4.
 
 Compared: the trace of the whole model (Hutchinson, Hutch++, XTrace), the top eigenvalue, the trace of every layer (kernel and
-bias; norms are no layers). PyHessian has the whole-model trace only, so per layer means one call per layer with the other
+bias; norms are no layers). PyHessian has the whole-model trace only: per layer means one call per layer with the other
 parameters frozen. mpjax takes all layers from joint probes, one HVP per probe; joint probes have a larger variance, so times
-are given at the same number of probes and at the same standard error. What the peers' calls do exactly stands in
-experiments/peers_curvature/torch_side.py. The pose model's gradient and HVP are timed on mpjax's side alone.
+are given at the same number of probes and at the same standard error. The pose model's passes are timed on mpjax's side alone.
 """
 
 import importlib

@@ -8,8 +8,6 @@ error (NME, KL) on calibration data, at most 150 assignments; its result is then
 is. The tolerance is a share of the error with all layers in the set's first format, on both parts of the data together. Expected:
 `ilp` and `iqp` lower at least as many layers as any baseline; a bisected ranking (`binary`) needs the fewest evaluations; segment
 splitting needs many times more. A problem of 12 layers per model is enumerated: how far each strategy is from the true optimum.
-
-Writes results/searches/: summary.json, plans, tables, figures and report.html.
 """
 
 from collections.abc import Sequence

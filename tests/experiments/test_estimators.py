@@ -195,12 +195,11 @@ def test_a_run_has_its_rows(tiny: Benchmark, ran: tuple[Path, dict[str, Any]]) -
     for name in ("agreement_cost", "layers_lowered", "interactions", "damping"):
         assert (folder / f"estimators/{name}.png").stat().st_size > 10_000
     made = [Row(**row) for row in rows]
-    lines = "\n".join(findings(made, []))
-    assert "Best agreement" in lines and "Zero by construction, as the output loss has no gradient" in lines
+    assert findings(made)[0].startswith("Best agreement")
     few = [
         row for row in made if row.label in ("measured", "depth")
     ]  # as with --quick, which judges fewer on large models
-    assert findings([*made, *(replace(row, model="iris_landmark") for row in few)], [])[0].startswith("Best agreement")
+    assert findings([*made, *(replace(row, model="iris_landmark") for row in few)])[0].startswith("Best agreement")
 
 
 def test_cells_without_a_gradient_are_null(ran: tuple[Path, dict[str, Any]]) -> None:

@@ -200,12 +200,9 @@ def rows_of_a_run() -> list[Row]:
 def test_the_sentences_and_files_of_a_run(tmp_path: Path) -> None:
     made = rows_of_a_run()
     lines = rows.findings(made)
-    assert len(lines) == 3 and lines[2] == "pose: one HVP costs mpjax 2.20 gradients."
-    assert "costs mpjax 2.00 gradients, and 0.25 times" in lines[0] and "(20x faster)" in lines[0]
-    assert "3.00 times from joint and 0.50 from per-layer" in lines[0] and "12 s for joint" in lines[0]
-    assert (
-        f"{PYHESSIAN}, {PER_LAYER}: 1 of 2 within 2, largest 3.0" in lines[1] and f"{MATRIX}, {JOINT} +2.0" in lines[1]
-    )
+    assert len(lines) == 2 and lines[1] == "pose: one HVP costs mpjax 2.20 gradients."
+    assert "costs mpjax 2.00 gradients, and 0.25 times" in lines[0] and "take 0.050 times" in lines[0]
+    assert "3.00 times from joint and 0.50 from per-layer" in lines[0]
     run = Run("peers_curvature", peers_curvature.Config(results=tmp_path))
     notes = {"layers": 2, "parameters": 9, "batch": "6x8x8x3", "loss": 0.4, "training_steps": 3}
     checks = [Check(network="cnn", what="loss", difference=1e-7)]
