@@ -45,21 +45,15 @@ class Config(Options):
 
     quick: bool = False
     """A first look: fewer images, probes and points, two tolerances."""
-    tolerances: tuple[float, ...] = ()
-    """Shares of the KL with all layers low; by default 0.02 0.1 0.5, and 0.1 0.5 of a quick run."""
     seed: int = 0
     """Seed of the random probes and of the deal of the images."""
-
-    def __post_init__(self) -> None:
-        if not all(0 < tolerance <= 1 for tolerance in self.tolerances):
-            raise SystemExit(f"--tolerances: expected shares in (0, 1]; found {self.tolerances}.")
 
 
 def main(config: Config) -> None:
     """Both forms of batch norm: all layers low, curves, searches; then the page."""
     run = Run("classifier", config)
     size = steps.QUICK if config.quick else steps.FULL
-    tolerances = sorted(config.tolerances or size.tolerances)
+    tolerances = size.tolerances
     data = steps.load_data(size.images, config.seed)
     digest = plan.digest(data.calibration.images, data.heldout.images, data.sanity, data.labels)
     run.depends_on(seed=config.seed, size=size, data=digest)

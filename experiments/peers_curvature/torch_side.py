@@ -13,7 +13,7 @@ What was seen of the peers (PyHessian 0.1, curvlinops 3.0.1, torch 2.13):
 - curvlinops differentiates forward over reverse (`jvp` of `jacrev`). It needs activations whose backward has a forward
   derivative: GELU has one, SiLU has not. Through torch's own LayerNorm that derivative is silently wrong with respect to the
   scale, in float64, too (no error of curvlinops: `jvp` of `grad` is right). So curvlinops gets a LayerNorm that is
-  written out; what the built-in one does to its product is reported by the experiment. PyHessian, reverse over reverse, is right
+  written out. PyHessian, reverse over reverse, is right
   and keeps the built-in one.
 """
 
@@ -262,9 +262,9 @@ class Twin:
 
     # ---- curvlinops
 
-    def operator(self, layers: Sequence[str] | None = None, *, builtin_norms: bool = False) -> Any:
+    def operator(self, layers: Sequence[str] | None = None) -> Any:
         """The Hessian of these layers' parameters (None: of all), without the constructor's own determinism check."""
-        model = self.model if builtin_norms else self.written_out
+        model = self.written_out
         groups = [model] if layers is None else [model.layers[layer] for layer in layers]
         parameters = [parameter for group in groups for parameter in group.parameters()]
         return HessianLinearOperator(model, self.criterion, parameters, [self.batch], check_deterministic=False)

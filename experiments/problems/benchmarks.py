@@ -27,7 +27,7 @@ from scipy.special import log_softmax
 from experiments.lib import assets
 from experiments.models.mediapipe import imported as imported
 from experiments.problems import data, eyes
-from experiments.problems.digits import SIZE, TRAIN, DigitsCNN, Settings, split, trained
+from experiments.problems.digits import SIZE, TRAIN, DigitsCNN, split, trained
 from experiments.problems.pose import in_torso_units, splits
 from mpjax import plan
 from mpjax.program import Batches, Model, examples_in, from_linen, with_output
@@ -167,9 +167,8 @@ def digits(*, count: int = TRAIN) -> Benchmark:
     Args:
         count: training examples, 1 to 1,440, from the front of the shuffled set.
     """
-    settings = Settings()
-    optimum = trained(settings)
-    train, _ = split(settings.seed)
+    optimum = trained()
+    train, _ = split()
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), dict(optimum.params))
     example = jnp.zeros((1, SIZE, SIZE, 1), jnp.float32)
     images, labels, size = train.images[:count], train.labels[:count], _divisor(count, 160)

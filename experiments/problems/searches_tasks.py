@@ -93,16 +93,8 @@ def _pose(quick: bool) -> Task:
     parts = [(split.images, benchmarks.torsos(split, base)) for split in (crops.calibration, crops.evaluation)]
     count = 4 if quick else len(parts[0][1]) // 2 * 2  # the first crops come from different blocks
     batches, heldout = (benchmarks.in_batches((images[:count], torso[:count]), 2) for images, torso in parts)
-    facts = {
-        **benchmark.facts,
-        "source": f"person crops of {crops.source}",
-        "examples": count,
-        "tracks": len(set(crops.calibration.person[:count].tolist())),
-        "dependent": "crops of one person in one half second",
-    }
-    del facts["crops"], facts["persons"]
     return Task(
-        benchmark=replace(benchmark, batches=batches, facts=facts),
+        benchmark=replace(benchmark, batches=batches, facts={}),
         blocks=crops.calibration.block[:count],
         heldout=heldout,
         heldout_blocks=crops.evaluation.block[:count],
@@ -114,10 +106,7 @@ def _pose(quick: bool) -> Task:
 
 
 def _iris(quick: bool) -> Task:
-    facts = {"dependent": "nothing, as crops of these two eyes"}
-    return _of_photograph(
-        benchmarks.iris(count=2), eyes.eyes, 8 if quick else 32, batch=4, scored=8, quick=quick, **facts
-    )
+    return _of_photograph(benchmarks.iris(count=2), eyes.eyes, 8 if quick else 32, batch=4, scored=8, quick=quick)
 
 
 def _face(quick: bool) -> Task:
@@ -133,7 +122,6 @@ def _of_photograph(
     batch: int,
     scored: int,
     quick: bool,
-    **facts: str,
 ) -> Task:
     """The unmoved regions, which are no random ones, are left out."""
     first = benchmark.examples
@@ -143,7 +131,7 @@ def _of_photograph(
         for start in (first, first + count)
     ]
     return Task(
-        benchmark=replace(benchmark, batches=parts[0], facts={**benchmark.facts, "examples": count, **facts}),
+        benchmark=replace(benchmark, batches=parts[0], facts={}),
         blocks=np.arange(count),
         heldout=parts[1],
         heldout_blocks=np.arange(count),
@@ -157,11 +145,10 @@ def _of_photograph(
 def _digits(quick: bool) -> Task:
     count = 80 if quick else 178
     benchmark = benchmarks.digits()
-    _, test = digits.split(digits.Settings().seed)
-    facts = {**benchmark.facts, "source": "scikit-learn's handwritten digits, test split", "examples": count}
+    _, test = digits.split()
     return Task(
         benchmark=replace(
-            benchmark, batches=benchmarks.in_batches((test.images[:count],), count // 2), labelled=None, facts=facts
+            benchmark, batches=benchmarks.in_batches((test.images[:count],), count // 2), labelled=None, facts={}
         ),
         blocks=np.arange(count),
         heldout=benchmarks.in_batches((test.images[count : 2 * count],), count // 2),
@@ -249,6 +236,3 @@ def subset(predicted: Predicted, fmt: str, count: int = SUBSET) -> tuple[str, ..
         return names
     taken = ranked[np.linspace(0, len(names) - 1, count).round().astype(int)]
     return tuple(names[i] for i in sorted(taken))
-
-
-Compute = Callable[[], tuple[dict[str, Any], dict[str, Any], Ledger]]
