@@ -16,7 +16,6 @@ import numpy as np
 from experiments.peers_curvature.networks import Loss, Network
 from experiments.peers_curvature.rows import (
     CURVLINOPS,
-    EXACT,
     JOINT,
     MATRIX,
     PER_LAYER,
@@ -339,8 +338,4 @@ def layer_traces(network: Network, twin: Any, *, probes: int, rounds: int, seed:
         for i, layer in enumerate(names):
             values: dict[str, Any] = {"layer": layer, "probes": sampled.probes, **_compared(sampled, reference, i)}
             rows.append(layer_row(tool=tool, method=method, **values))
-    exact = Sampled(value=np.array([network.head_trace]), deviation=np.zeros(1), probes=1)
-    head = replace(reference, value=reference.value[[-1]], deviation=reference.deviation[[-1]])
-    assert names[-1] == "head"
-    rows.append(layer_row(tool=EXACT, method="closed form", layer="head", **_compared(exact, head, 0)))
     return rows, sum((score.ledger for runs in scores.values() for score in runs), Ledger())

@@ -13,7 +13,7 @@ from experiments.lib.rows import column
 from experiments.lib.times import Times
 
 PLAIN, MATRIX = "mpjax", "mpjax[matrix_gradients]"
-PYHESSIAN, CURVLINOPS, EXACT = "pyhessian", "curvlinops", "exact"
+PYHESSIAN, CURVLINOPS = "pyhessian", "curvlinops"
 JOINT, PER_LAYER = "joint probes", "per-layer probes"
 PASSES = {"gradient": "gradient", "hvp": "HVP", "hvp_again": "HVP, same point"}
 

@@ -8,8 +8,8 @@
 | `digits_cnn` | 10 | 10 logits | KL |
 
 NME: mean distance of the landmarks, in that unit. KL: of the softmax, from the float32 model's. Truth is everywhere the
-float32 model's output. Examples and units are the same at each call; only the weights of `digits_cnn` and the pose
-landmarks come from computation, and these are cached.
+float32 model's output. Examples are the same at each call; those of one person in a video, one eye or one face depend on each
+other.
 """
 
 import functools
@@ -93,12 +93,8 @@ def pose(*, count: int = 8, batch: int | None = None) -> Benchmark:
         error_name="NME",
         facts={
             "source": f"person crops of {crops.source} ({assets.ASSETS['sports2d_demo'].requirement})",
-            "sha256": assets.ASSETS["pose_landmark_full"].sha256,
             "examples": count,
             "crops": take.tolist(),
-            "persons": len(set(crops.calibration.person[take].tolist())),
-            "unit": "distance from shoulders to hips",
-            "dependent": "crops of the same person in one video",
         },
     )
 
@@ -116,8 +112,6 @@ def iris(*, count: int = 8) -> Benchmark:
         eyes.eyes(count),
         model=with_output(imported("iris_landmark", _IRIS_OUTPUTS, eyes.EYE_SIZE), iris_in_eye_widths),
         points=76,
-        unit="distance between the corners of the eye",
-        dependent="two eyes; all crops are shifts, scalings and rotations of their two regions",
     )
 
 
@@ -136,12 +130,10 @@ def face(*, count: int = 4) -> Benchmark:
         eyes.faces(count),
         model=with_output(imported("face_landmark", _FACE_OUTPUTS, eyes.FACE_SIZE), face_in_eye_distances),
         points=468,
-        unit="distance between the outer corners of the eyes",
-        dependent="one face; all crops are shifts, scalings and rotations of its region",
     )
 
 
-def _of_photograph(name: str, crops: eyes.Crops, *, model: Model, points: int, **facts: str) -> Benchmark:
+def _of_photograph(name: str, crops: eyes.Crops, *, model: Model, points: int) -> Benchmark:
     count = len(crops.images)
     return Benchmark(
         name=name,
@@ -151,9 +143,7 @@ def _of_photograph(name: str, crops: eyes.Crops, *, model: Model, points: int, *
         error_name="NME",
         facts={
             "source": f"skimage.data.astronaut(), scikit-image {version('scikit-image')}, sampled by OpenCV {cv2.__version__}",
-            "sha256": assets.ASSETS[name].sha256,
             "examples": count,
-            **facts,
         },
     )
 
@@ -182,7 +172,6 @@ def digits(*, count: int = TRAIN) -> Benchmark:
         facts={
             "source": "scikit-learn's handwritten digits, training split",
             "examples": count,
-            "unit": "logits",
             **optimum.facts,
         },
     )

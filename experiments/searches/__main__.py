@@ -24,7 +24,7 @@ from experiments.lib.run import Options, Run, check_names
 from experiments.problems import searches_tasks
 from experiments.problems.searches_tasks import MODELS, SETS, TOLERANCES
 from experiments.searches import figures
-from experiments.searches.rows import Cost, Enumerated, Latency, Point, Row, Scored, Solver
+from experiments.searches.rows import Cost, Enumerated, Latency, Point, Row, Solver
 from experiments.searches.steps import Model, random_problems
 
 HOW = (
@@ -79,7 +79,6 @@ class Results:
     pareto: list[Point] = field(default_factory=list)
     latency: list[Latency] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
-    scores: list[Scored] = field(default_factory=list)
     solvers: list[Solver] = field(default_factory=list)
 
 
@@ -96,7 +95,7 @@ def main(config: Config) -> None:
             task = searches_tasks.load(name, quick=config.quick)
             fronts.append(one_model(task, run, config, results, advance))
     tables = {
-        "costs": Cost, "enumerated": Enumerated, "latency": Latency, "pareto": Point, "scores": Scored, "solvers": Solver,
+        "costs": Cost, "enumerated": Enumerated, "latency": Latency, "pareto": Point, "solvers": Solver,
     }  # fmt: skip
     by_name = {name: Table(name, kind, getattr(results, name)) for name, kind in tables.items()}
     plain = [row for row in results.rows if row.confidence is None and row.objective == "layers"]
@@ -131,7 +130,6 @@ def one_model(task: searches_tasks.Task, run: Run, config: Config, results: Resu
     """Adds a model's rows to the results; returns the picture of its trade-off."""
     model = Model(task, run, tolerances=config.tolerances, seed=config.seed, quick=config.quick)
     results.costs += model.cost_rows
-    results.scores.append(model.scored_row)
     evaluations = {formats: task.evaluation(formats) for formats in SETS}
     near = min(config.tolerances, key=lambda share: abs(share - 0.1))
     for formats in SETS:

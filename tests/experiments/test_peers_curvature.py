@@ -16,7 +16,6 @@ from experiments.peers_curvature import __main__ as peers_curvature
 from experiments.peers_curvature import measure, networks, rows
 from experiments.peers_curvature.networks import Network
 from experiments.peers_curvature.rows import (
-    EXACT,
     JOINT,
     MATRIX,
     PER_LAYER,
@@ -106,14 +105,6 @@ def test_training_stops_at_the_loss_it_reports(mlp: Network) -> None:
     assert float(trained.loss(trained.params)) == pytest.approx(trained.notes["loss"], rel=1e-5)
 
 
-def test_the_exact_trace_of_the_head_is_the_dense_one(mlp: Network) -> None:
-    apply = mlp.module.apply
-    features = np.asarray(apply({"params": mlp.params}, mlp.inputs, features=True))
-    logits = np.asarray(apply({"params": mlp.params}, mlp.inputs))
-    exact = np.trace(hessian_of("mlp")["head"])
-    assert networks.head_trace(features, logits) == pytest.approx(exact, rel=1e-10)
-
-
 # ---- statistics and rows
 
 
@@ -185,8 +176,6 @@ def rows_of_a_run() -> list[Row]:
             apart = None if (tool, method) == (MATRIX, PER_LAYER) else z
             values: dict[str, Any] = {"layer": layer, "value": value, "stderr": 0.25, "z": apart}
             made.append(Row(network="cnn", quantity="layer_trace", tool=tool, method=method, **values))
-    head: dict[str, Any] = {"layer": "head", "value": 5.0, "stderr": 0.0}
-    made.append(Row(network="cnn", quantity="layer_trace", tool=EXACT, method="closed form", **head))
     made.append(Row(network="cnn", quantity="trace", tool=PYHESSIAN, method="hutchinson", value=8.0, z=-0.5))
     return [*made, Row(network="pose", quantity="hvp", tool=PLAIN, method="how", seconds=1.0, gradients=2.2)]
 
