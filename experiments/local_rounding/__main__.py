@@ -2,15 +2,13 @@
 
     python -m experiments.local_rounding        (about 20 minutes on 2 idle cores)
 
-The number of vector-Jacobian products depends neither on the layers nor on the formats. Time does grow with the formats, by one
-local pass each: little for bfloat16, float16 and the fp8 formats, more for float16_acc16, whose accumulation is emulated step by
-step, and nothing for float32, which is last and costs `measured` a pass per layer. So that models of different size can be
-compared, `vs_vjp` is the time over that of the same vector-Jacobian products alone (same examples, same probes, with respect to
-the input), and `measured` beside them is every layer measured one by one, all formats but float32, compiled once.
+The number of vector-Jacobian products depends neither on the layers nor on the formats; time grows by one local pass per format:
+little for bfloat16, float16 and fp8, more for float16_acc16, whose accumulation is emulated step by step. `vs_vjp` is the time
+over that of the same vector-Jacobian products alone (same examples, same probes, with respect to the input); `measured` beside
+them is every layer measured one by one, all formats but float32, compiled once.
 
-Seconds without compilation, one run each, in one process: run it on an idle machine. Memory is the largest program's, by XLA's
-analysis: local rounding looks at one example at a time, `measured` at a batch. Spearman's rank correlation is with `measured`;
-the minimum is over the formats.
+Seconds without compilation, one run each: run it on an idle machine. Memory is the largest program's, by XLA's analysis.
+Spearman's rank correlation is with `measured`; the minimum is over the formats.
 """
 
 from collections.abc import Sequence

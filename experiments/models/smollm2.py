@@ -56,16 +56,11 @@ class Block(nnx.Module):
         self.query, self.key, self.value, self.output = (
             linear(width, outputs) for outputs in (width, narrow, narrow, width)
         )
-        self.gate, self.up, self.down = (
-            linear(width, shape.hidden),
-            linear(width, shape.hidden),
-            linear(shape.hidden, width),
-        )
+        self.gate, self.up = linear(width, shape.hidden), linear(width, shape.hidden)
+        self.down = linear(shape.hidden, width)
         self.attention_norm, self.mlp_norm = (_norm(shape, dtype, rngs) for _ in range(2))
 
-    def __call__(
-        self, x: jax.Array, places: jax.Array, cache: Cache | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def __call__(self, x: jax.Array, places: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
         """(N, T, width), (N, T) places in the text, this block's keys and values so far -> the same, with these T."""
         shape, (count, tokens, _) = self.shape, x.shape
         y = self.attention_norm(x)

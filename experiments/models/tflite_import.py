@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import tflite
 
+from experiments.lib import assets
 from mpjax.kernels.resize import doubled
+from mpjax.program import Model, from_linen
 
 LAYERS = {"CONV_2D": "conv", "DEPTHWISE_CONV_2D": "depthwise"}
 """Operators that multiply their input with weights, and how their names begin; they share one running number."""
@@ -119,6 +121,16 @@ def load_tflite(
         outputs=tuple(wanted),
         layers=tuple(op.name for op in ops if op.kind in LAYERS),
     )
+
+
+def fetched(name: str, outputs: tuple[str, ...], size: int) -> Model:
+    """A published model, fetched, as mpjax's, with some of its outputs, for crops of `size` pixels.
+
+    Raises:
+        experiments.lib.assets.AssetError: it could not be fetched.
+    """
+    graph = load_tflite(assets.fetch(name), outputs=outputs)
+    return from_linen(graph.module, graph.variables, jnp.zeros((1, size, size, 3), jnp.float32))
 
 
 class PReLU(nn.Module):

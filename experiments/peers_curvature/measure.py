@@ -311,10 +311,8 @@ def layer_traces(network: Network, twin: Any, *, probes: int, rounds: int, seed:
     names = [block.name for block in network.layers]
     rows = []
     for (tool, method), sampled in every.items():
-        seconds, fixed = (
-            seconds_of(times, (tool, method)),
-            setup if tool == PYHESSIAN else 0.0,
-        )  # not repeated by probes
+        seconds = seconds_of(times, (tool, method))
+        fixed = setup if tool == PYHESSIAN else 0.0  # not repeated by probes
         deviation = relative_deviation(sampled, same.value)
         needed = probes_at(deviation, TARGET)
         rows.append(

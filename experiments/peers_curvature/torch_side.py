@@ -5,16 +5,11 @@ torch works in its default memory layout and its default (eager) mode.
 
 What was seen of the peers (PyHessian 0.1, curvlinops 3.0.1, torch 2.13):
 
-- PyHessian knows the trace of the whole model only. Per layer means: one `hessian` object per layer, all other parameters
-  frozen (`requires_grad = False`), each with its own gradient graph.
-- `hessian.trace` stops as soon as two running means agree to `tol` or the running mean is negative, so a given number of
-  probes is only certain with `tol=-inf`; it returns its samples, so the number used is known.
-- `hessian.density` calls `torch.eig`, which torch has removed; it is not used here.
-- curvlinops differentiates forward over reverse (`jvp` of `jacrev`). It needs activations whose backward has a forward
-  derivative: GELU has one, SiLU has not. Through torch's own LayerNorm that derivative is silently wrong with respect to the
-  scale, in float64, too (no error of curvlinops: `jvp` of `grad` is right). So curvlinops gets a LayerNorm that is
-  written out. PyHessian, reverse over reverse, is right
-  and keeps the built-in one.
+- PyHessian knows the trace of the whole model only: per layer means one `hessian` object per layer, all other parameters
+  frozen. `trace` stops as soon as two running means agree to `tol` or the running mean is negative, so a given number of
+  probes is only certain with `tol=-inf`.
+- curvlinops differentiates forward over reverse (`jvp` of `jacrev`). Through torch's own LayerNorm that derivative is silently
+  wrong with respect to the scale, in float64, too (`jvp` of `grad` is right), so it gets a LayerNorm that is written out.
 """
 
 import copy

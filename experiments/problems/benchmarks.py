@@ -25,10 +25,10 @@ import numpy as np
 from scipy.special import log_softmax
 
 from experiments.lib import assets
-from experiments.models.mediapipe import imported as imported
+from experiments.models.tflite_import import fetched
 from experiments.problems import data, eyes
+from experiments.problems import pose as pose_task
 from experiments.problems.digits import SIZE, TRAIN, DigitsCNN, split, trained
-from experiments.problems.pose import in_torso_units, splits
 from mpjax import plan
 from mpjax.program import Batches, Model, examples_in, from_linen, with_output
 
@@ -82,12 +82,13 @@ def pose(*, count: int = 8, batch: int | None = None) -> Benchmark:
     crops = data.pose_crops()
     if count > (available := len(crops.calibration.images)):
         raise ValueError(f"The pose benchmark has {available} calibration crops, found count = {count}.")
-    base = imported("pose_landmark_full", ("Identity",), data.SIZE)
+    base = pose_task.model()
+    (split,) = pose_task.splits(base, crops.calibration)
     take = np.linspace(0, available - 1, count).round().astype(int)
-    arrays = (crops.calibration.images[take], torsos(crops.calibration, base)[take])
+    arrays = (crops.calibration.images[take], split.torso[take])
     return Benchmark(
         name="pose_landmark_full",
-        model=with_output(base, in_torso_units),
+        model=with_output(base, pose_task.in_torso_units),
         batches=in_batches(arrays, batch or _divisor(count, 4)),
         error=landmark_error(33),
         error_name="NME",
@@ -110,7 +111,7 @@ def iris(*, count: int = 8) -> Benchmark:
     return _of_photograph(
         "iris_landmark",
         eyes.eyes(count),
-        model=with_output(imported("iris_landmark", _IRIS_OUTPUTS, eyes.EYE_SIZE), iris_in_eye_widths),
+        model=with_output(fetched("iris_landmark", _IRIS_OUTPUTS, eyes.EYE_SIZE), iris_in_eye_widths),
         points=76,
     )
 
@@ -128,7 +129,7 @@ def face(*, count: int = 4) -> Benchmark:
     return _of_photograph(
         "face_landmark",
         eyes.faces(count),
-        model=with_output(imported("face_landmark", _FACE_OUTPUTS, eyes.FACE_SIZE), face_in_eye_distances),
+        model=with_output(fetched("face_landmark", _FACE_OUTPUTS, eyes.FACE_SIZE), face_in_eye_distances),
         points=468,
     )
 
@@ -218,11 +219,6 @@ def _xy(landmarks: jax.Array) -> jax.Array:
     """(N, …) of P landmarks x, y, z -> (N, 2P) of x, y."""
     count = landmarks.shape[0]
     return landmarks.reshape(count, -1, 3)[:, :, :2].reshape(count, -1)
-
-
-def torsos(crops: data.CropSet, base: Model) -> np.ndarray:
-    """(N,) float32 torso lengths in pixels, by the float32 pose model."""
-    return splits(base, crops)[0].torso
 
 
 def _divisor(count: int, limit: int) -> int:

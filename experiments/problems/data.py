@@ -21,11 +21,10 @@ import numpy as np
 
 from experiments.lib import assets
 from experiments.lib.progress import progress
-from experiments.models.tflite_import import load_tflite
+from experiments.models.tflite_import import fetched
 from experiments.problems.eyes import Region
 from mpjax import emulation
 from mpjax.files import Checkpoint
-from mpjax.program import from_linen
 
 SIZE = 256  # pixels, side of a crop
 VIDEOS = (
@@ -121,7 +120,7 @@ def pose_crops() -> Crops:
         experiments.lib.assets.AssetError: the model or the video could not be fetched.
     """
     model, path, settings = assets.fetch("pose_landmark_full"), assets.fetch("sports2d_demo"), CropSettings()
-    return _cached(lambda: _split(*_follow(path, _runner(model), settings), settings), asdict(settings), [path], model)
+    return _cached(lambda: _split(*_follow(path, _runner(), settings), settings), asdict(settings), [path], model)
 
 
 def dealt_crops(*, seconds: float = 0.5, per_block: int = 2, seed: int = 0) -> Crops:
@@ -144,7 +143,7 @@ def dealt_crops(*, seconds: float = 0.5, per_block: int = 2, seed: int = 0) -> C
     paths = [assets.fetch(name) for name in VIDEOS]
 
     def make() -> dict[str, np.ndarray]:
-        run = _runner(model)
+        run = _runner()
         return _deal([_follow(path, run, settings) for path in paths], seconds, per_block, seed)
 
     key = asdict(settings) | {"seconds": seconds, "per_block": per_block, "seed": seed}
@@ -192,9 +191,8 @@ class _Sighting:
 _Run = Callable[[np.ndarray], tuple[np.ndarray, float]]  # pixels -> (39, 5) landmarks, presence
 
 
-def _runner(path: Path) -> _Run:
-    imported = load_tflite(path, outputs=("Identity", "Identity_1"))
-    model = from_linen(imported.module, imported.variables, np.zeros(imported.input_shape, np.float32))
+def _runner() -> _Run:
+    model = fetched("pose_landmark_full", ("Identity", "Identity_1"), SIZE)
     override = emulation.in_format({})  # float32 in emulation, quicker on a CPU than XLA's depthwise convolutions
     call = jax.jit(lambda params, x: model.call(params, x, override=override))
 

@@ -117,9 +117,7 @@ def newton(loss: Loss, vector: jax.Array, data: tuple[jax.Array, ...], *, rounds
 def _hessian(loss: Loss, data: tuple[jax.Array, ...]) -> Callable[[jax.Array], np.ndarray]:
     """The dense (P, P) Hessian as a function of the parameters: Hessian-vector products with all basis vectors."""
     count = len(data[0])
-    size = max(
-        number for number in range(1, _CHUNK + 1) if count % number == 0
-    )  # of equal chunks the mean is the whole
+    size = max(n for n in range(1, _CHUNK + 1) if count % n == 0)  # of equal chunks the mean is the whole
     chunks = tuple(array.reshape(-1, size, *array.shape[1:]) for array in data)
 
     @jax.jit

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.problems import benchmarks, data, digits, eyes
+from experiments.problems import benchmarks, data, digits, eyes, pose
 from experiments.problems.benchmarks import Benchmark
 from mpjax import emulation, sensitivity
 from mpjax.cost import Costs
@@ -89,10 +89,9 @@ def load(name: str, *, quick: bool) -> Task:
 def _pose(quick: bool) -> Task:
     crops = data.dealt_crops(per_block=3)
     benchmark = benchmarks.pose(count=1)
-    base = benchmarks.imported("pose_landmark_full", ("Identity",), data.SIZE)
-    parts = [(split.images, benchmarks.torsos(split, base)) for split in (crops.calibration, crops.evaluation)]
-    count = 4 if quick else len(parts[0][1]) // 2 * 2  # the first crops come from different blocks
-    batches, heldout = (benchmarks.in_batches((images[:count], torso[:count]), 2) for images, torso in parts)
+    parts = pose.splits(pose.model(), crops.calibration, crops.evaluation)
+    count = 4 if quick else len(parts[0].torso) // 2 * 2  # the first crops come from different blocks
+    batches, heldout = (part.batches(2, count) for part in parts)
     return Task(
         benchmark=replace(benchmark, batches=batches, facts={}),
         blocks=crops.calibration.block[:count],
