@@ -106,9 +106,8 @@ def main(config: Config) -> None:
         sections=[
             Section(
                 "KL against layers lowered",
-                "The longest prefix of the ranking within the tolerance is bisected on the calibration images; the tolerance is "
-                "a share of the KL with all layers low, of whichever form of batch norm has less. Held-out images were looked at "
-                "once for each result; intervals are 95 %, over windows and photographs.",
+                "The longest prefix of the ranking within the tolerance is bisected on the calibration images; held-out images "
+                "were looked at once for each result; intervals are 95 %, over windows and photographs.",
                 run.save(figures.kl_against_layers(curves, searches), "kl_against_layers", alt="KL by layers lowered"),
                 tables[0],
             ),
@@ -132,10 +131,7 @@ def main(config: Config) -> None:
                 "The images",
                 f"{size.images} calibration and {size.images} held-out images, from {facts['blocks_calibration']} and "
                 f"{facts['blocks_heldout']} photographs and windows of videos, dealt at random. Independent sources: "
-                f"{len(facts['photographs'])} photographs and {len(facts['videos'])} videos of {facts['places']} places. People "
-                "and rooms are no classes of ImageNet: the network is unsure of most frames. The "
-                f"{facts['sanity_images']} labelled images of foolbox are a sanity check of the import, not an estimate of "
-                "accuracy.",
+                f"{len(facts['photographs'])} photographs and {len(facts['videos'])} videos of {facts['places']} places.",
             ),
             Section("All scores", tables[2]),
         ],

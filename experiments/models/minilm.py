@@ -91,14 +91,14 @@ def _norm(width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=_EPSILON, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
 
 
-def load_minilm(path: Path | str, *, shape: Shape = MINILM, dtype: Any = None) -> MiniLM:
+def load_minilm(path: Path | str, *, shape: Shape = MINILM) -> MiniLM:
     """The encoder with the weights of a safetensors file, as float32.
 
     Raises:
         ValueError: the file holds another network.
     """
     tensors = {name: tensor for name, tensor in load_file(path).items() if name not in _UNUSED}
-    return filled(lambda: MiniLM(shape, dtype=dtype, rngs=nnx.Rngs(0)), tensors, _source)
+    return filled(lambda: MiniLM(shape, rngs=nnx.Rngs(0)), tensors, _source)
 
 
 # The places 0, 1, 2, …, and BERT's layer on its first output, which the mean of all outputs does without.

@@ -165,7 +165,7 @@ class Language:
     weight_bytes: int
 
 
-def load_smollm2(path: Path | str, *, dtype: Any = None) -> Language:
+def load_smollm2(path: Path | str) -> Language:
     """The model and the tokenizer of a GGUF file; weights as float32.
 
     Raises:
@@ -192,7 +192,7 @@ def load_smollm2(path: Path | str, *, dtype: Any = None) -> Language:
     )
     weights = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     return Language(
-        module=filled(lambda: SmolLM2(shape, dtype=dtype, rngs=nnx.Rngs(0)), weights, _source),
+        module=filled(lambda: SmolLM2(shape, rngs=nnx.Rngs(0)), weights, _source),
         tokenizer=_tokenizer(*(field(f"tokenizer.ggml.{name}") for name in ("tokens", "merges", "token_type"))),
         file_bytes=Path(path).stat().st_size,
         weight_bytes=sum(int(tensor.n_bytes) for tensor in reader.tensors),

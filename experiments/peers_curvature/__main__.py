@@ -126,24 +126,19 @@ def finish(
         sections=[
             Section(
                 "The traces of all layers",
-                "PyHessian has no trace per layer: each layer is one call with all other parameters frozen, which lets torch "
-                "skip what lies below it. curvlinops has an operator per layer, and its diagonal estimator gives joint probes. "
-                "Relative deviation: the median over the layers of one probe's standard deviation over the trace; per-layer "
-                "probes are the same estimator in all tools, so that theirs is pooled. The last columns: what a median relative "
-                "standard error of 10 % takes. Seconds leave compilation out.",
+                "PyHessian has no trace per layer: each layer is one call with all other parameters frozen. Relative deviation: "
+                "the median over the layers of one probe's standard deviation over the trace. The last columns: what a median "
+                "relative standard error of 10 % takes. Seconds leave compilation out.",
                 picture,
             ),
             Section(
                 "Gradient and Hessian-vector product",
-                "Interleaved in one process, medians and quartiles; ratios are taken within a round. 'hvp' starts from the "
-                "parameters, 'hvp_again' is a further product at the same point. curvlinops keeps nothing between products.",
+                "Interleaved, medians and quartiles; 'hvp' starts from the parameters, 'hvp_again' is a further product there.",
                 passes,
             ),
             Section(
                 "Whole model",
-                "z and difference are against mpjax's value. The standard errors of Hutch++ and XTrace are from the spread of "
-                "few whole calls. PyHessian's power iteration stops where two values in a row agree, which is not where it has "
-                "converged.",
+                "z and difference are against mpjax's value; those of Hutch++ and XTrace from the spread of few calls.",
                 whole,
             ),
             Section(

@@ -32,6 +32,7 @@ from experiments.problems.digits import SIZE, TRAIN, DigitsCNN, split, trained
 from mpjax import plan
 from mpjax.program import Batches, Model, examples_in, from_linen, with_output
 
+SHORT = {"pose_landmark_full": "pose", "iris_landmark": "iris", "digits_cnn": "digits"}
 Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _IRIS_OUTPUTS = ("output_eyes_contours_and_brows", "output_iris")  # (N, 71·3) and (N, 5·3), pixels of the crop

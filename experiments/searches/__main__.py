@@ -28,15 +28,10 @@ from experiments.searches.rows import Cost, Enumerated, Latency, Point, Row, Sol
 from experiments.searches.steps import Model, random_problems
 
 HOW = (
-    "Every strategy measures the user's error on calibration data and ends with an assignment within the tolerance there; its "
-    "held-out error is measured once, afterwards. Objective layers: as many below float32 as possible; bytes: of the stored "
-    "weights, over two formats; latency: the sum of the layers' measured seconds. Confidence: the upper end of the 95 % interval "
-    "over blocks of dependent examples had to be within. segments and bisect_precision are the published logic of "
-    "onnxconverter-common's auto_mixed_precision and Polygraphy's debug precision, written from their description."
+    "Every strategy ends with an assignment within the tolerance on calibration data; its held-out error is measured once, "
+    "afterwards. Confidence: the upper end of the 95 % interval over blocks of dependent examples had to be within."
 )
-ENUMERATED = (
-    "All assignments of few layers, evenly spaced in the ranking of their predicted loss, measured on a few examples."
-)
+ENUMERATED = "All assignments of few layers, evenly spaced in the ranking of their predicted loss, on a few examples."
 LATENCY = (
     "Each layer is timed alone at its real shapes, cast included, and added up; the compiled whole fuses neighbours."
 )

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from experiments.lib import assets
 from experiments.models.minilm import Shape, encode, load_minilm
+from experiments.models.pretrained import in_dtype
 from mpjax.program import from_nnx
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -102,7 +103,7 @@ def test_it_is_bert(path):
     assert len(model.layers) == 3 + 6 * SHAPE.blocks and model.names[:3] == ("words", "positions", "kinds")
     assert {name.rpartition("/")[2] for name in model.names[3:]} == {"query", "key", "value", "output", "up", "down"}
     np.testing.assert_array_equal(jax.jit(model.call)(model.params, jnp.asarray(ids), jnp.asarray(mask)), outputs)
-    narrow = run(load_minilm(path, shape=SHAPE, dtype=jnp.bfloat16), ids, mask)
+    narrow = run(in_dtype(module, jnp.bfloat16), ids, mask)
     assert narrow.dtype == jnp.bfloat16 and np.abs(np.float32(narrow) - outputs).max() < 0.05
 
 

@@ -162,7 +162,6 @@ def test_it_is_llama(small):
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
     assert logits.dtype == jnp.float32 and language.weight_bytes < language.file_bytes
     narrow = run(in_dtype(language.module, jnp.bfloat16), ids)
-    np.testing.assert_array_equal(narrow, run(load_smollm2(small[0], dtype=jnp.bfloat16).module, ids))
     assert narrow.dtype == jnp.bfloat16 and np.abs(np.float32(narrow) - expected).max() < 0.1 * np.abs(expected).max()
 
 
