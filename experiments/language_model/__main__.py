@@ -71,7 +71,7 @@ def main(config: Config) -> None:
     study.fewest_bytes(f"fewest bytes within {config.tolerance:g} nats", strategy, config.tolerance)
     as_int8 = study.fewest_bytes("no worse than uniform int8_w", strategy)
     speed = steps.times(subject, study.headline, quick=config.quick)
-    completion = generate(subject.language, PROMPT, 8).text
+    completion = generate(subject.language, PROMPT, 8)
     study.finish(
         "A language model in mixed formats",
         lead=__doc__,

@@ -14,7 +14,7 @@ from experiments.lib.storage import store as storage
 from experiments.lib.storage import study
 from experiments.lib.storage.rows import Speed
 from experiments.lib.storage.study import Drift, Study
-from experiments.models.minilm import encode, load_minilm, load_tokenizer
+from experiments.models.minilm import encode, load_minilm
 from experiments.models.pretrained import in_dtype, jitted
 from experiments.problems import text_data
 from experiments.problems.benchmarks import in_batches
@@ -48,9 +48,9 @@ class Subject:
     """The model and its texts."""
 
     def __init__(self, texts: int) -> None:
-        tokenizer = load_tokenizer(assets.fetch("minilm_tokenizer"))
+        tokenizer = assets.fetch("minilm_tokenizer")
         self.batches = {
-            name: in_batches(encode(tokenizer, spread(part.text, texts), length=LENGTH, truncate=True), 8)
+            name: in_batches(encode(tokenizer, spread(part.text, texts), length=LENGTH), 8)
             for name, part in zip(("calibration", "heldout"), text_data.prose(), strict=True)
         }
         self.module = load_minilm(assets.fetch(MODEL))
