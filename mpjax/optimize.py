@@ -165,7 +165,9 @@ def optimize(
     """Score, search, apply, compile, measure and time; returns the best program whose measured error is within the tolerance.
 
     The programs in float32 (as jax jits the model; with products at the highest precision, where a backend's default is another;
-    and with faster implementations) are candidates, so that for "time" the result is never slower than they. Scores are `sensitivity.local_rounding()`. For "time" each format is searched alone for as many lowered layers as the
+    and with faster implementations) are candidates, so that for "time" the result is never slower than they.
+
+    Scores are `sensitivity.local_rounding()`. For "time" each format is searched alone for as many lowered layers as the
     tolerance allows, and the programs are timed in turns with float32's; for "bytes" one search over all formats minimises the
     bytes of the weights. A program is accepted by the error of what was compiled; where that exceeds the tolerance although
     the emulated assignment met it, the search is repeated with a smaller one.

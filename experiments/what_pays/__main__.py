@@ -2,8 +2,8 @@
 
     python -m experiments.what_pays [--quick]      (about 5 minutes on 2 cores; --quick: 1)
 
-The device's profile (`mp.xla.device_profile`) decides how each product is computed, and where weights are stored small and kept wide.
-Two float32 programs stand beside: the model as jax jits it, and with the rule's implementations. Every program is verified
+The device's profile (`mp.xla.device_profile`) decides how each product is computed, and where weights are stored small and kept
+wide. Two float32 programs stand beside: the model as jax jits it, and with the rule's implementations. Every program is verified
 against its definition; inputs and the weights of `encoder` and `decode` are random, which changes no time. `decode` is a stack of
 gated blocks, two of whose products are four times as wide, for one and for 32 tokens at a time.
 

@@ -19,8 +19,6 @@ from mpjax.xla.timing import Timings as Timings
 from mpjax.xla.timing import in_turns as in_turns
 
 __all__ = [
-    "DeviceProfile",
-    "assumed",
     "device_name",
     "device_profile",
     "environment",
