@@ -212,7 +212,7 @@ def executed_rows(
             )
         )
         options = " ".join(f"{k}={v!r}" for k, v in program.options.items()) or "default"
-        size = {"weights_mb": program.weight_bytes / 1e6, "peak_mb": program.peak_bytes / 1e6}
+        size = {"weights_mb": program.stored_bytes / 1e6, "peak_mb": program.peak_bytes / 1e6}
         checks.append(
             fill(Program, check, ms, size, program=name, options=options, compile_seconds=program.compile_seconds)
         )

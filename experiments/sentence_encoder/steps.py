@@ -143,7 +143,7 @@ def fastest(subject: Subject, result: Study, tolerance: float) -> dict[str, Mode
         program = compiled.compile(programs[name], heldout[:2])
         measured = subject.drift(np.concatenate([np.asarray(program(*batch)) for batch in heldout]))
         formats = storage.formats_of(solution.assignment)
-        row = result.add("mixed", formats, program.weight_bytes, measured, variant=name)
+        row = result.add("mixed", formats, program.stored_bytes, measured, variant=name)
         result.searched(f"least time within {limit:.2g}", limit, solution, measured.mean, row)
     return programs
 

@@ -149,7 +149,7 @@ def toured(subject: Architecture) -> tuple[Row, str, Ledger]:
         vs_jitted=times.interleaved(runs, rounds=ROUNDS, shortest=1e-3).ratio("model", "plain").median,
         error_all=program.verification.distance,
         verified=program.verification.agrees,
-        weight_bytes=program.weight_bytes,
+        weight_bytes=program.stored_bytes,
         weight_bytes_fp32=sum(int(weight.nbytes) for weight in model.params.values()),
         trace_seconds=trace_seconds,
         model_seconds=model_seconds,

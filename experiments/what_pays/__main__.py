@@ -124,8 +124,7 @@ def measured(name: str, rounds: int) -> Computed:
         row |= {"error": error if math.isfinite(error) else None}
         memory = stored = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
         if isinstance(program, compiled.Compiled):
-            memory = program.weight_bytes
-            stored = sum(leaf.nbytes for leaf in program.stored) if program.wide else memory
+            memory, stored = program.weight_bytes, program.stored_bytes
             row["wide"] = len(program.wide)
         rows.append(row | {"weights_mb": memory / 1e6, "stored_mb": stored / 1e6})
     return (

@@ -71,6 +71,11 @@ class Compiled(Program):
         return sum(int(weight.nbytes) for weight in self.weights)
 
     @property
+    def stored_bytes(self) -> int:
+        """Of the weights in a file, as their formats store them."""
+        return sum(int(weight.nbytes) for weight in self.stored or self.weights)
+
+    @property
     def peak_bytes(self) -> int:
         """Of temporaries, arguments and outputs, from XLA's memory analysis; 0 where it gives none."""
         analysis = self.executable.compiled.memory_analysis()

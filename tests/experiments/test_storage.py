@@ -31,8 +31,8 @@ def subject():
 def test_bytes_and_numbers_are_those_of_the_compiled_program(subject):
     store, batches = subject
     assignment = Assignment(dict(zip(store.model.names, ("int4_w", "float8_e4m3fn_w", "bfloat16_w"), strict=True)))
-    program = compiled.compile(apply(store.model, assignment), batches, weights="small")
-    assert store.bytes_of(assignment) == program.weight_bytes
+    program = compiled.compile(apply(store.model, assignment), batches)
+    assert store.bytes_of(assignment) == program.stored_bytes
     for outputs, batch in zip(store.outputs(assignment, batches), batches, strict=True):
         np.testing.assert_allclose(outputs, program(*batch), atol=1e-6)
     assert store.bytes_of({}) == 4 * sum(leaf.size for leaf in jax.tree.leaves(store.model.params))

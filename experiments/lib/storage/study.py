@@ -240,7 +240,7 @@ def timed(
     for name, model in programs.items():
         runs[name] = program = compiled.compile(model, inputs.get(name, inputs[""]), implementation="rule")
         copies = [row["full_copy"] for row in program.report().rows if row["full_copy"] is not None]
-        sizes[name] = (program.weight_bytes, f"{sum(copies)} of {len(copies)}" if copies else None)
+        sizes[name] = (program.stored_bytes, f"{sum(copies)} of {len(copies)}" if copies else None)
     placed = {name: jax.device_put(inputs.get(name, inputs[""])[0]) for name in runs}
     calls = {name: lambda run=run, name=name: run(*placed[name]) for name, run in runs.items()}
     times = interleaved(calls, rounds=rounds, shortest=timing.WHOLE)
