@@ -54,3 +54,22 @@ class SmallConv(nn.Module):
         x = x.mean((1, 2))
         x = nn.Dense(8, name="second")(nn.relu(nn.Dense(8, name="first")(x)))
         return nn.Dense(5, use_bias=False, name="head")(x)
+
+
+def network(seed: int):
+    """Plain JAX in float64, of two layers: parameters, a function of one example (params, (3,)) -> (2,), inputs (5, 3)."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "first": {"kernel": jnp.asarray(rng.normal(size=(3, 4))), "bias": jnp.asarray(rng.normal(size=4))},
+        "last": {"kernel": jnp.asarray(rng.normal(size=(4, 2)))},
+    }
+
+    def function(params, x):
+        return jnp.sin(jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"]) @ params["last"]["kernel"])
+
+    return params, function, jnp.asarray(rng.normal(size=(5, 3)))
+
+
+def whole(function, x):
+    """All examples as one function of the parameters: (5, 2)."""
+    return lambda params: jnp.stack([function(params, example) for example in x])
