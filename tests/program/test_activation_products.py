@@ -148,9 +148,3 @@ def test_float8_takes_a_range_of_either_operand():
     agree(model, (TOKENS,), ("float8_e4m3fn",), FREE, apart=0.3)
     with pytest.raises(ValueError, match="of both operands .*with_activation_products"):
         apply(model, dict.fromkeys(FREE, "float8_e4m3fn"), calibration=emulation.calibrate(block(), [(TOKENS,)]))
-
-
-def test_the_report_of_a_program_names_them():
-    program = compiled.compile(apply(block(), dict.fromkeys(FREE, "bfloat16")), [(TOKENS,), (2 * TOKENS,)])
-    rows = {row["layer"]: row["executed"] for row in program.report().rows}
-    assert [rows[name] for name in FREE] == ["bfloat16"] * 2 and rows["head"] == "float32"

@@ -10,11 +10,12 @@ import pytest
 from checks import agree, normal
 from flax import nnx
 from flax.core import freeze
+from refusals import refused
 from toys import variables
 
-from mpjax import compiled, cost, evaluation, search, sensitivity
+from mpjax import compiled, cost, sensitivity
 from mpjax.apply import apply
-from mpjax.formats import FLOAT32, parse, storage
+from mpjax.formats import parse, storage
 from mpjax.program import ModelError, from_linen, from_nnx, graph
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -327,18 +328,18 @@ def test_a_head_that_is_not_called_is_not_warned_of():
 
 def test_wrong_modules_and_variables_are_refused(network):
     drawn, _ = network
-    with pytest.raises(ValueError, match="'params' collection"):
-        from_linen(Network(), drawn["params"], IMAGES)
-    with pytest.raises(ValueError, match="at least one example input"):
-        from_linen(Network(), drawn)
-    with pytest.raises(ValueError, match="modules seen: .'LayerNorm'"):
-        linen(nn.LayerNorm(), X)
-    with pytest.raises(TypeError, match="Expected a linen module, found Linear.*from_nnx.*from_function"):
-        from_linen(nnx.Linear(3, 2, rngs=rngs()), {"params": {}}, X)
-    with pytest.raises(TypeError, match="Expected an NNX module, found Dense.*from_linen"):
-        from_nnx(nn.Dense(2), X)
-    with pytest.raises(TypeError, match="found function"):
-        from_nnx(lambda x: x, X)
+    refused(
+        ("'params' collection", from_linen, Network(), drawn["params"], IMAGES),
+        ("at least one example input", from_linen, Network(), drawn),
+        ("modules seen: .'LayerNorm'", linen, nn.LayerNorm(), X),
+    )
+    linear = nnx.Linear(3, 2, rngs=rngs())
+    refused(
+        ("Expected a linen module, found Linear.*from_nnx.*from_function", from_linen, linear, {"params": {}}, X),
+        ("Expected an NNX module, found Dense.*from_linen", from_nnx, nn.Dense(2), X),
+        ("found function", from_nnx, lambda x: x, X),
+        kind=TypeError,
+    )
 
 
 # --- embeddings -------------------------------------------------------------------------------------------------------
@@ -418,15 +419,12 @@ def test_subclasses_and_stacks_of_embeddings():
     assert linen(one, IDS)[1].names == ("layers_1",)  # its row is broadcast, whatever is looked up
 
 
-def test_an_embedding_is_scored_searched_and_costed(tmp_path):
+def test_an_embedding_is_scored_costed_and_compiled(tmp_path):
     formats = ("bfloat16", "int4_w")
-    model, plain = text("linen")
+    model, _ = text("linen")
     scores = sensitivity.local_rounding(num_probes=None)(model, [(IDS,)], formats, KEY)
     truth = sensitivity.measured()(model, [(IDS,)], formats, KEY)
     np.testing.assert_allclose(scores.value, truth.value, rtol=0.2)
-    assert (truth.value > 0).all()
-    costs = cost.measure(model, formats, IDS, rounds=1)
-    assert np.isfinite(costs.seconds).all() and (costs.weight_bytes[0, 1:] < costs.weight_bytes[0, 0]).all()
     batches = [(IDS,), (IDS[::-1],)]
     program = compiled.compile(apply(model, {"tokens": "bfloat16", "head": "int8_w"}), batches)
     (row, _) = program.report().rows
@@ -448,19 +446,6 @@ def test_an_embedding_is_scored_searched_and_costed(tmp_path):
 
 
 # --- NNX --------------------------------------------------------------------------------------------------------------
-
-
-class NnxExperts(nnx.Module):
-    def __init__(self):
-        make = nnx.initializers.lecun_normal(batch_axis=0)
-        self.up = nnx.Param(make(KEY, (3, 8, 16), jnp.float32))
-        self.down = nnx.Param(make(KEY, (3, 16, 8), jnp.float32))
-        self.router = nnx.Linear(8, 3, rngs=rngs())
-
-    def __call__(self, x):
-        gates = nnx.softmax(self.router(x))
-        hidden = nnx.gelu(jnp.einsum("btd,edh->ebth", x, self.up[...]))
-        return jnp.einsum("ebth,ehd,bte->btd", hidden, self.down[...], gates)
 
 
 class Nested(nnx.Module):
@@ -501,7 +486,6 @@ NNX = {
     "conv": (lambda: nnx.Conv(8, 5, 3, strides=2, rngs=rngs()), {"Conv": 120}),
     "conv_transpose": (lambda: nnx.ConvTranspose(8, 5, 3, strides=2, rngs=rngs()), {"ConvTranspose": 120}),
     "attention": (lambda: nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs()), ATTENTION),
-    "experts": (NnxExperts, {"router": 24, "up": 384, "down": 384}),
     "nested": (Nested, NESTED),
     "lora": (lambda: nnx.LoRALinear(8, 5, lora_rank=2, rngs=rngs()), None),
     "scanned": (NnxScanned, {"blocks": 192, "head": 16}),
@@ -590,43 +574,3 @@ def test_bridged_modules():
     model = from_nnx(net, X)
     assert len(model.layers) == 2 and "b" in model.names
     np.testing.assert_allclose(model.call(model.params, X), net(X), rtol=1e-6)
-
-
-# --- the same network in both -----------------------------------------------------------------------------------------
-
-
-class LinenEncoder(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.LayerNorm(name="norm")(x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x))
-        return x + nn.Dense(8, name="down")(nn.gelu(nn.Dense(16, name="up")(x)))
-
-
-class NnxEncoder(nnx.Module):
-    def __init__(self):
-        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs())
-        self.norm = nnx.LayerNorm(8, rngs=rngs())
-        self.up, self.down = nnx.Linear(8, 16, rngs=rngs()), nnx.Linear(16, 8, rngs=rngs())
-
-    def __call__(self, x):
-        x = self.norm(x + self.attention(x))
-        return x + self.down(nnx.gelu(self.up(x)))
-
-
-def test_linen_and_nnx_agree_in_names_scores_and_assignment():
-    drawn, one = linen(LinenEncoder(), TOKENS)
-    graphdef, params, rest = nnx.split(NnxEncoder(), nnx.Param, ...)
-    nnx.replace_by_pure_dict(params, drawn["params"])
-    two = from_nnx(nnx.merge(graphdef, params, rest), TOKENS)
-    assert one.names == two.names and len(one.names) == 6
-    np.testing.assert_allclose(one.call(one.params, TOKENS), two.call(two.params, TOKENS), atol=1e-6)
-    scores, assignments = [], []
-    for model in (one, two):
-        score = sensitivity.local_rounding(num_probes=4)(model, [(TOKENS,)], ("bfloat16",), KEY)
-        problem = search.Problem(layers=model.names, formats=("bfloat16",), penalty=score.value)
-        drift = evaluation.Evaluation(model, [(TOKENS,)], ("bfloat16",), lambda low, exact: np.abs(low - exact).max(1))
-        scores.append(score.value)
-        assignments.append(search.solve(problem, search.binary(), evaluate=drift, tolerance=0.01).assignment)
-    np.testing.assert_allclose(*scores, rtol=1e-5)
-    assert assignments[0] == assignments[1]
-    assert FLOAT32.name in assignments[0].values() or len(assignments[0].lowered) == 6
