@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from toys import linen
+from toys import dot, linen
 
 from mpjax import compiled
 from mpjax.apply import apply
@@ -15,7 +15,7 @@ from mpjax.cost import measuring
 from mpjax.formats import parse, storage
 from mpjax.kernels import stored
 from mpjax.program import from_linen, graph
-from mpjax.program.product import Move, Product
+from mpjax.program.product import Move
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -45,10 +45,6 @@ def test_a_program_reads_them_and_is_exact_to_float32(fmt, rows):
         above, batches = linen(nn.Dense(96), 300, 512)
         (row,) = compiled.compile(apply(above, {"Dense": fmt}), batches).report().rows
         assert row["executed"] == "float32" and row["full_copy"]  # more rows than it pays for
-
-
-def dot(contract=((1,), (0,)), **more):
-    return Product(kind="dot", function=lax.dot_general, dimension_numbers=(contract, ((), ())), **more)
 
 
 def rounded(model, formats):
@@ -98,7 +94,7 @@ def test_any_axes_in_any_order():
     x = jax.random.normal(KEY, (2, 8, 6, 3), jnp.float32)
     for contract, equation in ((((1, 3), (1, 0)), "aibj,jicd->abcd"), (((3, 1), (0, 1)), "aibj,jicd->abcd")):
         for name in ("int8_w", "bfloat16_w"):
-            out, truth = product_of(x, weights, parse(name), dot(contract))
+            out, truth = product_of(x, weights, parse(name), dot(*contract))
             np.testing.assert_allclose(out, np.einsum(equation, float64(x), truth), rtol=1e-5, atol=1e-5)
 
 
