@@ -14,7 +14,7 @@ from mpjax.apply import apply
 from mpjax.cost import measuring
 from mpjax.formats import parse, storage
 from mpjax.kernels import stored
-from mpjax.program import from_linen, graph
+from mpjax.program import graph
 from mpjax.program.product import Move
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -130,39 +130,6 @@ def test_what_is_not_read_as_stored():
         assert not stored.covers(product, x, small["int8_w"])
     for rows in (0, 129):
         assert not stored.covers(dot(), jnp.ones((rows, 32), jnp.float32), small["int8_w"])
-
-
-class Both(nn.Module):
-    """A square kernel, used as it is and transposed."""
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(1.0), (32, 32), jnp.float32)
-        return jnp.tanh(x @ kernel) @ kernel.T
-
-
-class Tied(nn.Module):
-    """A table that is looked up, and multiplied as output."""
-
-    @nn.compact
-    def __call__(self, ids):
-        table = nn.Embed(16, 32)
-        return table.attend(table(ids))
-
-
-@pytest.mark.parametrize(
-    ("module", "fmt"),
-    [(Both(), "int8_w"), (Tied(), "bfloat16_w"), (Tied(), "int8_w"), (nn.remat(nn.Dense)(32), "int8_w")],
-)
-def test_outputs_are_those_of_the_numbers_that_the_weights_stand_for(module, fmt):
-    """However the weights reach their products: a transposed kernel is multiplied out, the other is read as stored."""
-    x = jnp.array([[1, 2, 3]]) if isinstance(module, Tied) else jax.random.normal(KEY, (2, 32), jnp.float32)
-    model = from_linen(module, module.init(KEY, x), x)
-    mixed = apply(model, dict.fromkeys(model.names, fmt))
-    expected = model.call(rounded(model, dict.fromkeys(model.names, fmt)), x)
-    np.testing.assert_allclose(mixed.call(mixed.params, x), expected, rtol=1e-5, atol=1e-5)
-    program = compiled.compile(mixed, [(x,), (x[..., ::-1],)])
-    np.testing.assert_allclose(program(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_they_are_read_as_stored_by_any_implementation_and_handed_on_in_any_dtype():

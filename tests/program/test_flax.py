@@ -399,7 +399,7 @@ def test_an_embedding_is_a_layer(framework, tied):
         agree(model, (IDS,), formats, ("tokens",), least=1e-5, apart=1e-5 if tied == "no" else 0.3)
 
 
-def test_subclasses_and_stacks_of_embeddings():
+def test_subclasses_and_single_rows_of_embeddings():
     class Scaled(nn.Embed):
         def __call__(self, inputs):
             return super().__call__(inputs) * 2.0
@@ -408,13 +408,6 @@ def test_subclasses_and_stacks_of_embeddings():
     drawn, model = linen(module, IDS)
     assert model.names == ("layers_0", "layers_1") and model.layers[0].module == "Scaled"
     np.testing.assert_array_equal(jax.jit(model.call)(model.params, IDS), jax.jit(module.apply)(drawn, IDS))
-
-    lifted = nn.vmap(nn.Embed, in_axes=0, variable_axes={"params": 0}, split_rngs={"params": True})
-    module, both = nn.Sequential([lifted(12, 8), nn.Dense(3)]), jnp.stack([IDS, IDS])
-    drawn, model = linen(module, both)
-    assert model.names == ("layers_0", "layers_1") and model.layers[0].kernel_shape == (2, 12, 8)
-    np.testing.assert_allclose(model.call(model.params, both), module.apply(drawn, both), atol=1e-6)
-    agree(model, (both,), ("bfloat16", "int8_w", "int4_w"), ("layers_0",))
     one = nn.Sequential([nn.Embed(1, 8), nn.Dense(3)])
     assert linen(one, IDS)[1].names == ("layers_1",)  # its row is broadcast, whatever is looked up
 
