@@ -105,12 +105,6 @@ def test_the_matrix_is_positive_semi_definite_and_its_diagonal_twice_local_round
         assert gram.ledger == scores.ledger
 
 
-def test_data_may_be_batched_in_any_way() -> None:
-    model, batches, exact = deep()
-    joined = sensitivity.interactions(model, [(jnp.concatenate([x for (x,) in batches]),)], LOW, KEY).gram
-    np.testing.assert_allclose(exact.gram, joined, rtol=1e-4, atol=1e-6 * np.abs(joined).max())
-
-
 def test_kl_is_the_gauss_newton_matrix_of_the_softmax() -> None:
     model, (batch, _) = linen(Parallel(), 3, 6)
     batches = [batch]
