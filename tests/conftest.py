@@ -25,7 +25,7 @@ for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
 import gc  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -99,3 +99,23 @@ def relaxed_promotion() -> Iterator[None]:
     """
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Makes timing instant: program n takes n ms in round 1, n + 1 in 2, …; the numbers of programs compiled and timed."""
+    from mpjax.xla import timing
+
+    counts = {"compiled": 0, "timed": 0}
+
+    def ready(*_: object) -> Callable[[], None]:
+        counts["compiled"] += 1
+        return lambda: None
+
+    def in_turns(runs: list, rounds: int) -> list[list[float]]:
+        counts["timed"] += len(runs)
+        return [[1e-3 * (number + 1 + turn) for turn in range(rounds)] for number in range(len(runs))]
+
+    monkeypatch.setattr(timing, "ready", ready)
+    monkeypatch.setattr(timing, "in_turns", in_turns)
+    return counts

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from toys import linen
+from toys import dot, linen
 
 from mpjax import compiled, emulation
 from mpjax.apply import apply
 from mpjax.cost import measuring
 from mpjax.formats import parse, storage
 from mpjax.kernels import stored
-from mpjax.program import from_linen, graph
-from mpjax.program.product import Move, Product
+from mpjax.program import graph
+from mpjax.program.product import Move
 from mpjax.xla import profile
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -74,10 +74,6 @@ def test_what_this_device_computes_slowly_is_stored_small_and_kept_wide(fmt, mon
     np.testing.assert_array_equal(compiled.load(file)(*batches[0]), program(*batches[0]))
 
 
-def dot(contract=((1,), (0,)), **more):
-    return Product(kind="dot", function=lax.dot_general, dimension_numbers=(contract, ((), ())), **more)
-
-
 def rounded(model, formats):
     """The params with the numbers that stored weights stand for."""
     return model.params | {
@@ -127,7 +123,7 @@ def test_any_axes_in_any_order():
     x = jax.random.normal(KEY, (2, 8, 6, 3), jnp.float32)
     for contract, equation in ((((1, 3), (1, 0)), "aibj,jicd->abcd"), (((3, 1), (0, 1)), "aibj,jicd->abcd")):
         for name in ("int8_w", "bfloat16_w"):
-            out, truth = product_of(x, weights, parse(name), dot(contract))
+            out, truth = product_of(x, weights, parse(name), dot(*contract))
             np.testing.assert_allclose(out, np.einsum(equation, float64(x), truth), rtol=1e-5, atol=1e-5)
 
 
@@ -199,39 +195,6 @@ def test_the_device_is_asked_once_for_products_of_a_size(monkeypatch):
     for function, arguments in asked[0].values():  # what would be timed runs, and gives the product
         np.testing.assert_allclose(jax.jit(function)(*arguments).shape, (4, 16))
     stored._timed.cache_clear()
-
-
-class Both(nn.Module):
-    """A square kernel, used as it is and transposed."""
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(1.0), (32, 32), jnp.float32)
-        return jnp.tanh(x @ kernel) @ kernel.T
-
-
-class Tied(nn.Module):
-    """A table that is looked up, and multiplied as output."""
-
-    @nn.compact
-    def __call__(self, ids):
-        table = nn.Embed(16, 32)
-        return table.attend(table(ids))
-
-
-@pytest.mark.parametrize(
-    ("module", "fmt"),
-    [(Both(), "int8_w"), (Tied(), "bfloat16_w"), (Tied(), "int8_w"), (nn.remat(nn.Dense)(32), "int8_w")],
-)
-def test_outputs_are_those_of_the_numbers_that_the_weights_stand_for(module, fmt):
-    """However the weights reach their products: a transposed kernel is multiplied out, the other is read as stored."""
-    x = jnp.array([[1, 2, 3]]) if isinstance(module, Tied) else jax.random.normal(KEY, (2, 32), jnp.float32)
-    model = from_linen(module, module.init(KEY, x), x)
-    mixed = apply(model, dict.fromkeys(model.names, fmt))
-    expected = model.call(rounded(model, dict.fromkeys(model.names, fmt)), x)
-    np.testing.assert_allclose(mixed.call(mixed.params, x), expected, rtol=1e-5, atol=1e-5)
-    program = compiled.compile(mixed, [(x,), (x[..., ::-1],)])
-    np.testing.assert_allclose(program(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_they_are_read_as_stored_by_any_implementation_and_handed_on_in_any_dtype():
