@@ -65,9 +65,12 @@ class DeviceProfile:
     cast: Mapping[str, float]
 
     def ratio(self, dtype: str, rows: int) -> float:
-        """Time of a product with operands of `dtype` over float32's, at the nearest number of rows; infinite where it fails."""
+        """Time of a product with operands of `dtype` over float32's, at the nearest number of rows.
+
+        Infinite where it fails, and for a dtype that is none of `DTYPES`, such as a user's own format may have.
+        """
         at = int(np.argmin([abs(np.log(rows / known)) for known in ROWS]))
-        ratio = self.seconds[dtype][at] / self.seconds["float32"][at]
+        ratio = self.seconds.get(dtype, (np.inf,) * len(ROWS))[at] / self.seconds["float32"][at]
         return float(ratio) if np.isfinite(ratio) else float("inf")
 
     def __str__(self) -> str:
