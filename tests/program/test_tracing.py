@@ -323,9 +323,12 @@ def test_casts_of_a_weight():
     assert not np.array_equal(model.call(model.params, X), X @ W)
 
     wide = {"w": jnp.asarray(W, jnp.float64)}
-    model = from_function(lambda p, x: p["w"] @ x.T, wide, X)
-    assert model.names == ("w",)
-    exactly(model, lambda p, x: p["w"] @ x.T, wide, X)
+    for product in (lambda p, x: p["w"] @ x.T, lambda p, x: x @ p["w"]):
+        model = from_function(product, wide, X)
+        assert model.names == ("w",)
+        exactly(model, product, wide, X)
+    model = from_function(product, {"w": W}, X)  # given wider weights than it was made with
+    np.testing.assert_array_equal(model.call(wide, X), X @ wide["w"])
 
     def narrow(params, x):
         return lax.dot_general(x, params["w"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
