@@ -420,18 +420,6 @@ def test_one_probe_has_no_standard_error() -> None:
         assert np.isfinite(got.value) and np.isnan(got.stderr)
 
 
-@pytest.mark.parametrize("name", ["hutchinson", "abs_logdet", "spectral_density"])
-def test_float32_agrees_with_float64(name: str) -> None:
-    """The signs are the same in both."""
-    factory, knobs, _ = ALL[name]
-    matrix = np.asarray(reference.symmetric_with_eigenvalues(np.linspace(-1, 2, 20), 0), np.float32)
-    narrow = run(factory, operator(matrix, dtype=jnp.float32, active=20), 0, **knobs)
-    wide = call(name, matrix)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(narrow))
-    np.testing.assert_allclose(number(narrow), number(wide), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(narrow.stderr, wide.stderr, rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
