@@ -66,6 +66,17 @@ def test_tasks_are_given_what_they_need_and_an_error_ends_those_that_need_it(bui
         builders.submit(lambda: 1).result()
 
 
+def test_a_task_that_does_not_end_keeps_nobody(builders, monkeypatch):
+    monkeypatch.setattr(building, "GRACE", 0.05)
+    end = threading.Event()
+    builders.submit(end.wait)
+    builders.deadline = 0.0
+    with pytest.raises(building.OutOfTime):
+        builders.finish()
+    end.set()
+    builders.finish()
+
+
 def test_the_device_is_asked_unless_a_form_is_given(builders, as_users_run):
     case = models.load(DECODE, 1, quick=True, seed=0)
     low = models.mixed(case, "int8_w", "float32")
