@@ -170,8 +170,8 @@ def time_ratio(fmt: Format, product: Product, lhs: Any, rhs: Any, *, implementat
     profile = device_profile()
     if product.kind == "conv" and implementation not in kernels.MATRIX_PRODUCTS:
         return profile.convolution.get(fmt.operand, math.inf)
-    rows = kernels.rows_of(product, lhs)
-    return profile.ratio(fmt.operand, max(rows, kernels.rows.LEAST_ROWS) if implementation == "rows" else rows)
+    least = kernels.rows.LEAST_ROWS if implementation == "rows" else 1
+    return profile.ratio(fmt.operand, kernels.rows_of(product, lhs), least=least)
 
 
 def operand(fmt: Format, x: Array, amax: float | None = None) -> tuple[Array, Any]:

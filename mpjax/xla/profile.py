@@ -64,13 +64,13 @@ class DeviceProfile:
     bandwidth: float
     cast: Mapping[str, float]
 
-    def ratio(self, dtype: str, rows: int) -> float:
-        """Time of a product with operands of `dtype` over float32's, at the nearest number of rows.
+    def ratio(self, dtype: str, rows: int, *, least: int = 1) -> float:
+        """Time of a product with operands of `dtype`, padded to `least` rows, over float32's, at the nearest number of rows.
 
         Infinite where it fails, and for a dtype that is none of `DTYPES`, such as a user's own format may have.
         """
-        at = int(np.argmin([abs(np.log(rows / known)) for known in ROWS]))
-        ratio = self.seconds.get(dtype, (np.inf,) * len(ROWS))[at] / self.seconds["float32"][at]
+        at, padded = (int(np.argmin([abs(np.log(n / known)) for known in ROWS])) for n in (rows, max(rows, least)))
+        ratio = self.seconds.get(dtype, (np.inf,) * len(ROWS))[padded] / self.seconds["float32"][at]
         return float(ratio) if np.isfinite(ratio) else float("inf")
 
     def __str__(self) -> str:
