@@ -10,16 +10,7 @@ import scipy.stats
 from jax.tree_util import Partial
 
 from mpjax.curvature import Operator
-from mpjax.curvature.estimates import (
-    Density,
-    Estimate,
-    abs_logdet,
-    diagonal,
-    logdet_score,
-    spectral_density,
-    top_eigenvalue,
-    trace,
-)
+from mpjax.curvature.estimates import Estimate, logdet_score, top_eigenvalue, trace
 from mpjax.ledger import Ledger
 
 SEEDS = (0, 1, 2)
@@ -31,10 +22,13 @@ SPECTRA = {
     "indefinite": np.linspace(-1, 2, N),
     "outliers": np.concatenate([[-20, 7, 5], np.linspace(0, 1, N - 3)]),
 }
-FUNCTIONS = {
-    abs_logdet: lambda x, damping: np.log(np.abs(x) + damping),
-    logdet_score: lambda x, damping: np.log1p(np.abs(x) / damping),
-}
+
+
+def score(x, damping=0.1):
+    """Of eigenvalues, element by element."""
+    return np.log1p(np.abs(x) / damping)
+
+
 VECTORS: list[np.ndarray] = []  # what recorded operators were given to multiply, in order
 
 
@@ -96,11 +90,10 @@ def covered(values, stderr, truth, num_probes: int) -> float:
     return float(np.mean(np.abs(np.asarray(values) - truth) <= width))
 
 
-# Trace and diagonal
+# Trace
 
 HUTCHINSON = {"num_probes": 16}
 XTRACE = {"num_probes": 16, "method": "xtrace"}
-DIAGONAL = {"num_probes": 16, "batch_size": 16}
 
 
 def test_signs_have_no_variance_on_a_diagonal_matrix() -> None:
@@ -108,30 +101,17 @@ def test_signs_have_no_variance_on_a_diagonal_matrix() -> None:
     got = runs(trace, operator(np.diag(entries)), 0, **HUTCHINSON)
     np.testing.assert_allclose(got.value, np.full(200, entries.sum()), **TIGHT)
     np.testing.assert_allclose([got.stderr, got.residual], np.zeros((2, 200)), atol=1e-12)
-    got = runs(diagonal, operator(np.diag(entries)), 0, **DIAGONAL)
-    np.testing.assert_allclose(got.value, np.tile(entries, (200, 1)), **TIGHT)
-    np.testing.assert_allclose([got.stderr, got.residual], np.zeros((2, 200, N)), atol=1e-12)
 
 
 @EACH_SPECTRUM
-def test_trace_and_diagonal_have_the_mean_and_the_variance_of_theory(spectrum: str, seed: int) -> None:
-    """E = tr A, Var = 2 (‖A‖² - Σ aᵢᵢ²) / num_probes for sign probes; E = aᵢᵢ, Var = Σ_{j ≠ i} aᵢⱼ² / num_probes."""
+def test_trace_has_the_mean_and_the_variance_of_theory(spectrum: str, seed: int) -> None:
+    """E = tr A, Var = 2 (‖A‖² - Σ aᵢᵢ²) / num_probes for sign probes."""
     matrix = reference.symmetric_with_eigenvalues(SPECTRA[spectrum], seed)
     got = runs(trace, operator(matrix), seed, **HUTCHINSON)
     variance = 2 * (np.sum(matrix**2) - np.sum(np.diag(matrix) ** 2)) / 16
     assert abs(np.mean(got.value) - np.trace(matrix)) < 4 * (variance / 200) ** 0.5
     np.testing.assert_allclose(np.mean(np.asarray(got.stderr) ** 2), variance, rtol=0.25)
     np.testing.assert_allclose(np.var(got.value, ddof=1), variance, rtol=0.5)
-
-    got = runs(diagonal, operator(matrix), seed, **DIAGONAL)
-    variance = (np.sum(matrix**2, axis=1) - np.diag(matrix) ** 2) / 16
-    z = (np.mean(got.value, axis=0) - np.diag(matrix)) / (variance / 200) ** 0.5
-    assert np.abs(z).max() < 4
-    np.testing.assert_allclose(np.mean(np.asarray(got.stderr) ** 2, axis=0), variance, rtol=0.3)
-
-    got = runs(trace, operator(matrix), seed, **XTRACE)
-    assert abs(np.mean(got.value) - np.trace(matrix)) < 4 * np.std(got.value) / 200**0.5
-    assert 0.6 < np.sqrt(np.mean(np.asarray(got.stderr) ** 2)) / np.std(got.value) < 1.3
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -173,18 +153,16 @@ def test_xtrace_beats_hutchinson_on_decaying_eigenvalues() -> None:
     assert by_xtrace < by_hutchinson / 20
 
 
-@pytest.mark.parametrize(("factory", "knobs"), [(trace, HUTCHINSON), (diagonal, {"num_probes": 16})])
-def test_the_batch_size_changes_nothing_but_memory(factory, knobs) -> None:
+def test_the_batch_size_changes_nothing_but_memory() -> None:
     problem = operator(reference.symmetric_with_eigenvalues(SPECTRA["outliers"], 0))
-    one_by_one = run(factory, problem, 0, **knobs)
-    batched = run(factory, problem, 0, batch_size=5, **knobs)  # three batches and a remainder of one
+    one_by_one = run(trace, problem, 0, **HUTCHINSON)
+    batched = run(trace, problem, 0, batch_size=5, **HUTCHINSON)  # three batches and a remainder of one
     np.testing.assert_allclose(batched.value, one_by_one.value, **TIGHT)
     np.testing.assert_allclose(batched.stderr, one_by_one.stderr, **TIGHT)
 
 
 # Flat, slowly decaying, indefinite, and outliers beside a bulk: spectra of 300 eigenvalues. Observed with 16 probes:
-# trace .950 .950 .920 .920 (in 2000 runs .949 .929 .951 .923: few eigenvalues make zᵀAz skewed), diagonal .951 .950 .950
-# .951.
+# .950 .950 .920 .920 (in 2000 runs .949 .929 .951 .923: few eigenvalues make zᵀAz skewed).
 @pytest.mark.parametrize(
     "spectrum",
     [
@@ -199,8 +177,6 @@ def test_standard_errors_are_calibrated(spectrum) -> None:
     matrix = reference.symmetric_with_eigenvalues(spectrum, 0)
     got = runs(trace, operator(matrix), 0, batch_size=16, **HUTCHINSON)
     assert 0.92 <= covered(got.value, got.stderr, np.trace(matrix), 16) <= 0.98
-    got = runs(diagonal, operator(matrix), 0, **DIAGONAL)
-    assert 0.92 <= covered(got.value, got.stderr, np.diag(matrix)[None], 16) <= 0.98
 
 
 # Stochastic Lanczos quadrature
@@ -208,14 +184,13 @@ def test_standard_errors_are_calibrated(spectrum) -> None:
 SLQ = {"num_probes": 16, "depth": 20, "damping": 0.1, "batch_size": 16}
 
 
-@pytest.mark.parametrize("factory", FUNCTIONS)
-def test_slq_at_full_depth_is_the_mean_of_the_exact_quadratic_forms(factory) -> None:
+def test_slq_at_full_depth_is_the_mean_of_the_exact_quadratic_forms() -> None:
     for seed, spectrum in enumerate(SPECTRA.values()):
         matrix = reference.symmetric_with_eigenvalues(spectrum, seed)
-        got = run(factory, recorded(matrix), seed, num_probes=3, depth=N, damping=0.1)
+        got = run(logdet_score, recorded(matrix), seed, num_probes=3, depth=N, damping=0.1)
         probes = np.sqrt(N) * np.stack(VECTORS[::N])  # each Krylov space starts at its normalised probe
         np.testing.assert_allclose(np.abs(probes), np.ones((3, N)), **TIGHT)
-        forms = reference.quadratic_forms(matrix, lambda x: FUNCTIONS[factory](x, 0.1), probes)
+        forms = reference.quadratic_forms(matrix, score, probes)
         np.testing.assert_allclose(got.value, forms.mean(), **TIGHT)
         np.testing.assert_allclose(got.stderr, forms.std(ddof=1) / 3**0.5, rtol=1e-8)
         assert got.residual == 0
@@ -238,12 +213,12 @@ BREAKDOWNS = {
 def test_an_exhausted_krylov_space_is_exact(name: str) -> None:
     matrix = BREAKDOWNS[name]
     n, eigenvalues = len(matrix), np.linalg.eigvalsh(matrix)
-    for factory, depth in ((abs_logdet, 50), (logdet_score, 50), (abs_logdet, 4)):
-        if (name == "full rank" and depth < n) or (n == 1 and (factory, depth) != (abs_logdet, 50)):
+    for depth in (50, 4):
+        if depth < n and name == "full rank":
             continue
-        got = run(factory, recorded(matrix), 0, num_probes=4, depth=depth, damping=0.1)
+        got = run(logdet_score, recorded(matrix), 0, num_probes=4, depth=depth, damping=0.1)
         probes = np.sqrt(n) * np.stack(VECTORS[:: min(n, depth)])
-        forms = reference.quadratic_forms(matrix, lambda x, f=factory: FUNCTIONS[f](x, 0.1), probes)
+        forms = reference.quadratic_forms(matrix, score, probes)
         np.testing.assert_allclose(got.value, forms.mean(), **TIGHT)
         np.testing.assert_allclose(got.stderr, forms.std(ddof=1) / 2, **TIGHT)
         np.testing.assert_allclose(got.residual, 0, atol=0 if depth >= n else 30)
@@ -264,15 +239,15 @@ def test_breakdown_in_low_precision(name: str) -> None:
         assert top.value.dtype == jnp.float32  # vectors of a narrow operator are held wide
         np.testing.assert_allclose(np.abs(top.value), np.abs(eigenvalues).max(), atol=tolerance * scale)
         if dtype == jnp.float32:
-            got = run(abs_logdet, problem, 0, num_probes=4, depth=50, damping=0.1)
-            exact = run(abs_logdet, recorded(BREAKDOWNS[name]), 0, num_probes=4, depth=50, damping=0.1)
+            got = run(logdet_score, problem, 0, num_probes=4, depth=50, damping=0.1)
+            exact = run(logdet_score, recorded(BREAKDOWNS[name]), 0, num_probes=4, depth=50, damping=0.1)
             np.testing.assert_allclose(got.value, exact.value, atol=1e-3)
 
 
 @pytest.mark.parametrize("seed", SEEDS[:2])
 def test_slq_residual_is_the_change_from_half_the_depth_and_shrinks(seed: int) -> None:
     problem = recorded(reference.symmetric_with_eigenvalues(np.linspace(0, 3, N), seed))
-    at = {d: run(abs_logdet, problem, seed, num_probes=3, depth=d, damping=0.1) for d in (4, 8, 16, N)}
+    at = {d: run(logdet_score, problem, seed, num_probes=3, depth=d, damping=0.1) for d in (4, 8, 16, N)}
     value, residual = ({d: float(getattr(e, name)) for d, e in at.items()} for name in ("value", "residual"))
     for depth in (8, 16):
         np.testing.assert_allclose(residual[depth], abs(value[depth] - value[depth // 2]), **TIGHT)
@@ -285,7 +260,7 @@ def test_slq_is_unbiased_up_to_its_residual_and_its_error_calibrated() -> None:
     """Coverage on "outliers", observed: .960 (in 2000 runs .955)."""
     for seed, (name, spectrum) in enumerate(SPECTRA.items()):
         got = runs(logdet_score, operator(reference.symmetric_with_eigenvalues(spectrum, seed)), seed, **SLQ)
-        truth = FUNCTIONS[logdet_score](spectrum, 0.1).sum()
+        truth = score(spectrum).sum()
         assert abs(np.mean(got.value) - truth) < 4 * np.std(got.value) / 200**0.5 + np.mean(got.residual)
         np.testing.assert_allclose(np.mean(np.asarray(got.stderr) ** 2), np.var(got.value), rtol=0.4)
         if name == "outliers":
@@ -298,11 +273,11 @@ def test_damping_may_be_traced() -> None:
 
     @jax.jit
     def at(damping):
-        return abs_logdet(num_probes=3, depth=8, damping=damping)(problem, jax.random.key(0)).value
+        return logdet_score(num_probes=3, depth=8, damping=damping)(problem, jax.random.key(0)).value
 
-    expected = run(abs_logdet, problem, 0, num_probes=3, depth=8, damping=0.1).value
+    expected = run(logdet_score, problem, 0, num_probes=3, depth=8, damping=0.1).value
     np.testing.assert_allclose(at(jnp.asarray(0.1)), expected, **TIGHT)
-    assert at(jnp.asarray(1.0)) > expected and at._cache_size() == 1
+    assert at(jnp.asarray(1.0)) < expected and at._cache_size() == 1
 
 
 # Top eigenvalue
@@ -344,56 +319,20 @@ def test_several_starts_take_the_best_and_show_the_spread() -> None:
     np.testing.assert_allclose(np.mean(np.asarray(four.stderr) ** 2), np.var(one.value), rtol=0.4)
 
 
-# Spectral density
-
-DENSITY = {"num_probes": 200, "depth": 20, "batch_size": 200}
-
-
-@EACH_SPECTRUM
-def test_density_has_the_mass_and_the_moments_of_the_spectrum(spectrum: str, seed: int) -> None:
-    eigenvalues = SPECTRA[spectrum]
-    matrix = reference.symmetric_with_eigenvalues(eigenvalues, seed)
-    got = run(spectral_density, operator(matrix), seed, **DENSITY)
-    assert np.all(got.density >= 0) and got.grid.shape == got.density.shape == got.stderr.shape == (1000,)
-    moments = [np.trapezoid(got.density * got.grid**p, got.grid) for p in range(3)]
-    sigma = 0.01 * np.ptp(eigenvalues)
-    np.testing.assert_allclose(moments[0], 1, atol=1e-5)
-    for p in (1, 2):  # zᵀAᵖz of each probe is exact, and has the variance 2 (‖Aᵖ‖² - Σ (Aᵖ)ᵢᵢ²)
-        power = np.linalg.matrix_power(matrix, p)
-        stderr = (2 * (np.sum(power**2) - np.sum(np.diag(power) ** 2)) / 200) ** 0.5 / N
-        assert abs(moments[p] - np.mean(eigenvalues**p) - (p == 2) * sigma**2) < 4 * stderr + 1e-4
-
-
-def test_density_of_a_diagonal_matrix_is_the_exact_mixture() -> None:
-    eigenvalues = np.concatenate([np.linspace(0, 1, 15), np.linspace(4, 5, 5)])  # three quarters, one quarter
-    got = run(spectral_density, operator(np.diag(np.repeat(eigenvalues, 2))), 0, **DENSITY)
-    exact = np.mean(scipy.stats.norm.pdf(np.asarray(got.grid)[:, None], eigenvalues[None], 0.01 * 5), axis=1)
-    np.testing.assert_allclose(got.density, exact, atol=1e-8)
-    np.testing.assert_allclose(got.stderr, np.zeros(1000), atol=1e-8)
-    left = got.grid < 2.5
-    np.testing.assert_allclose(np.trapezoid(got.density[left], got.grid[left]), 0.75, atol=1e-4)
-
-
 # What all have in common: on operators of 20 coordinates, of which some are active
 
 ALL = {
     "hutchinson": (trace, {"num_probes": 8}, 8),  # factory, knobs, products
     "xtrace": (trace, {"num_probes": 8, "method": "xtrace"}, 8),
-    "diagonal": (diagonal, {"num_probes": 7}, 7),
-    "abs_logdet": (abs_logdet, {"num_probes": 4, "depth": 6, "damping": 0.1}, 24),
-    "logdet_score": (logdet_score, {"num_probes": 4, "depth": 60, "damping": 0.1, "batch_size": 2}, 80),
+    "logdet_score": (logdet_score, {"num_probes": 4, "depth": 6, "damping": 0.1}, 24),
+    "logdet_score, deep": (logdet_score, {"num_probes": 4, "depth": 60, "damping": 0.1, "batch_size": 2}, 80),
     "top_eigenvalue": (top_eigenvalue, {"depth": 6, "num_starts": 2}, 12),
-    "spectral_density": (spectral_density, {"num_probes": 3, "depth": 6}, 18),
 }
 
 
 def call(name: str, matrix, seed: int = 0):
     factory, knobs, _ = ALL[name]
     return run(factory, recorded(matrix, size=20), seed, **knobs)
-
-
-def number(result: Estimate | Density):
-    return result.density if isinstance(result, Density) else result.value
 
 
 def test_the_exact_trace_of_a_small_operator() -> None:
@@ -409,17 +348,13 @@ def test_padding_is_not_seen(seed: int) -> None:
     matrix, rotated = np.diag(eigenvalues), reference.symmetric_with_eigenvalues(eigenvalues, seed)
     for name, truth in (
         ("hutchinson", eigenvalues.sum()),
-        ("abs_logdet", FUNCTIONS[abs_logdet](eigenvalues, 0.1).sum()),
-        ("logdet_score", FUNCTIONS[logdet_score](eigenvalues, 0.1).sum()),
+        ("logdet_score", score(eigenvalues).sum()),
+        ("logdet_score, deep", score(eigenvalues).sum()),
     ):
         got = call(name, matrix, seed)
         np.testing.assert_allclose([got.value, got.stderr, got.residual], [truth, 0, 0], atol=1e-10)
-    np.testing.assert_allclose(call("diagonal", matrix, seed).value, np.pad(eigenvalues, (0, 15)), **TIGHT)
     got = call("top_eigenvalue", rotated, seed)
     np.testing.assert_allclose([got.value, got.residual], [-5, 0], atol=1e-10)
-    got = call("spectral_density", matrix, seed)
-    exact = np.mean(scipy.stats.norm.pdf(np.asarray(got.grid)[:, None], eigenvalues[None], 0.01 * 8), axis=1)
-    np.testing.assert_allclose(got.density, exact, atol=1e-8)
     # Low rank, and more of the four test vectors than active coordinates.
     for block in (np.outer(rotated[0], rotated[0]), rotated[:4, :4], rotated[:3, :3], rotated[:1, :1]):
         got = call("xtrace", block, seed)
@@ -447,23 +382,19 @@ def test_one_program_serves_blocks_of_all_sizes(name: str) -> None:
         result = call(name, -3 * np.eye(active))
         expected = {
             "hutchinson": -3 * active,
-            "diagonal": np.pad(np.full(active, -3.0), (0, 20 - active)),
-            "abs_logdet": active * np.log(3.1),
             "logdet_score": active * np.log(31),
+            "logdet_score, deep": active * np.log(31),
             "top_eigenvalue": -3,
         }
-        if isinstance(result, Density):
-            np.testing.assert_allclose(np.trapezoid(result.density, result.grid), 1, atol=1e-5)
-            np.testing.assert_allclose(np.trapezoid(result.density * result.grid, result.grid), -3, atol=1e-4)
-        elif name == "xtrace":  # normal probes: near, and with as many as active coordinates exact
+        if name == "xtrace":  # normal probes: near, and with as many as active coordinates exact
             assert abs(result.value + 3 * active) < 1e-8 + 6 * result.stderr
         else:
             np.testing.assert_allclose(result.value, expected[name], **TIGHT)
         before = before or compiled._cache_size()
         assert compiled._cache_size() == before and len(VECTORS) == products
         assert result.ledger == Ledger(jvp=3 * products, vjp=5 * products)
-    assert np.isfinite(number(call(name, np.zeros((0, 0))))).all()
-    assert np.isfinite(number(call(name, np.zeros((9, 9))))).all()
+    assert np.isfinite(call(name, np.zeros((0, 0))).value).all()
+    assert np.isfinite(call(name, np.zeros((9, 9))).value).all()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -471,8 +402,7 @@ def test_an_operator_that_is_not_finite_shows(name: str) -> None:
     for bad in (np.nan, np.inf):
         matrix = np.eye(12)
         matrix[3, 3] = bad
-        value = number(call(name, matrix))
-        assert not np.isfinite(value[3] if name == "diagonal" else value).any()
+        assert not np.isfinite(call(name, matrix).value)
 
 
 def test_one_probe_has_no_standard_error() -> None:
@@ -481,7 +411,7 @@ def test_one_probe_has_no_standard_error() -> None:
         assert np.isfinite(got.value) and np.isnan(got.stderr)
 
 
-@pytest.mark.parametrize("name", ["hutchinson", "abs_logdet", "spectral_density"])
+@pytest.mark.parametrize("name", ["hutchinson", "logdet_score"])
 def test_float32_agrees_with_float64(name: str) -> None:
     """The signs are the same in both."""
     factory, knobs, _ = ALL[name]
@@ -489,7 +419,7 @@ def test_float32_agrees_with_float64(name: str) -> None:
     narrow = run(factory, operator(matrix, dtype=jnp.float32, active=20), 0, **knobs)
     wide = call(name, matrix)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(narrow))
-    np.testing.assert_allclose(number(narrow), number(wide), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(narrow.value, wide.value, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(narrow.stderr, wide.stderr, rtol=1e-3, atol=1e-4)
 
 
@@ -501,15 +431,12 @@ def test_float32_agrees_with_float64(name: str) -> None:
         (lambda: trace(num_probes=4, method="hutch++"), "'hutchinson' or 'xtrace'; got 'hutch\\+\\+'"),
         (lambda: trace(num_probes=5, method="xtrace"), "must be even; got 5"),
         (lambda: trace(num_probes=4, batch_size=0), "batch_size must be an int of at least 1; got 0"),
-        (lambda: diagonal(num_probes=None), "num_probes must be an int of at least 1; got None"),
-        (lambda: abs_logdet(num_probes=4, depth=1, damping=1.0), "depth must be an int of at least 2; got 1"),
-        (lambda: abs_logdet(num_probes=4, depth=4, damping=0.0), "finite scalar > 0; got 0.0"),
+        (lambda: logdet_score(num_probes=4, depth=1, damping=1.0), "depth must be an int of at least 2; got 1"),
+        (lambda: logdet_score(num_probes=4, depth=4, damping=0.0), "finite scalar > 0; got 0.0"),
         (lambda: logdet_score(num_probes=4, depth=4, damping=jnp.asarray(-1.0)), "finite scalar > 0; got -1.0"),
         (lambda: logdet_score(num_probes=4, depth=4, damping=jnp.ones(2)), r"a scalar; got shape \(2,\)"),
         (lambda: top_eigenvalue(depth=0), "depth must be an int of at least 1; got 0"),
         (lambda: top_eigenvalue(depth=4, num_starts=True), "num_starts must be an int of at least 1; got True"),
-        (lambda: spectral_density(num_probes=4, depth=4, width=0.0), "width must be finite and > 0; got 0.0"),
-        (lambda: spectral_density(num_probes=4, depth=4, width=0.001), "num_points must be an int of at least 1011"),
     ],
 )
 def test_bad_knobs_are_refused_when_the_estimator_is_made(make, message: str) -> None:

@@ -110,7 +110,8 @@ def test_memory_is_bounded() -> None:
         records = []
         jit = recorded(records, lambda compiled: compiled.memory_analysis().temp_size_in_bytes)
         x = jnp.ones((2, n), jnp.float32)
-        grams.output_grams(function, params, partition.by_leaf(params), x, batch_size=4, max_bytes=max_bytes, jit=jit)
+        blocks = tuple(Block(name=name, paths=(name,)) for name in params)
+        grams.output_grams(function, params, blocks, x, batch_size=4, max_bytes=max_bytes, jit=jit)
         return records
 
     (all_at_once,) = temporary_bytes(2**31)
@@ -151,7 +152,7 @@ def test_a_layers_log_determinants_are_those_of_its_dense_gauss_newton_block() -
         assert (len(large) > 10) == (block.name == "first")
         for damping in (1e-2, 1.0, 30.0):
             score = grams.logdet_score(spectra[block.name], damping=damping)
-            expected = float(curvature.logdet(large, damping=damping).logabsdet)
+            expected = np.linalg.slogdet(large + damping * np.eye(len(large))).logabsdet
             assert score + len(large) * np.log(damping) == pytest.approx(expected, rel=1e-8, abs=1e-8)
 
 
