@@ -13,9 +13,10 @@ import numpy as np
 from experiments.estimators.judge import agreement, layers_low, row_status
 from experiments.estimators.plan import Case, Sizes, cases
 from experiments.estimators.rows import FORMATS, TOLERANCES, Row
+from experiments.lib import metrics
 from experiments.lib.run import Computed, Run
 from experiments.problems.benchmarks import Benchmark, first
-from mpjax import emulation, losses, metrics, sensitivity
+from mpjax import emulation, losses, sensitivity
 from mpjax.evaluation import Evaluation
 from mpjax.files import Piece
 from mpjax.ledger import Ledger

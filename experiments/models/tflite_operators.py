@@ -14,8 +14,8 @@ import numpy as np
 import tflite
 from jax import lax
 
+from experiments.models.resize import doubled
 from experiments.models.tflite_file import Node, Unsupported
-from mpjax.kernels.resize import doubled
 
 Weights = dict[str, np.ndarray]
 """Parameter name -> float32 array in Flax's layout."""

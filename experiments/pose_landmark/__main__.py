@@ -19,14 +19,14 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.lib import assets
+from experiments.lib import assets, metrics
 from experiments.lib.page import Code, Picture, Section
 from experiments.lib.rows import Table
 from experiments.lib.run import Options, Run
 from experiments.pose_landmark import figures, steps
 from experiments.pose_landmark.rows import EMULATED, EXECUTED, FORMATS, Executed, Program, Row, agreement, layers
 from experiments.problems import data, pose
-from mpjax import metrics, plan
+from mpjax import plan
 from mpjax.ledger import Ledger
 from mpjax.program import with_output
 

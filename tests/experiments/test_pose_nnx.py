@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.lib import assets
+from experiments.lib import assets, metrics
 from experiments.models.tflite_import import load_tflite
 from experiments.models.tflite_operators import ACTIVATIONS, LAYERS, compute
 from experiments.problems import data
-from mpjax import compiled, evaluation, metrics, search, sensitivity
+from mpjax import compiled, evaluation, search, sensitivity
 from mpjax.apply import apply
 from mpjax.program import from_linen, from_nnx, with_output
 
