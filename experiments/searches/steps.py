@@ -60,7 +60,7 @@ def entrants(formats: Sequence[str], seed: int) -> list[Entrant]:
         Entrant(name="ilp", scorer=PREDICTED, strategy=ilp, confidence=0.95),
         Entrant(name="iqp", scorer=CROSSED, strategy=iqp),
         Entrant(name="last_first", scorer=NONE, strategy=search.last_first()),
-        Entrant(name="random", scorer=NONE, strategy=search.random(seed=seed)),
+        Entrant(name="random", scorer=NONE, strategy=search.random_order(seed=seed)),
         Entrant(name="segments", scorer=NONE, strategy=search.segments()),
         Entrant(name="bisect_precision", scorer=NONE, strategy=search.bisect_precision()),
     ]

@@ -19,7 +19,7 @@ from mpjax.search import (
     ilp,
     iqp,
     last_first,
-    random,
+    random_order,
     segments,
     solve,
 )
@@ -107,7 +107,7 @@ def test_binary_repairs_where_a_longer_prefix_is_better() -> None:
 def test_last_first_and_random_lower_a_prefix_of_their_order(seed: int) -> None:
     harm = np.random.default_rng(seed).uniform(size=20)
     tolerance = 0.3 * harm.sum()
-    orders = {last_first(): np.arange(20)[::-1], random(seed=seed): np.random.default_rng(seed).permutation(20)}
+    orders = {last_first(): np.arange(20)[::-1], random_order(seed=seed): np.random.default_rng(seed).permutation(20)}
     for strategy, order in orders.items():
         result = solve(problem(np.zeros(20)), strategy, evaluate=Additive(harm), tolerance=tolerance)
         best = max(n for n in range(21) if harm[order[:n]].sum() <= tolerance)
@@ -157,7 +157,7 @@ def test_exhaustive_is_the_truth_and_refuses_what_is_too_large() -> None:
         solve(problem(np.zeros(17)), exhaustive(), evaluate=Additive(np.zeros(17)), tolerance=1)
 
 
-@pytest.mark.parametrize("make", [binary, last_first, segments, bisect_precision, lambda: random(seed=0)])
+@pytest.mark.parametrize("make", [binary, last_first, segments, bisect_precision, lambda: random_order(seed=0)])
 def test_one_low_format_is_asked_for_before_anything_is_measured(make) -> None:
     metric = Additive([1])
     several = Problem(layers=names(1), formats=(LOW, "float16"), penalty=np.zeros((1, 2)))
