@@ -330,10 +330,20 @@ class Model:
             "bytes of the weights": "weight_bytes",
             "predicted ms": "predicted_ms",
         }
-        rows: list[dict[str, Any]] = [
-            {fields.get(name, name): row[name] for name in row} for row in pareto.rows(points)
+        rows = [
+            Point(
+                model=self.task.name,
+                layers_low=len(point.assignment.lowered),
+                penalty=point.penalty,
+                loss=point.measurement.value,
+                loss_low=point.measurement.low,
+                loss_high=point.measurement.high,
+                **{fields[name]: value for name, value in point.axes.items()},
+                best_on=", ".join(point.best_on),
+            )
+            for point in points
         ]
-        return points, [Point(model=self.task.name, **row) for row in rows]
+        return points, rows
 
     def latency(self, mixed: Assignment) -> list[Latency]:
         """Additive predictions against compiled programs: all float32, all bfloat16, and what `ilp` chose at 10 %."""

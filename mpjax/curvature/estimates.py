@@ -131,32 +131,25 @@ def logdet_score(*, num_probes: int, depth: int, damping: float | Array, batch_s
     return estimator
 
 
-def top_eigenvalue(*, depth: int, num_starts: int = 1) -> Estimator:
+def top_eigenvalue(*, depth: int) -> Estimator:
     """Eigenvalue of largest magnitude, with its sign, by Lanczos with full reorthogonalisation (Golub, Van Loan 2013, Matrix
     Computations, chapter 10) from a normal random vector.
 
     The value θ is a Ritz value: it never exceeds the true one in magnitude. `residual` is ‖Av - θv‖ of its Ritz vector v: some
-    eigenvalue lies within it of θ, up to rounding (about eps |θ|); that it is the largest one is likely, not proven. With
-    num_starts > 1 the value of largest magnitude is taken, and `stderr` is the standard deviation of |θ| over the starts, an
-    indication of how much one start depends on luck; the error is one-sided, so it makes no interval. With one start it is NaN.
+    eigenvalue lies within it of θ, up to rounding (about eps |θ|); that it is the largest one is likely, not proven.
+    `stderr` is NaN.
 
-    Products: num_starts · min(depth, n). Memory: depth + 4 vectors.
+    Products: min(depth, n). Memory: depth + 4 vectors.
     """
-    _check_at_least(1, depth=depth, num_starts=num_starts)
+    _check_at_least(1, depth=depth)
 
     def estimator(operator: Operator, key: Key) -> Estimate:
         steps = min(depth, operator.size)
-
-        def one_start(k: Key) -> tuple[Array, Array]:
-            alphas, betas, _ = lanczos(operator, normals(1, operator, k)[0], steps)
-            thetas, vectors = ritz(alphas, betas)
-            i = jnp.argmax(jnp.abs(thetas))
-            return thetas[i], jnp.abs(betas[-1] * vectors[-1, i])
-
-        thetas, residuals = lax.map(one_start, jax.random.split(key, num_starts))
+        alphas, betas, _ = lanczos(operator, normals(1, operator, jax.random.split(key, 1)[0])[0], steps)
+        thetas, vectors = ritz(alphas, betas)
         i = jnp.argmax(jnp.abs(thetas))
-        spread = jnp.std(jnp.abs(thetas), ddof=1) if num_starts > 1 else jnp.full_like(thetas[0], jnp.nan)
-        return _estimate(operator, thetas[i], spread, num_starts * steps, residuals[i])
+        residual = jnp.abs(betas[-1] * vectors[-1, i])
+        return _estimate(operator, thetas[i], jnp.full_like(residual, jnp.nan), steps, residual)
 
     return estimator
 

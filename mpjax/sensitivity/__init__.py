@@ -27,7 +27,7 @@ from mpjax.sensitivity.quadratic import quadratic
 from mpjax.sensitivity.random import random
 from mpjax.sensitivity.rounding_norm import rounding_norm
 from mpjax.sensitivity.scores import Scorer as Scorer
-from mpjax.sensitivity.scores import Scores
+from mpjax.sensitivity.scores import Scores as Scores
 from mpjax.sensitivity.scores import Status as Status
 from mpjax.sensitivity.scores import pack as pack
 from mpjax.sensitivity.scores import unpack as unpack
@@ -37,7 +37,6 @@ from mpjax.sensitivity.top_eigenvalue import top_eigenvalue
 from mpjax.sensitivity.trace import trace
 
 __all__ = [
-    "Scores",
     "depth",
     "first_order",
     "fisher",

@@ -142,12 +142,9 @@ def test_segments_take_the_first_of_equal_runs() -> None:
 
 @pytest.mark.parametrize("sensitive", [5, 0, 69, 33])
 def test_bisect_precision_leaves_all_before_the_sensitive_layer(sensitive: int) -> None:
-    for direction, layers in (("forward", range(sensitive + 1, 70)), ("reverse", range(sensitive))):
-        metric = sensitive_only(70, sensitive)
-        result = solve(problem(np.zeros(70)), bisect_precision(direction=direction), evaluate=metric, tolerance=0.5)
-        assert set(result.assignment.lowered) == set(lowered(*layers)) and len(metric.asked) <= 8
-    with pytest.raises(ValueError, match="'forward' or 'reverse'"):
-        bisect_precision(direction="up")
+    metric = sensitive_only(70, sensitive)
+    result = solve(problem(np.zeros(70)), bisect_precision(), evaluate=metric, tolerance=0.5)
+    assert set(result.assignment.lowered) == set(lowered(*range(sensitive + 1, 70))) and len(metric.asked) <= 8
 
 
 def test_exhaustive_is_the_truth_and_refuses_what_is_too_large() -> None:
