@@ -29,8 +29,6 @@ from mpjax.sensitivity.rounding_norm import rounding_norm
 from mpjax.sensitivity.scores import Scorer as Scorer
 from mpjax.sensitivity.scores import Scores as Scores
 from mpjax.sensitivity.scores import Status as Status
-from mpjax.sensitivity.scores import pack as pack
-from mpjax.sensitivity.scores import unpack as unpack
 from mpjax.sensitivity.spectra import Spectra as Spectra
 from mpjax.sensitivity.spectra import spectra
 from mpjax.sensitivity.top_eigenvalue import top_eigenvalue

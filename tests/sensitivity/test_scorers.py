@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.lib.scores import pack, unpack
 from mpjax import emulation, formats, losses, sensitivity
 from mpjax.formats import storage
 from mpjax.program import from_linen
@@ -382,7 +383,7 @@ def test_baselines():
 
 
 def test_scores_survive_a_checkpoint():
-    again = sensitivity.unpack(*sensitivity.pack(truth()))
+    again = unpack(*pack(truth()))
     for field in dataclasses.fields(again):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(truth(), field.name))
 
