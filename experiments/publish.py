@@ -2,7 +2,7 @@
 
 The run's docs.md (findings, one short table, machine and date) goes between `<!-- NAME -->` and `<!-- end of NAME -->` of the
 page in docs/ that has these markers. Figures and tables that a page in docs/ or README.md links to as NAME/… are copied to
-docs/NAME. Nothing else is written.
+docs/NAME, and what no page links to any more is removed there. Nothing else is written.
 """
 
 import json
@@ -57,8 +57,10 @@ def main(config: Config) -> None:
     (docs / config.name).mkdir(exist_ok=True)
     for name in linked:
         shutil.copy(run / name, docs / config.name / name)
-    stale = sorted(path.name for path in (docs / config.name).iterdir() if path.name not in linked)
-    print(f"{marked[0].name} and {len(linked)} files." + (f" No page links to {', '.join(stale)}." if stale else ""))
+    stale = sorted(path for path in (docs / config.name).iterdir() if path.name not in linked)
+    for path in stale:
+        path.unlink()
+    print(f"{marked[0].name} and {len(linked)} files; removed: {', '.join(path.name for path in stale) or 'none'}.")
 
 
 if __name__ == "__main__":

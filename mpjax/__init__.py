@@ -6,7 +6,7 @@ result = mp.search.solve(problem, mp.search.ilp(), evaluate=error, tolerance=0.0
 program = mp.compile(mp.apply(model, result.assignment), batches)
 """
 
-from mpjax import compiled, cost, curvature, formats, losses, partition, plan, program, search, sensitivity
+from mpjax import compiled, cost, curvature, formats, losses, partition, plan, program, search, sensitivity, xla
 from mpjax.apply import apply
 from mpjax.compiled import compile, load
 from mpjax.emulation import calibrate
@@ -36,4 +36,5 @@ __all__ = [
     "program",
     "search",
     "sensitivity",
+    "xla",
 ]

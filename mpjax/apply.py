@@ -9,7 +9,7 @@ product is, inside the compiled program, but for products that read them as they
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -19,8 +19,10 @@ import jax.numpy as jnp
 from mpjax import arithmetic, kernels
 from mpjax.arithmetic import Calibration, ranges_of
 from mpjax.formats import FLOAT32, Format, narrowed, parse
-from mpjax.formats.storage import store
-from mpjax.program import Array, Layer, Model, Override, Params, Product
+from mpjax.formats.storage import store, wide
+from mpjax.program import Array, Layer, Model, Override, Params, Product, calls
+from mpjax.program.product import flops
+from mpjax.xla import ROWS, device_profile
 
 ACTIVATION_DTYPES = ("float32", "bfloat16", "float16")
 Implementation = str | Mapping[str, str]  # one of `kernels.CHOICES`; or layer -> one of `kernels.IMPLEMENTATIONS`
@@ -137,7 +139,8 @@ def with_implementation(model: Model, implementation: Implementation, *, activat
         shape = layer.kernel_shape[layer.levels :] or rhs.shape
         name = "xla"
         if implementation != "xla" and product.kind in ("dot", "conv"):
-            specs = [jax.ShapeDtypeStruct(shape, jnp.dtype(fmt.operand)) for shape in (lhs.shape, shape)]
+            dtype_of = FLOAT32.operand if product.weighted and arithmetic.kept_wide(rhs) else fmt.operand
+            specs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype_of)) for shape in (lhs.shape, shape)]
             specs[1] = jax.eval_shape(product.viewed, specs[1])
             name = picked(implementation, layer, product, *specs, narrow=narrow)
         out = arithmetic.executed(
@@ -195,5 +198,46 @@ def runs_narrow(model: Model) -> bool:
         layers, formats = model.assigned, model.formats
     if not any(layer.kind == "conv" for layer in layers):
         return True
-    narrow = sum(layer.flops for layer in layers if arithmetic.is_narrow(formats.get(layer.name, FLOAT32)))
+    narrow = sum(layer.flops for layer in layers if _pays(formats.get(layer.name, FLOAT32)))
     return 0 < narrow >= _ENOUGH * sum(layer.flops for layer in layers)
+
+
+def _pays(fmt: Format) -> bool:
+    """Whether this device multiplies many rows of the format's narrow operands faster than float32's."""
+    return arithmetic.is_narrow(fmt) and device_profile().ratio(fmt.operand, ROWS[-1]) < 1
+
+
+def slower_narrow(model: MixedModel, *inputs: Array) -> tuple[str, ...]:
+    """Lowered layers whose products this device computes faster with weights kept wide (`arithmetic.time_ratio`).
+
+    Convolutions with weight-only formats are among them: they would be multiplied out in each call. Lookups are not: they read a
+    few rows.
+    """
+    formats, narrow = model.formats, runs_narrow(model)
+    stored, kept = dict.fromkeys(model.assignment, 0.0), dict.fromkeys(model.assignment, 0.0)
+    for call in calls(model, *inputs):
+        fmt, product = formats[call.layer], call.product
+        if (
+            not product.weighted
+            or product.kind == "lookup"
+            or arithmetic.kept_wide(model.params[model.layer(call.layer).kernel])
+        ):
+            continue
+        lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, jnp.dtype(fmt.operand)) for spec in (call.lhs, call.rhs))
+        name = picked(model.implementation, model.layer(call.layer), product, lhs, rhs, narrow=narrow)
+        work = call.runs * flops(product, call.lhs, call.rhs, call.out)
+        stored[call.layer] += work * arithmetic.time_ratio(fmt, product, call.lhs, call.rhs, implementation=name)
+        kept[call.layer] += work
+    return tuple(name for name in stored if stored[name] > kept[name])
+
+
+def widened(model: MixedModel, layers: Iterable[str]) -> MixedModel:
+    """The model with these layers' weights kept wide: float32 numbers that stand for the stored ones, for float32 products.
+
+    What it computes is each format's definition, as emulated: activations are rounded, too.
+    """
+    params = dict(model.params)
+    for name in layers:
+        layer = model.layer(name)
+        params[layer.kernel] = wide(params[layer.kernel], parse(model.assignment[name]), layer)
+    return replace(model, params=params)

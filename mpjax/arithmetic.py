@@ -10,7 +10,10 @@ it stays as it is. Its scaled formats need a range for either operand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -19,9 +22,10 @@ from jax import lax
 
 from mpjax import kernels
 from mpjax.formats import FLOAT32, Format, amax_scale, narrowed, round_to
-from mpjax.formats.storage import Stored, dequantize_rows, round_weights, stands_for
+from mpjax.formats.storage import Stored, dequantize_rows, quantize, round_weights, stands_for
 from mpjax.kernels import float16, stored
 from mpjax.program.product import Array, Layer, Product, operand_summed
+from mpjax.xla import device_profile
 
 Calibration = Mapping[str, float]  # layer name -> largest |activation| at its input; of a second activation: name/rhs
 Ranges = tuple[float | None, float | None]  # of either operand, where it is an activation
@@ -51,8 +55,8 @@ def check_ranges(wanted: Iterable[tuple[Layer, Format]], calibration: Calibratio
 
 
 def is_executed(fmt: Format) -> bool:
-    """Whether a mixed model computes in the format itself; float16_acc16 it emulates in float32."""
-    return fmt.accumulate != "float16"
+    """Whether a mixed model computes in the format itself; float16_acc16, and tensorfloat32 without a GPU, it emulates."""
+    return fmt.accumulate != "float16" and (fmt.algorithm != "tensorfloat32" or jax.default_backend() == "gpu")
 
 
 def is_narrow(fmt: Format) -> bool:
@@ -76,6 +80,8 @@ def emulated(fmt: Format, product: Product, lhs: Array, rhs: Array, *, ranges: R
     suited = kernels.suited(product)
     if fmt == FLOAT32 or (fmt.weight_only and not product.weighted):
         return suited(lhs, rhs)
+    if fmt.algorithm:
+        return suited(lhs, rhs) if product.kind == "lookup" else _by_algorithm(fmt, suited, lhs, rhs)
     if product.kind == "lookup":
         return _rounded_rows(fmt, product, lhs, rhs).astype(fmt.output)
     rhs = (
@@ -105,19 +111,24 @@ def executed(
     Args:
         fmt, product, ranges: as in `emulated`.
         lhs: activations, float32.
-        rhs: the weight as `formats.storage.store` gave it; or activations.
+        rhs: the weight as `formats.storage.store` gave it, or kept wide (`formats.storage.wide`); or activations.
         shape: of the weight, as a product sees it.
         implementation: how it is computed (`kernels`).
-        as_stored: whether weights may be read as they are stored (`kernels.stored`): with kernels that are fast for it.
+        as_stored: whether weights may be read as they are stored (`kernels.stored`): with the kernels that were timed.
     """
     computed = kernels.implemented(product, implementation)
     if fmt == FLOAT32 or (fmt.weight_only and not product.weighted):
         return computed(lhs, rhs)
+    if fmt.algorithm:
+        return _executed_algorithm(fmt, computed, lhs, rhs)
+    if product.weighted and kept_wide(rhs):
+        return computed(lhs if fmt.weight_only or product.kind == "lookup" else _rounded(fmt, lhs, ranges[0]), rhs)
     if product.kind == "lookup":
         return _stored_rows(fmt, product, lhs, rhs, shape)
     if fmt.weight_only:
-        if as_stored and stored.covers(product, lhs, rhs):
-            return stored.compute(product, lhs, rhs)
+        form = stored.choice(product, lhs, rhs, fmt, shape) if as_stored else stored.MULTIPLIED_OUT
+        if form != stored.MULTIPLIED_OUT:
+            return stored.compute(form, product, lhs, rhs, shape)
         return computed(lhs, _multiplied_out(fmt, product, rhs, shape))
     if fmt.accumulate == "float16":
         return emulated(fmt, product, lhs, rhs.astype(jnp.float32), ranges=ranges)
@@ -134,6 +145,33 @@ def executed(
         lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
     out = computed.multiply(lhs, rhs, accumulate=fmt.accumulate)
     return out if isinstance(scale, float) and scale == 1.0 else out * scale
+
+
+def kept_wide(weights: Any) -> bool:
+    """Whether weights, as a mixed model has them, are float32: never stored, or made wide (`formats.storage.wide`)."""
+    return not isinstance(weights, Stored) and weights.dtype == jnp.float32
+
+
+def time_ratio(fmt: Format, product: Product, lhs: Any, rhs: Any, *, implementation: str = "xla") -> float:
+    """Time of a product with its weights as stored over that with weights kept wide, as this device's profile has it.
+
+    `lhs`, `rhs`: shapes and dtypes, `rhs` as the product multiplies it. A weight-only product is timed at its sizes
+    (`kernels.stored`); the others are like the profile's product with that many rows, or its convolution.
+    """
+    if fmt.weight_only:
+        stored_as = jax.eval_shape(functools.partial(quantize, fmt=fmt, summed=product.summed), rhs)
+        times = stored.seconds(product, lhs, Stored(*stored_as), fmt, rhs.shape)
+        small = [seconds for name, seconds in times.items() if name != stored.WIDE]
+        return (
+            min(small) / times[stored.WIDE] if small else math.inf
+        )  # what no form covers is multiplied out in each call
+    if not is_narrow(fmt):
+        return 1.0
+    profile = device_profile()
+    if product.kind == "conv" and implementation not in kernels.MATRIX_PRODUCTS:
+        return profile.convolution.get(fmt.operand, math.inf)
+    rows = kernels.rows_of(product, lhs)
+    return profile.ratio(fmt.operand, max(rows, kernels.rows.LEAST_ROWS) if implementation == "rows" else rows)
 
 
 def operand(fmt: Format, x: Array, amax: float | None = None) -> tuple[Array, Any]:
@@ -188,6 +226,55 @@ def _output_scale(product: Product, weights: Stored, lhs: Array) -> Array:
     scale = scale.transpose([rest.index(axis) for axis in order])
     free = tuple(range(len(batch), lhs.ndim - len(contract)))  # axes of the output that are the activations' own
     return product.in_program_order(jnp.expand_dims(scale, free), spread.ndim)
+
+
+# --- algorithms of float32 products -----------------------------------------------------------------------------------
+
+
+def _by_algorithm(fmt: Format, multiply: Callable[[Array, Array], Array], lhs: Array, rhs: Array) -> Array:
+    """The sum of products of the operands' parts, the smallest first."""
+    if fmt.algorithm == "tensorfloat32":
+        return multiply(round_to(lhs, fmt.algorithm), round_to(rhs, fmt.algorithm))
+    count = {"bfloat16_x3": 2, "bfloat16_x6": 3}[fmt.algorithm]
+    left, right = _parts(lhs, count), _parts(rhs, count)
+    out: Any = 0.0
+    for order in reversed(range(count)):
+        for i in range(order + 1):
+            out = out + multiply(left[i], right[order - i])
+    return out
+
+
+def _parts(x: Array, count: int) -> list[Array]:
+    """bfloat16 numbers, as float32, each the rest that the ones before leave."""
+    parts: list[Array] = []
+    for _ in range(count):
+        parts.append(round_to(x, "bfloat16"))
+        x = jnp.where(jnp.isfinite(x), x - parts[-1], 0.0)
+    return parts
+
+
+def _executed_algorithm(fmt: Format, product: Product, lhs: Array, rhs: Array) -> Array:
+    """By XLA's own algorithm on a GPU, whose convolutions know tensorfloat32 alone; else as products of bfloat16."""
+    if product.kind == "lookup":
+        return product(lhs, rhs)
+    if jax.default_backend() == "gpu" and product.kind == "dot":
+        return replace(product, precision=_PRESETS[fmt.algorithm])(lhs, rhs)
+    if fmt.algorithm == "tensorfloat32":
+        if jax.default_backend() == "gpu":
+            return replace(product, precision=lax.Precision.DEFAULT)(lhs, rhs)
+        return _by_algorithm(fmt, product, lhs, rhs)
+
+    def narrow(left: Array, right: Array) -> Array:
+        return product.multiply(left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), accumulate="float32")
+
+    return _by_algorithm(fmt, product if product.kind == "ragged" else narrow, lhs, rhs)
+
+
+_PRESETS = {
+    "tensorfloat32": lax.DotAlgorithmPreset.TF32_TF32_F32,
+    "bfloat16_x3": lax.DotAlgorithmPreset.BF16_BF16_F32_X3,
+    "bfloat16_x6": lax.DotAlgorithmPreset.BF16_BF16_F32_X6,
+}
 
 
 # --- lookups ----------------------------------------------------------------------------------------------------------

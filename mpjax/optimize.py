@@ -7,6 +7,7 @@ result.program(*inputs)
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 from mpjax import cost, emulation, search, sensitivity
 from mpjax.apply import apply
 from mpjax.compiled import Compiled, MiscompiledError, compile, fastest
+from mpjax.compiled.verification import float32_outputs
 from mpjax.evaluation import Error, Evaluation
 from mpjax.formats import FLOAT32, Format, parse, parse_all
 from mpjax.losses import flat
@@ -38,7 +40,8 @@ class Candidate:
     """A compiled program that was measured.
 
     Attributes:
-        name: "float32", as the model computes it; "float32, rule", with faster implementations; or the formats of a mix.
+        name: "float32", as jax jits the model; "float32, highest", at that precision; "float32, rule" or "float32, auto", with
+            faster implementations; or the formats of a mix.
         program: compiled and verified.
         search: the search that gave its assignment; None in float32.
         error: of the compiled program on the batches, against the float32 model's outputs.
@@ -153,11 +156,16 @@ def optimize(
     objective: Literal["time", "bytes"] = "time",
     held_out: Batches | None = None,
     strategy: search.Strategy | None = None,
+    implementation: Literal["rule", "auto"] = "rule",
+    cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
     rounds: int = 31,
     progress: Callable[[str], None] | None = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Optimized:
     """Score, search, apply, compile, measure and time; returns the best program whose measured error is within the tolerance.
+
+    The programs in float32 (as jax jits the model; with products at the highest precision, where a backend's default is another;
+    and with faster implementations) are candidates, so that for "time" the result is never slower than they.
 
     Scores are `sensitivity.local_rounding()`. For "time" each format is searched alone for as many lowered layers as the
     tolerance allows, and the programs are timed in turns with float32's; for "bytes" one search over all formats minimises the
@@ -176,6 +184,9 @@ def optimize(
         objective: "time" for the fastest program, "bytes" for the one with the fewest bytes of weights.
         held_out: batches on which the chosen program's error is reported; nothing is searched on them.
         strategy: of the search; None is `search.ilp()`.
+        implementation: how products are computed: "rule", from the device's profile; "auto", tuned by timing (`compiled.tune`:
+            minutes for a model of many layers).
+        cache: folder of finished tunings.
         seed: of the random probes of the scores.
         rounds: of timing.
         progress: called with a line at each step; None is silent.
@@ -203,6 +214,8 @@ def optimize(
         )
     if not tolerance > 0:
         raise ValueError(f"Expected tolerance > 0, in the unit of `error`; found {tolerance}.")
+    if implementation not in ("rule", "auto"):
+        raise ValueError(f'implementation must be "rule" or "auto"; found {implementation!r}.')
     if objective not in ("time", "bytes"):
         raise ValueError(f'objective must be "time" or "bytes"; found {objective!r}.')
     report = progress or (lambda text: None)
@@ -227,8 +240,17 @@ def optimize(
         return candidate
 
     report("optimize 2/4: compiling float32")
-    add(FLOAT32.name, compile(model, batches), None)
-    add(f"{FLOAT32.name}, rule", compile(model, batches, implementation="rule"), None)
+    float32 = float32_outputs(model, batches)
+    weights: Literal["small", "fast"] = "small" if by_bytes else "fast"
+
+    def compiled(mixed: Model, wanted: str) -> Compiled:
+        return compile(mixed, batches, implementation=wanted, weights=weights, float32=float32, cache=cache)
+
+    add(FLOAT32.name, compiled(model, "xla"), None)
+    if jax.default_backend() != "cpu":
+        with jax.default_matmul_precision("highest"):
+            add(f"{FLOAT32.name}, highest", compiled(model, "xla"), None)
+    add(f"{FLOAT32.name}, {implementation}", compiled(model, implementation), None)
     groups = [names] if by_bytes else [(name,) for name in names]
     known: dict[Any, Measurement] = {}
     for number, group in enumerate(groups, start=1):
@@ -252,9 +274,9 @@ def optimize(
             )
             if not result.assignment.lowered:
                 break
-            mixed = apply(model, result.assignment, calibration=calibration, implementation="rule")
+            mixed = apply(model, result.assignment, calibration=calibration)
             try:
-                candidate = add(label, compile(mixed, batches), result)
+                candidate = add(label, compiled(mixed, implementation), result)
             except MiscompiledError as failure:
                 notes.append(f"{label} was left out: {failure}")
                 break

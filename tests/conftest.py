@@ -25,11 +25,13 @@ for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
 import gc  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+from mpjax.xla import profile  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -64,6 +66,31 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         jax.clear_caches()
 
 
+FAST = {  # what the device under test is taken to be, whatever it is: one that multiplies narrow operands fast
+    "device": "made up",
+    "backend": "cpu",
+    "cores": 2,
+    "jax": jax.__version__,
+    "instructions": (),
+    "seconds": {"float32": (1.0,) * 4, **dict.fromkeys(profile.DTYPES[1:], (0.5,) * 4)},
+    "ynn": {},
+    "convolution": dict.fromkeys(profile.CONVOLVED, 0.5),
+    "grouped": 20.0,
+    "start": 1e-5,
+    "bandwidth": 1e10,
+    "cast": {},
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device() -> Iterator[None]:
+    """Rules decide as on one device, so that no test depends on timings; products are fastest with their weights as stored."""
+    order = {"multiplied out": 2.0, "wide": 3.0}
+    with pytest.MonkeyPatch.context() as patch, profile.assumed(profile.DeviceProfile(**FAST)):
+        patch.setattr(profile, "compared", lambda programs: {name: order.get(name, 1.0) for name in programs})
+        yield
+
+
 @pytest.fixture(scope="module")
 def relaxed_promotion() -> Iterator[None]:
     """Standard dtype and rank promotion for the rest of the module: Flax layers promote when they add a bias.
@@ -72,3 +99,23 @@ def relaxed_promotion() -> Iterator[None]:
     """
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def instant(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Makes timing instant: program n takes n ms in round 1, n + 1 in 2, …; the numbers of programs compiled and timed."""
+    from mpjax.xla import timing
+
+    counts = {"compiled": 0, "timed": 0}
+
+    def ready(*_: object) -> Callable[[], None]:
+        counts["compiled"] += 1
+        return lambda: None
+
+    def in_turns(runs: list, rounds: int) -> list[list[float]]:
+        counts["timed"] += len(runs)
+        return [[1e-3 * (number + 1 + turn) for turn in range(rounds)] for number in range(len(runs))]
+
+    monkeypatch.setattr(timing, "ready", ready)
+    monkeypatch.setattr(timing, "in_turns", in_turns)
+    return counts

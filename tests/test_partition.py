@@ -3,6 +3,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import pytest
+from refusals import refused
 
 from mpjax import partition
 from mpjax.partition import Block
@@ -47,18 +48,13 @@ def test_replace_under_jit_may_change_the_dtype_but_not_the_shape() -> None:
         partition.replace(PARAMS, {"scale": jnp.ones(2)})
 
 
-def test_an_unknown_path_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown path 'encoder/0/kernal'; the nearest is 'encoder/0/kernel'"):
-        partition.select(PARAMS, Block(name="b", paths=("encoder/0/kernal",)))
-    with pytest.raises(ValueError, match="nearest is 'scale'"):
-        partition.replace(PARAMS, {"scales": jnp.ones(())})
-
-
-def test_trees_and_blocks_without_a_meaning_are_refused() -> None:
-    with pytest.raises(ValueError, match="no leaves"):
-        partition.by_module({})
-    with pytest.raises(ValueError, match="share one slash path"):
-        partition.paths({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
-    for paths in ((), ("scale", "scale")):
-        with pytest.raises(ValueError, match="distinct paths"):
-            Block(name="b", paths=paths)
+def test_unknown_paths_and_trees_and_blocks_without_a_meaning_are_refused() -> None:
+    wrong = Block(name="b", paths=("encoder/0/kernal",))
+    nearest = "unknown path 'encoder/0/kernal'; the nearest is 'encoder/0/kernel'"
+    refused(
+        (nearest, partition.select, PARAMS, wrong),
+        ("nearest is 'scale'", partition.replace, PARAMS, {"scales": jnp.ones(())}),
+        ("no leaves", partition.by_module, {}),
+        ("share one slash path", partition.paths, {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}),
+        *(("distinct paths", lambda paths=paths: Block(name="b", paths=paths)) for paths in ((), ("scale", "scale"))),
+    )

@@ -17,9 +17,8 @@ import tyro
 from experiments.lib import metrics
 from experiments.lib.rows import Table, column
 from experiments.lib.run import Options, Run
-from experiments.problems import benchmarks, data, searches_tasks
-from experiments.problems.searches_tasks import FORMATS, SETS, Predicted, Task
-from experiments.searches.__main__ import TOLERANCES
+from experiments.problems import benchmarks, data, pose, searches_tasks
+from experiments.problems.searches_tasks import FORMATS, SETS, TOLERANCES, Predicted, Task
 from mpjax import cost, search
 from mpjax.evaluation import Evaluation
 from mpjax.search.problem import Assignment, Measurement
@@ -48,9 +47,7 @@ def main(config: Options) -> None:
     """Search, and measure on the later crops."""
     run = Run("confidence_by_time", config)
     benchmark, crops = benchmarks.pose(count=24, batch=2), data.pose_crops()
-    base = benchmarks.imported("pose_landmark_full", ("Identity",), data.SIZE)
-    torso = benchmarks.torsos(crops.evaluation, base)
-    heldout = benchmarks.in_batches((crops.evaluation.images, torso), 2)
+    heldout = pose.splits(pose.model(), crops.evaluation)[0].batches(2)
     task = Task(
         benchmark=benchmark,
         blocks=crops.calibration.block[benchmark.facts["crops"]],

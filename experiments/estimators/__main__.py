@@ -28,10 +28,9 @@ from experiments.lib.progress import progress
 from experiments.lib.rows import Table
 from experiments.lib.run import Options, Run, check_names
 from experiments.problems import benchmarks
-from experiments.problems.benchmarks import Benchmark
+from experiments.problems.benchmarks import SHORT, Benchmark
 from mpjax import losses
 
-SHORT = {"pose_landmark_full": "pose", "iris_landmark": "iris", "digits_cnn": "digits"}
 KINDS = {"interactions": Interaction, "damping": Damping, "logdet_cost": Cost, "slq_check": Quadrature}
 
 
@@ -97,21 +96,20 @@ def compare(config: Config, models: Sequence[Benchmark], sizes: Mapping[str, Siz
         results=results,
         overview=compact(rows, {model.name: SHORT.get(model.name, model.name) for model in models}),
         tables=list(tables.values()),
-        findings=findings(rows, more["interactions"]),
+        findings=findings(rows),
         sections=[
             Section(
                 "Agreement and cost",
                 "Spearman, Kendall (τ-b) and the overlap of the most sensitive fifth are with the output loss measured on the "
-                "examples that the estimator saw (all for baselines without data), also where the estimator is about another "
-                "loss. Seconds are for all layers and formats at once, without compilation; the [exact] scores of curvature "
-                "share one computation of the spectra, and each states all of its cost.",
+                "examples that the estimator saw. Seconds are for all layers and formats, without compilation; the [exact] "
+                "scores of curvature share one computation of the spectra, and each states all of its cost.",
                 cost,
                 results,
             ),
             Section(
                 "What a ranking is worth",
                 "The least sensitive layers are lowered, as many as keep the benchmark's own error within 10, 25 and 50 % of the "
-                "error with all layers low; the number is bisected on the emulated model. For random the median of a few draws.",
+                "error with all layers low. For random the median of a few draws.",
                 lowered,
             ),
             Section(

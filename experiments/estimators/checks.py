@@ -33,20 +33,20 @@ def interactions(bench: Bench) -> Computed:
     benchmark, sizes = bench.benchmark, bench.sizes
     batches, key = bench.examples(OUTPUT, benchmark.examples, sizes.batch), bench.key_for("interactions")
     knobs: dict[str, Any] = {"num_probes": sizes.gram_probes, "calibration": bench.calibration}
-    found = sensitivity.interactions(benchmark.model, batches, FORMATS, key, **knobs)
-    masks = subsets(len(found.layers), sizes.subsets, bench.seed)
-    everything = Assignment.uniform(found.layers)
+    predicted = sensitivity.interactions(benchmark.model, batches, FORMATS, key, **knobs)
+    masks = subsets(len(predicted.layers), sizes.subsets, bench.seed)
+    everything = Assignment.uniform(predicted.layers)
     assignments = [
-        [everything.replace(dict.fromkeys(np.array(found.layers)[mask].tolist(), fmt)) for mask in masks]
+        [everything.replace(dict.fromkeys(np.array(predicted.layers)[mask].tolist(), fmt)) for mask in masks]
         for fmt in FORMATS
     ]
     arrays = {
         "measured": [[bench.losses(assignment).mean() for assignment in row] for row in assignments],
-        "cross_terms": [[found.predict(assignment) for assignment in row] for row in assignments],
-        "diagonal": [[found.predict(assignment, cross_terms=False) for assignment in row] for row in assignments],
+        "cross_terms": [[predicted.predict(assignment) for assignment in row] for row in assignments],
+        "diagonal": [[predicted.predict(assignment, cross_terms=False) for assignment in row] for row in assignments],
     }
-    notes = {"probes": "exact" if found.num_probes is None else str(found.num_probes)}
-    return {name: np.array(values) for name, values in arrays.items()}, notes, found.ledger + bench.spent()
+    notes = {"probes": "exact" if predicted.num_probes is None else str(predicted.num_probes)}
+    return {name: np.array(values) for name, values in arrays.items()}, notes, predicted.ledger + bench.spent()
 
 
 def interaction_rows(name: str, probes: str, arrays: Mapping[str, np.ndarray], seed: int) -> list[Interaction]:

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.estimators.rows import FORMATS, Interaction, Row
-from mpjax.sensitivity import Status
+from experiments.estimators.rows import Row
 
 NO_DATA = ("rounding_norm", "depth", "random")
 WEIGHTS_ONLY = ("quadratic", "gauss_newton", "first_order", "fisher", "trace", "top_eigenvalue", "logdet")
 NEAR = 0.02  # Spearman: what counts as nearly as good
 
 
-def findings(rows: Sequence[Row], pairs: Sequence[Interaction]) -> list[str]:
-    """The best estimator of each kind by its mean over all cells, what is zero by construction, and cross terms."""
+def findings(rows: Sequence[Row]) -> list[str]:
+    """The best estimator of each kind by its mean over all cells."""
     score, models = means(rows), list(dict.fromkeys(row.model for row in rows))
     seconds = {(row.label, row.model): row.seconds or 0.0 for row in rows}
     costly = max(models, key=lambda model: seconds["measured", model])
@@ -25,31 +24,12 @@ def findings(rows: Sequence[Row], pairs: Sequence[Interaction]) -> list[str]:
         "Best of those that see the weights only": [name for name in ranked if name.startswith(WEIGHTS_ONLY)][:1],
         "Best without any data": [name for name in ranked if name.startswith(NO_DATA)][:1],
     }
-    lines = [
+    return [
         f"{what}: {name} (mean Spearman {score[name]:.3f}; {seconds[name, costly] / seconds['measured', costly]:.2f} of the "
         f"time of measuring {costly})."
         for what, names in choices.items()
         for name in names
     ]
-    zero: dict[str, list[str]] = {}
-    for row in rows:
-        if row.status == Status.ZERO:
-            zero.setdefault(row.label, []).append(f"{row.model} {row.format}")
-    always = [name for name, cells in zero.items() if len(cells) == len(models) * len(FORMATS)]
-    if always:
-        lines.append(f"Zero by construction, as the output loss has no gradient there: {', '.join(always)}.")
-    if some := {cell for name, cells in zero.items() if name not in always for cell in cells}:
-        names = ", ".join(name for name in zero if name not in always)
-        lines.append(f"Zero by construction in {', '.join(sorted(some))}, as no weight changes: {names}.")
-    if pairs:
-        verdicts: dict[str, list[str]] = {}
-        for pair in pairs:
-            verdicts.setdefault(pair.better, []).append(f"{pair.model} {pair.format}")
-        text = "; ".join(f"{better}: {', '.join(cells)}" for better, cells in verdicts.items())
-        lines.append(
-            f"Loss of random subsets, ½ xᵀGx against its diagonal alone; the smaller squared log error: {text}."
-        )
-    return lines
 
 
 def means(rows: Sequence[Row]) -> dict[str, float]:

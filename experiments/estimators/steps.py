@@ -100,10 +100,10 @@ class Bench:
         def compute() -> Computed:
             count = min(self.sizes.spectra, self.benchmark.examples)
             rows = count * output_size(model, self.benchmark.batches, losses.OUTPUT)
-            found = sensitivity.spectra(model, self.examples(loss, count), loss=loss, max_outputs=rows)
-            notes = {name: getattr(found.timed, name) for name in TIMED}
-            notes |= {"examples": found.examples, "mean": found.mean, "ledger": found.ledger.as_dict()}
-            return dict(found.values), notes, found.ledger
+            spectra = sensitivity.spectra(model, self.examples(loss, count), loss=loss, max_outputs=rows)
+            notes = {name: getattr(spectra.timed, name) for name in TIMED}
+            notes |= {"examples": spectra.examples, "mean": spectra.mean, "ledger": spectra.ledger.as_dict()}
+            return dict(spectra.values), notes, spectra.ledger
 
         piece = self.piece(f"spectra, {loss.name}", compute)
         timed = Timed()

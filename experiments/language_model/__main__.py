@@ -10,6 +10,9 @@ errors in int8 and another balance between int4 and the others.
 
 Every layer's predicted KL in every format is one `local_rounding` (the tied embedding counts as one layer, looked up and
 multiplied); mixes at a number of bytes, and the fewest bytes within a tolerance of KL, are integer programs on it, and measured.
+Random mixes and mixes by depth fill the same bytes with the two uniform formats between which that number lies. A search accepts
+a mix where the upper end of the 90 % interval of its mean KL, over windows not used for scores, is within the limit (beside
+uniform int8: of the difference). Time over float32 is that of decoding one token, with a cache of 256 places, 128 of them filled.
 
 Expected: the layers' scores span four orders of magnitude; at the bytes of uniform int4 plus a quarter a third of its KL or less.
 Weights in int8_w and bfloat16_w are read as they are stored (`mpjax.kernels.stored`) and decode faster than float32; those in
@@ -26,10 +29,10 @@ import tyro
 
 from experiments.language_model import steps
 from experiments.lib.run import Options, Run
+from experiments.lib.storage.study import Study
 from experiments.models.pretrained import in_dtype, jitted
 from experiments.models.smollm2 import generate
 from experiments.problems import text_data
-from experiments.storage.study import Study
 from mpjax import search
 from mpjax.search import Assignment
 
@@ -60,25 +63,18 @@ def main(config: Config) -> None:
     subject = steps.Subject(size)
     scores = subject.scores(run, size.probes, config.seed)
     study = Study(run, steps.MODEL, subject.store, scores, subject.stored)
-    study.store_as("reference", Assignment.uniform(subject.model.names), "jit")
+    study.store_as("reference", Assignment.uniform(subject.model.names), variant="jit")
     plain = subject.drift(jitted(in_dtype(subject.language.module, jnp.bfloat16)))
-    study.add("plain_bfloat16", "bfloat16", subject.store.bytes_of({}), plain.fields, "plain")
+    study.add("plain_bfloat16", "bfloat16", subject.store.bytes_of({}), plain, variant="plain")
     study.compare(size.shares, size.mixes, config.seed)
     strategy = search.ilp(rounds=size.rounds, extend=size.extend)
     study.fewest_bytes(f"fewest bytes within {config.tolerance:g} nats", strategy, config.tolerance)
     as_int8 = study.fewest_bytes("no worse than uniform int8_w", strategy)
     speed = steps.times(subject, study.headline, quick=config.quick)
-    completion = generate(subject.language, PROMPT, 8).text
+    completion = generate(subject.language, PROMPT, 8)
     study.finish(
         "A language model in mixed formats",
-        lead="SmolLM2-135M: how far its next-token probabilities move, how many bytes its weights take, and how fast it is. Its "
-        f"float32 weights were read from a 4-bit file (Q4_1) of {subject.language.weight_bytes:,} bytes and are the reference: "
-        "the formats here are symmetric, and what is reported is their loss, not how to shrink this file.",
-        how="Truth is the float32 model's logits on held-out paragraphs of the Python language reference. Mixes at a number of "
-        "bytes are integer programs on the predicted KL; random mixes and mixes by depth fill the same bytes with the two "
-        "uniform formats between which that number lies. A search accepts a mix where the upper end of the 90 % interval of its "
-        "mean KL, over windows that its scores did not see, is within the limit (beside uniform int8: of the difference). "
-        "Time over float32 is that of decoding one token, with a cache of 256 places that holds 128 tokens.",
+        lead=__doc__,
         error_name="KL from float32, nats per token, held-out text",
         as_int8=as_int8,
         speed=speed,

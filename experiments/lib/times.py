@@ -28,6 +28,12 @@ class Times:
         """In milliseconds."""
         return Quartiles(*np.percentile(self.ms[name], (25, 50, 75)).tolist())
 
+    def columns(self, name: Hashable, **references: Hashable) -> dict[str, float]:
+        """A row's `ms`, `ms_q1`, `ms_q3`, and the median of the ratios to each reference under its keyword."""
+        low, median, high = self.quartiles(name)
+        ratios = {column: self.ratio(name, reference).median for column, reference in references.items()}
+        return {"ms": median, "ms_q1": low, "ms_q3": high, **ratios}
+
     def fastest(self, name: Hashable) -> float:
         """The least, in milliseconds."""
         return float(self.ms[name].min())

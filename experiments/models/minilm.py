@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-from experiments.models.pretrained import TextError, filled, read_safetensors
+from experiments.models.pretrained import filled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +78,6 @@ class MiniLM(nnx.Module):
         self.blocks = nnx.List([Block(shape, dtype=dtype, rngs=rngs) for _ in range(shape.blocks)])
 
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        if ids.ndim != 2 or ids.shape != mask.shape or ids.shape[1] > self.shape.positions:
-            raise ValueError(
-                f"ids of shape {ids.shape} and mask of shape {mask.shape}: expected two of (N, T) with T ≤ {self.shape.positions}"
-            )
         places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=ids.dtype), ids.shape)
         x = self.norm(self.words(ids) + self.positions(places) + self.kinds(jnp.zeros_like(ids)))
         for block in self.blocks:
@@ -94,18 +91,14 @@ def _norm(width: int, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=_EPSILON, dtype=dtype, param_dtype=jnp.float32, rngs=rngs)
 
 
-def load_minilm(path: Path | str, *, shape: Shape = MINILM, dtype: Any = None) -> MiniLM:
-    """The encoder with the weights of a safetensors file or of an index of several (see `read_safetensors`), as float32.
+def load_minilm(path: Path | str, *, shape: Shape = MINILM) -> MiniLM:
+    """The encoder with the weights of a safetensors file, as float32.
 
     Raises:
-        TextError: a foreign, truncated or damaged file, or one that holds another network.
-        FileNotFoundError: no such file.
+        ValueError: the file holds another network.
     """
-    tensors = read_safetensors(path, ignored=_UNUSED)
-    module, problems = filled(lambda: MiniLM(shape, dtype=dtype, rngs=nnx.Rngs(0)), tensors, _source)
-    if problems:
-        raise TextError(f"{path}: not the weights of this encoder ({shape}): {'; '.join(problems[:4])}.")
-    return module
+    tensors = {name: tensor for name, tensor in load_file(path).items() if name not in _UNUSED}
+    return filled(lambda: MiniLM(shape, rngs=nnx.Rngs(0)), tensors, _source)
 
 
 # The places 0, 1, 2, …, and BERT's layer on its first output, which the mean of all outputs does without.
@@ -136,47 +129,11 @@ def _source(name: str) -> str:
     return f"{prefix}{_NAMES[layer]}.{kind}"
 
 
-def load_tokenizer(path: Path | str, *, words: int = MINILM.words) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, without padding and truncation.
-
-    Raises:
-        TextError: not such a file, or one of another vocabulary than the model's.
-        FileNotFoundError: no such file.
-    """
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    try:
-        tokenizer = Tokenizer.from_str(text)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise TextError(f"{path}: not a tokenizer.json ({error}). Take the one that came with the model.") from error
-    if tokenizer.get_vocab_size() != words:
-        raise TextError(
-            f"{path}: a tokenizer of {tokenizer.get_vocab_size()} words, the model has {words}. Take the one that came with it."
-        )
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def encode(
-    tokenizer: Tokenizer, texts: Sequence[str], *, length: int, truncate: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask of texts, (N, length) int32 each, padded with 0.
-
-    Raises:
-        TextError: no text, an empty one, or one longer than `length` unless `truncate`.
-    """
-    if isinstance(texts, str) or not texts:
-        raise TextError(f"Expected a sequence of texts, found {texts!r}.")
-    ids, mask = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), np.int32)
-    for number, (text, encoded) in enumerate(zip(texts, tokenizer.encode_batch(list(texts)), strict=True)):
-        if 0 not in encoded.special_tokens_mask:
-            raise TextError(f"Text {number} is empty ({text!r}): there is nothing to encode.")
-        tokens = encoded.ids
-        if len(tokens) > length:
-            if not truncate:
-                raise TextError(
-                    f"Text {number} has {len(tokens)} tokens, the model reads {length}: split it, or pass truncate=True."
-                )
-            tokens = [*tokens[: length - 1], tokens[-1]]
-        ids[number, : len(tokens)], mask[number, : len(tokens)] = tokens, 1
-    return ids, mask
+def encode(path: Path | str, texts: Sequence[str], *, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask of texts by a tokenizer.json, (N, length) int32 each: padded with 0, longer texts cut off."""
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.enable_padding(length=length)
+    tokenizer.enable_truncation(length)
+    encoded = tokenizer.encode_batch(list(texts))
+    ids, mask = ([getattr(text, name) for text in encoded] for name in ("ids", "attention_mask"))
+    return np.array(ids, np.int32), np.array(mask, np.int32)

@@ -1,7 +1,6 @@
 """Number formats: what each can hold, how it represents 0.3952, and what it does to a real model's weights and activations.
 
-    python -m experiments.number_formats            (about half a minute on 2 cores)
-    python -m experiments.number_formats --quick    (a quarter: 2 crops instead of 24)
+    python -m experiments.number_formats    (about a minute on 2 cores)
 
 Rows: bits that carry information (tensorfloat32 uses 19 of the 32 that store it), largest number, smallest normal and subnormal,
 epsilon (gap above 1); the number nearest to 0.3952 (ties to even), its distance, and the gap between the format's two numbers
@@ -9,6 +8,9 @@ around 0.3952: the largest rounding error there is half of it. All exact, rounde
 
 Integers have no exponent: they stand here with the scale that gives them the largest number 1, so 1/127 and 1/7, symmetric
 (-128 and -8 unused); smallest normal, smallest subnormal and epsilon are that step.
+
+The figure of errors is flat at half an epsilon; to the left of the smallest normal number a format's step no longer shrinks, so
+the relative error grows, up to 1, where numbers round to 0. An integer's step never shrinks.
 
 The model: MediaPipe's pose landmarks, its 72 layers' weights and inputs on person crops of a video. Shares are of the numbers
 that are not 0. Formats of 8 bits and less are judged twice: as they are, and with a scale per tensor that maps its largest
@@ -19,106 +21,52 @@ Writes results/number_formats/: summary.json, tables, figures and report.html.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.lib.page import Picture, Section
 from experiments.lib.progress import progress
-from experiments.lib.rows import Table
+from experiments.lib.rows import Table, fill
 from experiments.lib.run import Options, Run
 from experiments.number_formats import figures
-from experiments.number_formats.core import GRIDS, VALUE, Grid, Tally, operands, share_rows, tally, total
+from experiments.number_formats.core import GRIDS, VALUE, Grid, Tally, inputs_of, share_rows, tally, total
 from experiments.number_formats.rows import Row, Share, Value
 from experiments.problems import benchmarks, data
 from experiments.problems.benchmarks import Benchmark
 from mpjax import emulation
 from mpjax.ledger import Ledger
 
-CROPS = data.CropSettings().calibration
 
-
-@dataclass(frozen=True, kw_only=True)
-class Config(Options):
-    """How the experiment runs."""
-
-    quick: bool = False
-    """A first look: 2 crops."""
-    crops: int = CROPS
-    """Crops that the activations are taken from."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.crops <= CROPS:
-            raise SystemExit(f"--crops: there are 1 to {CROPS} crops; found {self.crops}.")
-
-
-def main(config: Config) -> None:
+def main(config: Options) -> None:
     """Rows of all formats, shares of the model's numbers, figures, page."""
     run = Run("number_formats", config)
-    benchmark = benchmarks.pose(count=min(config.crops, 2) if config.quick else config.crops, batch=1)
+    benchmark = benchmarks.pose(count=data.CropSettings().calibration, batch=1)
     tallies = model_tallies(benchmark)
-    run.ledger += Ledger(forward=2 * benchmark.examples, compilations=4)
+    run.ledger += Ledger(forward=2 * benchmark.examples, compilations=2)
     histograms = {name: histogram(sums) for name, sums in tallies.items()}
     titles = {
         name: f"{part['numbers']:,} {name} of {benchmark.name}, {part['zeros'] / part['numbers']:.1%} of them 0 (left out)"
         for name, part in histograms.items()
     }
     formats = Table("formats", Row, [row_of(grid) for grid in GRIDS])
-    value = Table("value", Value, [value_of(row) for row in formats.rows])
+    value = Table("value", Value, [fill(Value, row) for row in formats.rows])
     shares = Table("shares", Share, [row for name, sums in tallies.items() for row in share_rows(name, sums)])
 
-    def picture(figure: figures.Figure, name: str, caption: str) -> Picture:
-        return run.save(figure, name, alt=caption, caption=caption)
-
+    run.save(figures.layouts(), "layouts", alt="A bar per format: sign, exponent and mantissa bits")
+    line = "Numbers around 0.3952 (blue line); dot: the nearest; grey band: too many to draw; at the edge: the nearest is outside"
+    run.save(figures.number_line(), "number_line", alt=line)
+    run.save(
+        figures.errors(), "errors", alt="Largest relative rounding error by magnitude (integers with largest number 1)"
+    )
+    run.save(figures.ranges(histograms, titles), "ranges", alt="Histograms of magnitudes over each format's range")
     run.finish(
         "Number formats",
-        lead="Bits are those that carry information; tensorfloat32 is stored in 32. Integers have no exponent: they stand here, "
-        "symmetric, with the scale that makes their largest number 1; smallest numbers and epsilon are that step.",
+        lead=__doc__,
         results=formats,
         tables=[value, shares],
         findings=findings(shares.rows, histograms),
-        sections=[
-            Section(
-                "Bits",
-                picture(figures.layouts(), "layouts", "A bar per format: sign, exponent and mantissa bits"),
-            ),
-            Section(
-                "0.3952",
-                "The largest error near 0.3952 is half the gap between the two numbers around it.",
-                value,
-                picture(
-                    figures.number_line(),
-                    "number_line",
-                    "Each format's numbers around 0.3952 (blue line); dot: the nearest. Grey band: too many numbers to draw; a "
-                    "number at the edge: the nearest lies outside the window.",
-                ),
-            ),
-            Section(
-                "Error against magnitude",
-                "Flat: half an epsilon. To the left of its smallest normal number a format's step no longer shrinks, so the "
-                "relative error grows, up to 1, where numbers round to 0. An integer's step never shrinks.",
-                picture(
-                    figures.errors(),
-                    "errors",
-                    "Largest relative rounding error of each format by magnitude (integers with largest number 1)",
-                ),
-            ),
-            Section(
-                f"A real model's numbers: {benchmark.name}",
-                f"{len(benchmark.model.layers)} layers: their weights, and their inputs on {benchmark.facts['examples']} "
-                f"{benchmark.facts['source']}. Shares are of the numbers that are not 0; scaled: divided by a scale per tensor "
-                "that maps its largest magnitude onto the format's; an unscaled integer has step 1. Relative error: the norm of "
-                "the error over the norm of the numbers, all layers together.",
-                shares,
-                picture(
-                    figures.ranges(histograms, titles), "ranges", "Histograms of magnitudes over each format's range"
-                ),
-            ),
-        ],
         facts={
             "model": {"name": benchmark.name, "layers": len(benchmark.model.layers), **benchmark.facts},
             "histograms": histograms,
@@ -129,55 +77,36 @@ def main(config: Config) -> None:
 
 def row_of(grid: Grid) -> Row:
     """A format's row."""
-    nearest = grid.nearest(VALUE)
-    return Row(
+    nearest, gap = grid.nearest(VALUE), grid.gap(VALUE)
+    return fill(
+        Row,
+        {name: float(getattr(grid, name)) for name in ("scale", "max", "min_normal", "min_subnormal", "epsilon")},
+        grid,
         format=grid.name,
-        short=grid.short,
-        bits=grid.bits,
-        stored_bits=grid.stored_bits,
-        exponent_bits=grid.exponent_bits,
-        mantissa_bits=grid.mantissa_bits,
-        scale=float(grid.scale),
-        max=float(grid.max),
-        min_normal=float(grid.min_normal),
-        min_subnormal=float(grid.min_subnormal),
-        epsilon=float(grid.epsilon),
         value_of_0_3952=float(nearest),
         error_of_0_3952=float(abs(nearest - VALUE)),
-        largest_gap_near_0_3952=float(grid.gap(VALUE)),
-    )
-
-
-def value_of(row: Row) -> Value:
-    """What it says of 0.3952."""
-    return Value(
-        format=row.format,
-        value_of_0_3952=row.value_of_0_3952,
-        error_of_0_3952=row.error_of_0_3952,
-        largest_gap_near_0_3952=row.largest_gap_near_0_3952,
-        largest_error_near_0_3952=row.largest_gap_near_0_3952 / 2,
+        largest_gap_near_0_3952=float(gap),
+        largest_error_near_0_3952=float(gap / 2),
     )
 
 
 def model_tallies(benchmark: Benchmark) -> dict[str, Tally]:
     """What formats do to the model's "weights", and to its layers' inputs on the benchmark's examples, "activations"."""
-    model, batches = benchmark.model, benchmark.batches
-    amax = {name: jnp.float32(largest) for name, largest in emulation.calibrate(model, batches).items()}
-    call, count = jax.jit(operands(model)), jax.jit(tally)
+    model = benchmark.model
+    amax, run = emulation.calibrate(model, benchmark.batches), jax.jit(inputs_of(model))
+    weights = [np.asarray(model.params[layer.kernel]) for layer in model.layers]
     activations = []
-    weights: Any = None
-    with progress("crops", len(batches)) as advance:
-        for batch in batches:
-            inputs, weights = call(model.params, *batch)
-            activations.append(jax.device_get(count(inputs, {name: amax[name] for name in inputs})))
+    with progress("crops", len(benchmark.batches)) as advance:
+        for batch in benchmark.batches:
+            taken = run(model.params, *batch)
+            activations += [tally(np.asarray(x), float(amax[name])) for name, tensors in taken.items() for x in tensors]
             advance()
-    largest = {name: jnp.max(jnp.abs(tensors[0])).astype(jnp.float32) for name, tensors in weights.items()}
-    return {"weights": total([jax.device_get(count(weights, largest))]), "activations": total(activations)}
+    return {"weights": total([tally(x, np.abs(x).max()) for x in weights]), "activations": total(activations)}
 
 
 def histogram(sums: Tally) -> dict[str, Any]:
     """The bins [2^e, 2^(e+1)) that hold numbers, and their shares of the non-zero ones; how many numbers, how many are 0."""
-    counts = np.asarray(sums["exponents"])
+    counts = sums["exponents"]
     filled = np.flatnonzero(counts)
     return {
         "exponent": (filled - 127).tolist(),
@@ -205,4 +134,4 @@ def findings(shares: Sequence[Share], histograms: Mapping[str, Any]) -> list[str
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    main(tyro.cli(Options, description=__doc__))

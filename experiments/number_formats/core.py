@@ -5,7 +5,7 @@ bits (Kharya, "TensorFloat-32 in the A100 GPU", NVIDIA 2020). Symmetric integers
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -15,14 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.number_formats.rows import Share
-from mpjax.formats import FORMATS, Format, amax_scale, round_to
 from mpjax.program import Layer, Model, Product
 
 VALUE = Fraction("0.3952")
 
-Array = jax.Array
-Tensors = Mapping[str, Sequence[Array]]  # layer -> its tensors, one per call
-Tally = dict[str, np.ndarray]
+Tally = dict[str, Any]  # name -> float64, or an array of it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,101 +170,81 @@ VARIANTS = tuple((grid, scaled) for grid in LOW for scaled in ((False, True) if 
 # --- a model's numbers ----------------------------------------------------------------------------------------------------------
 
 
-def operands(model: Model) -> Callable[..., tuple[dict[str, list[Array]], dict[str, list[Array]]]]:
-    """`run(params, *inputs)`: each layer's inputs and weights by name, as the layer's product finds them. Pure; jit it once.
+def inputs_of(model: Model) -> Callable[..., dict[str, list[jax.Array]]]:
+    """`run(params, *inputs)`: what each layer's products take, by name. Pure; jit it once.
 
-    Not for layers inside `nn.scan` or `nn.remat`, whose numbers cannot leave the program this way.
+    Not for layers inside `nn.scan` or `nn.remat`, whose numbers cannot leave the program.
     """
 
-    def run(params: Any, *inputs: Array) -> tuple[dict[str, list[Array]], dict[str, list[Array]]]:
-        activations: dict[str, list[Array]] = {}
-        weights: dict[str, list[Array]] = {}
+    def run(params: Any, *inputs: jax.Array) -> dict[str, list[jax.Array]]:
+        taken: dict[str, list[jax.Array]] = {}
 
-        def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
-            activations.setdefault(layer.name, []).append(lhs)
-            weights[layer.name] = [rhs]
+        def override(layer: Layer, product: Product, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+            taken.setdefault(layer.name, []).append(lhs)
             return product(lhs, rhs)
 
         model.call(params, *inputs, override=override)
-        return activations, weights
+        return taken
 
     return run
 
 
-def round_in(x: Array, grid: Grid) -> Array:
-    """Float32 values in units of the grid's scale, rounded to its numbers; formats of 8 bits and less saturate."""
+def rounded(x: np.ndarray, grid: Grid) -> np.ndarray:
+    """Float32 numbers in units of the grid's scale, rounded to its numbers; formats of 8 bits and less saturate."""
+    if grid.scaled:
+        x = np.clip(x, -float(grid.largest), float(grid.largest))
     if not grid.exponent_bits:
-        return jnp.clip(jnp.round(x), -float(grid.largest), float(grid.largest))
+        return np.rint(x)
     if grid.name == "tensorfloat32":
-        return jax.lax.reduce_precision(x, grid.exponent_bits, grid.mantissa_bits)
-    return round_to(x, grid.name)
+        bits = x.view(np.uint32)
+        return ((bits + np.uint32(0xFFF) + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return x.astype(jnp.dtype(grid.name)).astype(np.float32)
 
 
-def scale_of(amax: Array, grid: Grid) -> Array:
-    """The scale per tensor that maps its largest magnitude onto the format's: the library's `amax_scale`."""
-    fmt = FORMATS.get(grid.name)
-    if fmt is None and grid.exponent_bits:
-        fmt = Format(name=grid.name, storage=grid.name, operand=grid.name, scaled=True)
-    if fmt is not None:
-        return amax_scale(amax, fmt)
-    return jnp.where((amax > 0) & jnp.isfinite(amax), amax / float(grid.largest), 1.0)
+def scale_of(amax: float, grid: Grid) -> np.float32:
+    """What a tensor of that largest magnitude is divided by, so that it is the format's largest number."""
+    return np.float32(amax / float(grid.largest) if 0 < amax < math.inf else 1)
 
 
-def exponents(values: Array) -> Array:
-    """How many of the non-zero float32 values lie in each [2^e, 2^(e+1)): (256,) int32, e = index − 127; subnormals at 0."""
-    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
-    biased = (bits >> jnp.uint32(23)) & jnp.uint32(0xFF)
-    counts = jnp.bincount(biased.astype(jnp.int32), length=256).astype(jnp.int32)
-    return counts.at[0].add(-_zeros(bits))
-
-
-def tally(tensors: Tensors, amax: Mapping[str, Array]) -> dict[str, Array]:
-    """What each of the V `VARIANTS` does to the numbers of tensors; `amax` sets the scale of the scaled ones. Jit it once.
+@np.errstate(over="ignore")
+def tally(numbers: np.ndarray, amax: float) -> Tally:
+    """What each of the V `VARIANTS` does to a tensor's numbers; `amax` sets the scale of the scaled ones.
 
     Returns:
-        `count`, `zeros`, `squares`: how many numbers, how many are 0, their sum of squares; `exponents` (256,); `overflow`,
-        `subnormal`, `flushed`, `errors` (V,): numbers beyond the largest, stored below the smallest normal one, rounded to 0
-        though not 0, and the sum of squared errors.
+        `count`, `zeros`, `squares`: how many numbers, how many are 0, their sum of squares; `exponents` (256,): how many of the
+        others lie in each [2^e, 2^(e+1)), e = index − 127, subnormals at 0; `overflow`, `subnormal`, `flushed`, `errors` (V,):
+        numbers beyond the largest, stored below the smallest normal one, rounded to 0 though not 0, and their squared errors.
     """
-    values = jnp.concatenate([x.astype(jnp.float32).ravel() for name in tensors for x in tensors[name]])
-    largest = jnp.concatenate([jnp.full(x.size, amax[name], jnp.float32) for name in tensors for x in tensors[name]])
-    bits = jax.lax.bitcast_convert_type(values, jnp.uint32)
-    nonzero = (bits & jnp.uint32(0x7FFFFFFF)) != 0  # by its bits: a CPU may take float32's subnormals for 0
-    sums: dict[str, list[Array]] = {name: [] for name in ("overflow", "subnormal", "flushed", "errors")}
+    x = np.ravel(numbers).astype(np.float32)
+    nonzero = x != 0
+    sums: dict[str, list[Any]] = {name: [] for name in ("overflow", "subnormal", "flushed", "errors")}
     for grid, scaled in VARIANTS:
-        scale = scale_of(largest, grid) if scaled else jnp.float32(1.0)
-        x = values / scale
-        rounded = round_in(x, grid)
-        size = jnp.abs(rounded)
-        normal = float(grid.min_normal / grid.scale)
+        scale = scale_of(amax, grid) if scaled else np.float32(1)
+        units = x / scale
+        low = rounded(units, grid)
+        size = np.abs(low)
         # Dividing by a scale may overshoot the largest number by a rounding: that is no overflow.
-        limit = float(grid.largest) * (1 + 1e-6 * scaled)
-        sums["overflow"].append(jnp.sum(jnp.abs(x) > limit))
-        sums["subnormal"].append(jnp.sum((size > 0) & (size < normal)))
-        sums["flushed"].append(jnp.sum((size == 0) & nonzero))
-        sums["errors"].append(_sum(jnp.square(rounded * scale - values)))
+        sums["overflow"].append(np.sum(np.abs(units) > float(grid.largest) * (1 + 1e-6 * scaled)))
+        sums["subnormal"].append(np.sum((size > 0) & (size < float(grid.min_normal / grid.scale))))
+        sums["flushed"].append(np.sum((size == 0) & nonzero))
+        sums["errors"].append(np.square(low * scale - x).sum(dtype=np.float64))
     return {
-        "count": jnp.asarray(values.size),
-        "zeros": _zeros(bits),
-        "squares": _sum(jnp.square(values)),
-        "exponents": exponents(values),
-        **{name: jnp.stack(values) for name, values in sums.items()},
+        "count": np.float64(x.size),
+        "zeros": np.float64(x.size - nonzero.sum()),
+        "squares": np.square(x).sum(dtype=np.float64),
+        "exponents": np.bincount((x[nonzero].view(np.uint32) >> 23) & 0xFF, minlength=256).astype(np.float64),
+        **{name: np.array(values, np.float64) for name, values in sums.items()},
     }
 
 
-def total(tallies: Iterable[Mapping[str, Any]]) -> Tally:
-    """The tallies of several batches as one, float64."""
-    sums: Tally = {}
-    for batch in tallies:
-        for name, value in batch.items():
-            sums[name] = sums.get(name, np.float64(0)) + np.asarray(value, np.float64)
-    return sums
+def total(tallies: Sequence[Tally]) -> Tally:
+    """The tallies of several tensors as one."""
+    return {name: np.sum([part[name] for part in tallies], axis=0) for name in tallies[0]}
 
 
 def share_rows(numbers: str, sums: Tally) -> list[Share]:
     """A row per variant: shares of the non-zero numbers, and ‖rounded − x‖ / ‖x‖ (NaN where one is infinite)."""
-    nonzero = max(float(sums["count"] - sums["zeros"]), 1.0)
-    squares = float(sums["squares"])
+    nonzero, squares = max(float(sums["count"] - sums["zeros"]), 1.0), float(sums["squares"])
     return [
         Share(
             numbers=numbers,
@@ -278,13 +255,3 @@ def share_rows(numbers: str, sums: Tally) -> list[Share]:
         )
         for i, (grid, scaled) in enumerate(VARIANTS)
     ]
-
-
-def _zeros(bits: Array) -> Array:
-    return jnp.sum((bits & jnp.uint32(0x7FFFFFFF)) == 0).astype(jnp.int32)
-
-
-def _sum(x: Array) -> Array:
-    """The sum of N float32 numbers in two stages of √N, so that no accumulator outgrows what it adds."""
-    side = math.isqrt(max(x.size - 1, 0)) + 1
-    return jnp.sum(jnp.sum(jnp.pad(x, (0, side * side - x.size)).reshape(side, side), axis=1))

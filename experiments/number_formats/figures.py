@@ -1,6 +1,7 @@
 """The figures of experiments/number_formats."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
@@ -66,12 +67,11 @@ def layouts() -> Figure:
 
 def _cells(axes: Axes, part: str, start: int, line: int, width: int) -> None:
     """The bits of one part of a format, and their number in the middle."""
-    colour, dash = _PARTS[part], ":" if part == "unused" else "-"
-    for bit in range(start, start + width):
-        cell = Rectangle(
-            (bit, line - 0.36), 1, 0.72, facecolor=colour, edgecolor="#666666", linewidth=0.5, linestyle=dash
-        )
-        axes.add_patch(cell)
+    colour = _PARTS[part]
+    axes.barh(
+        [line] * width, 1, 0.72, range(start, start + width), align="center", color=colour, edgecolor="#666666",
+        linewidth=0.5, linestyle=":" if part == "unused" else "-",
+    )  # fmt: skip
     if width:
         patch = {"boxstyle": "square,pad=0.15", "facecolor": colour, "edgecolor": "none"} if width > 2 else None
         ink = "white" if part in ("sign", "mantissa") else "black"
@@ -139,26 +139,14 @@ def _ticks(axes: Axes, grids: Sequence[Grid], window: tuple[float, float], title
         if low <= nearest <= high:
             axes.plot(nearest, line, "o", color=PALETTE[1], markersize=7, markeredgecolor="white", zorder=4)
         else:
-            _at_edge(axes, line, nearest, right=nearest > high)
+            place, text = (0.99, f"{nearest:.5g} ▸") if nearest > high else (0.01, f"◂ {nearest:.5g}")
+            side: Literal["right", "left"] = "right" if nearest > high else "left"
+            axes.text(place, line, text, transform=axes.get_yaxis_transform(), fontsize=9, va="center", ha=side)
     axes.axvline(float(VALUE), color=PALETTE[0], linewidth=1.2, zorder=3)
     axes.set(title=title, xlim=(low, high), ylim=(len(grids) - 0.5, -0.7))
     axes.tick_params(left=False)
     axes.grid(False)
     axes.spines["left"].set_visible(False)
-
-
-def _at_edge(axes: Axes, line: int, number: float, *, right: bool) -> None:
-    """A number that lies outside the window."""
-    axes.annotate(
-        f"{number:.5g} ▸" if right else f"◂ {number:.5g}",
-        xy=(1.0 if right else 0.0, line),
-        xytext=(-6 if right else 6, 0),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        fontsize=9,
-        va="center",
-        ha="right" if right else "left",
-    )
 
 
 def ranges(histograms: Histograms, titles: Mapping[str, str]) -> Figure:

@@ -16,7 +16,6 @@ import numpy as np
 from experiments.peers_curvature.networks import Loss, Network
 from experiments.peers_curvature.rows import (
     CURVLINOPS,
-    EXACT,
     JOINT,
     MATRIX,
     PER_LAYER,
@@ -187,8 +186,8 @@ def whole_traces(network: Network, twin: Any, *, products: int, rounds: int, see
     runs = [one for method in methods for one in results[best, method]]
     ledger = sum((one.ledger for one in runs), Ledger(compilations=len(methods)))
     every: dict[Name, Sampled] = {}
-    for name, found in results.items():
-        numbers = [one.value for one in found] if name[0] == best else found
+    for name, returned in results.items():
+        numbers = [one.value for one in returned] if name[0] == best else returned
         values = np.array(numbers, np.float64).reshape(rounds, -1).mean(1, keepdims=True)
         spread = values.std(0, ddof=1) * math.sqrt(products)  # of whole calls
         every[name] = Sampled(value=values.mean(0), deviation=spread, probes=products * rounds)
@@ -312,10 +311,8 @@ def layer_traces(network: Network, twin: Any, *, probes: int, rounds: int, seed:
     names = [block.name for block in network.layers]
     rows = []
     for (tool, method), sampled in every.items():
-        seconds, fixed = (
-            seconds_of(times, (tool, method)),
-            setup if tool == PYHESSIAN else 0.0,
-        )  # not repeated by probes
+        seconds = seconds_of(times, (tool, method))
+        fixed = setup if tool == PYHESSIAN else 0.0  # not repeated by probes
         deviation = relative_deviation(sampled, same.value)
         needed = probes_at(deviation, TARGET)
         rows.append(
@@ -339,8 +336,4 @@ def layer_traces(network: Network, twin: Any, *, probes: int, rounds: int, seed:
         for i, layer in enumerate(names):
             values: dict[str, Any] = {"layer": layer, "probes": sampled.probes, **_compared(sampled, reference, i)}
             rows.append(layer_row(tool=tool, method=method, **values))
-    exact = Sampled(value=np.array([network.head_trace]), deviation=np.zeros(1), probes=1)
-    head = replace(reference, value=reference.value[[-1]], deviation=reference.deviation[[-1]])
-    assert names[-1] == "head"
-    rows.append(layer_row(tool=EXACT, method="closed form", layer="head", **_compared(exact, head, 0)))
     return rows, sum((score.ledger for runs in scores.values() for score in runs), Ledger())

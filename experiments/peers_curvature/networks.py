@@ -36,7 +36,7 @@ class Cnn(nn.Module):
     classes: int = 10
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, features: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         def conv(name: str, after: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv:
             size, strides = (kernel, kernel), (stride, stride)
             return nn.Conv(after, size, strides=strides, padding=kernel // 2, feature_group_count=groups, name=name)
@@ -50,7 +50,7 @@ class Cnn(nn.Module):
             y = conv(f"project{i}", after, 1)(y)
             x = x + y if x.shape == y.shape else y
         x = nn.gelu(conv("last", self.last, 1)(x)).mean((1, 2))
-        return x if features else nn.Dense(self.classes, name="head")(x)
+        return nn.Dense(self.classes, name="head")(x)
 
 
 class Mlp(nn.Module):
@@ -61,14 +61,14 @@ class Mlp(nn.Module):
     classes: int = 10
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, features: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.Dense(self.width, name="embed")(x)
         for i in range(self.blocks):
             y = nn.LayerNorm(name=f"norm{i}")(x)
             y = nn.gelu(nn.Dense(4 * self.width, name=f"up{i}")(y))
             x = x + nn.Dense(self.width, name=f"down{i}")(y)
         x = nn.LayerNorm(name="norm")(x)
-        return x if features else nn.Dense(self.classes, name="head")(x)
+        return nn.Dense(self.classes, name="head")(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,6 @@ class Network:
     losses: Mapping[str, Loss]
     layers: Partition
     together: int
-    head_trace: float
     notes: Mapping[str, Any]
 
     @property
@@ -164,8 +163,6 @@ def network(
     params = before  # where the loss is `value`
     blocks = {block.name: block for block in partition.by_module(params)}
     layers = tuple(blocks[layer.name] for layer in model.layers)
-    features = np.asarray(module.apply({"params": params}, x, features=True), np.float64)
-    logits = np.asarray(module.apply({"params": params}, x), np.float64)
     notes = {
         "layers": len(layers),
         "parameters": sum(int(leaf.size) for leaf in jax.tree.leaves(params)),
@@ -182,21 +179,5 @@ def network(
         losses=losses,
         layers=layers,
         together=together,
-        head_trace=head_trace(features, logits),
         notes=notes,
     )
-
-
-def head_trace(features: np.ndarray, logits: np.ndarray) -> float:
-    """Exact trace of the Hessian of a mean cross-entropy with respect to a dense head's kernel and bias.
-
-    One example's Hessian is (diag p - ppᵀ) ⊗ (h, 1)(h, 1)ᵀ, p its probabilities and h the head's input, so that the trace is the
-    mean of (1 - Σ p²) (‖h‖² + 1).
-
-    Args:
-        features: (N, F) inputs of the head.
-        logits: (N, C) its outputs.
-    """
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
-    p = shifted / shifted.sum(1, keepdims=True)
-    return float(np.mean((1 - np.sum(p**2, 1)) * (np.sum(features**2, 1) + 1)))

@@ -13,7 +13,7 @@ from experiments.lib.rows import column
 from experiments.lib.times import Times
 
 PLAIN, MATRIX = "mpjax", "mpjax[matrix_gradients]"
-PYHESSIAN, CURVLINOPS, EXACT = "pyhessian", "curvlinops", "exact"
+PYHESSIAN, CURVLINOPS = "pyhessian", "curvlinops"
 JOINT, PER_LAYER = "joint probes", "per-layer probes"
 PASSES = {"gradient": "gradient", "hvp": "HVP", "hvp_again": "HVP, same point"}
 
@@ -158,41 +158,21 @@ def compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[..., An
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
-    """Per network, of mpjax's own best way: times over PyHessian's, and how far the values lie apart."""
+    """Per network, of mpjax's own best way: times over PyHessian's."""
     lines = []
     for network in dict.fromkeys(row.network for row in rows):
-        some = [row for row in rows if row.network == network]
-        found = {(row.quantity, *row.name): row for row in some if row.layer is None}
-        tool = MATRIX if any(row.tool == MATRIX for row in some) else PLAIN
-        hvp = next(row for row in some if (row.quantity, row.tool) == ("hvp", tool))
-        text = f"{network}: one HVP costs mpjax {hvp.gradients:.2f} gradients"
-        if hvp.vs_pyhessian is None:
-            lines.append(text + ".")
-            continue
-        joint, single = (found["layer_traces", tool, method] for method in (JOINT, PER_LAYER))
-        peer = found["layer_traces", PYHESSIAN, PER_LAYER].seconds_at_target
-        at_target = [row.seconds_at_target / peer for row in (joint, single) if row.seconds_at_target and peer]
-        ratio = joint.vs_pyhessian or math.nan
-        lines.append(
-            f"{text}, and {hvp.vs_pyhessian:.2f} times PyHessian's time. All layer traces from joint probes take {ratio:.3f} "
-            f"times PyHessian's time (one call per layer) at the same number of probes ({1 / ratio:.0f}x faster); at the same "
-            f"median standard error {at_target[0]:.2f} times from joint and {at_target[1]:.2f} from per-layer probes. mpjax "
-            f"compiles first: {joint.compile_seconds:.0f} s for joint probes, once per network."
-        )
-        apart: dict[str, list[float]] = {}
-        for row in some:
-            if row.quantity == "layer_trace" and row.tool != EXACT and row.z is not None:
-                apart.setdefault(", ".join(row.name), []).append(abs(row.z))
-        within = [f"{n}: {sum(z <= 2 for z in v)} of {len(v)} within 2, largest {max(v):.1f}" for n, v in apart.items()]
-        lines.append(
-            f"{network}: layer traces against mpjax's from per-layer probes, in standard errors: {'; '.join(within)}."
-        )
-        exact = next((row.value for row in some if row.tool == EXACT), None)
-        heads = [
-            f"{', '.join(row.name)} {(row.value - exact) / row.stderr:+.1f}"
-            for row in some
-            if exact is not None and row.layer == "head" and row.value is not None and row.stderr
-        ]
-        if heads:
-            lines[-1] += f" The head against its exact trace: {'; '.join(heads)}."
+        some = {(row.quantity, *row.name): row for row in rows if row.network == network and row.layer is None}
+        tool = MATRIX if any(name[1] == MATRIX for name in some) else PLAIN
+        hvp = next(row for row in some.values() if (row.quantity, row.tool) == ("hvp", tool))
+        line = f"{network}: one HVP costs mpjax {hvp.gradients:.2f} gradients"
+        if ("layer_traces", tool, JOINT) in some:
+            joint, single = (some["layer_traces", tool, method] for method in (JOINT, PER_LAYER))
+            peer = some["layer_traces", PYHESSIAN, PER_LAYER].seconds_at_target or math.nan
+            line += (
+                f", and {hvp.vs_pyhessian:.2f} times PyHessian's time. All layer traces from joint probes take "
+                f"{joint.vs_pyhessian:.3f} times PyHessian's time (one call per layer) at the same number of probes; at the same "
+                f"median standard error {(joint.seconds_at_target or math.nan) / peer:.2f} times from joint and "
+                f"{(single.seconds_at_target or math.nan) / peer:.2f} from per-layer probes"
+            )
+        lines.append(f"{line}.")
     return lines

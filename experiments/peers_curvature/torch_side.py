@@ -5,16 +5,11 @@ torch works in its default memory layout and its default (eager) mode.
 
 What was seen of the peers (PyHessian 0.1, curvlinops 3.0.1, torch 2.13):
 
-- PyHessian knows the trace of the whole model only. Per layer means: one `hessian` object per layer, all other parameters
-  frozen (`requires_grad = False`), each with its own gradient graph.
-- `hessian.trace` stops as soon as two running means agree to `tol` or the running mean is negative, so a given number of
-  probes is only certain with `tol=-inf`; it returns its samples, so the number used is known.
-- `hessian.density` calls `torch.eig`, which torch has removed; it is not used here.
-- curvlinops differentiates forward over reverse (`jvp` of `jacrev`). It needs activations whose backward has a forward
-  derivative: GELU has one, SiLU has not. Through torch's own LayerNorm that derivative is silently wrong with respect to the
-  scale, in float64, too (no error of curvlinops: `jvp` of `grad` is right). So curvlinops gets a LayerNorm that is
-  written out; what the built-in one does to its product is reported by the experiment. PyHessian, reverse over reverse, is right
-  and keeps the built-in one.
+- PyHessian knows the trace of the whole model only: per layer means one `hessian` object per layer, all other parameters
+  frozen. `trace` stops as soon as two running means agree to `tol` or the running mean is negative, so a given number of
+  probes is only certain with `tol=-inf`.
+- curvlinops differentiates forward over reverse (`jvp` of `jacrev`). Through torch's own LayerNorm that derivative is silently
+  wrong with respect to the scale, in float64, too (`jvp` of `grad` is right), so it gets a LayerNorm that is written out.
 """
 
 import copy
@@ -198,19 +193,19 @@ class Twin:
     def tree(self, tensors: Tensors) -> dict[str, dict[str, np.ndarray]]:
         """The inverse of `tensors`."""
         by_id = dict(zip(map(id, self.parameters), tensors, strict=True))
-        found: dict[str, dict[str, np.ndarray]] = {}
+        values: dict[str, dict[str, np.ndarray]] = {}
         for (name, leaf), parameter in self.names.items():
-            found.setdefault(name, {})[leaf] = _to_flax(by_id[id(parameter)].detach().numpy())
-        return found
+            values.setdefault(name, {})[leaf] = _to_flax(by_id[id(parameter)].detach().numpy())
+        return values
 
     @contextmanager
     def only(self, layer: str) -> Iterator[list[Any]]:
         """Within it only that layer's parameters are differentiated."""
-        own = list(self.model.layers[layer].parameters())
+        chosen = list(self.model.layers[layer].parameters())
         for parameter in self.parameters:
-            parameter.requires_grad_(any(parameter is each for each in own))
+            parameter.requires_grad_(any(parameter is other for other in chosen))
         try:
-            yield own
+            yield chosen
         finally:
             for parameter in self.parameters:
                 parameter.requires_grad_(True)
@@ -222,10 +217,10 @@ class Twin:
         self.model.zero_grad()  # the constructor adds to gradients that are there
         return hessian(self.model, self.criterion, data=self.batch, cuda=False)
 
-    def pyhessian_hvp(self, vector: Tensors, kept: Any = None) -> Tensors:
+    def pyhessian_hvp(self, vector: Tensors, graph: Any = None) -> Tensors:
         """One Hessian-vector product, with the gradient and its graph unless an object that has them is given."""
-        found = kept or self.pyhessian()
-        return hessian_vector_product(found.gradsH, found.params, vector)
+        graph = graph or self.pyhessian()
+        return hessian_vector_product(graph.gradsH, graph.params, vector)
 
     def pyhessian_trace(self, probes: int) -> np.ndarray:
         """Samples of the whole model's trace, one per probe."""
@@ -237,14 +232,14 @@ class Twin:
         for layer in self.layers:
             with self.only(layer):
                 start = time.perf_counter()
-                found = self.pyhessian()
+                matrix = self.pyhessian()
                 setup += time.perf_counter() - start
-                columns.append(found.trace(maxIter=probes, tol=float("-inf")))
+                columns.append(matrix.trace(maxIter=probes, tol=float("-inf")))
         return np.asarray(columns).T, setup
 
     def pyhessian_top_eigenvalue(self, iterations: int, tolerance: float) -> tuple[float, int]:
         """Top eigenvalue by power iteration, and the number of products it took."""
-        found = self.pyhessian()
+        matrix = self.pyhessian()
         products = 0
         plain = self.model.zero_grad
 
@@ -255,16 +250,16 @@ class Twin:
 
         self.model.zero_grad = counted
         try:
-            values, _ = found.eigenvalues(maxIter=iterations, tol=tolerance, top_n=1)
+            values, _ = matrix.eigenvalues(maxIter=iterations, tol=tolerance, top_n=1)
         finally:
             del self.model.zero_grad
         return float(values[0]), products
 
     # ---- curvlinops
 
-    def operator(self, layers: Sequence[str] | None = None, *, builtin_norms: bool = False) -> Any:
+    def operator(self, layers: Sequence[str] | None = None) -> Any:
         """The Hessian of these layers' parameters (None: of all), without the constructor's own determinism check."""
-        model = self.model if builtin_norms else self.written_out
+        model = self.written_out
         groups = [model] if layers is None else [model.layers[layer] for layer in layers]
         parameters = [parameter for group in groups for parameter in group.parameters()]
         return HessianLinearOperator(model, self.criterion, parameters, [self.batch], check_deterministic=False)

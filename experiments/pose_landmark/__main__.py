@@ -8,23 +8,36 @@ the float32 model's own output: NME and PCK say what lower precision changed, no
 accumulation, as on small edge hardware) is emulated, so it has an accuracy and no latency; `bfloat16` is what XLA really runs.
 Expected: about 40 % of the layers in float16_acc16 at 10 % of the all-low error, at an NME of about 0.0008.
 
+local_rounding and measured see all calibration crops, quadratic and logdet eight. Each program is compared with its definition
+(formats emulated, compiled without optimisation) on two crops before it is used. Where operands are float32 although bfloat16 was
+requested, XLA converts the rounded numbers up before the product: the accuracy is that of bfloat16, the speed is not.
+
 Writes results/pose_landmark/: summary.json, a plan for each format, the exported program, tables, figures and report.html.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 import tyro
 
 from experiments.lib import assets, metrics
-from experiments.lib.page import Code, Picture, Section
 from experiments.lib.rows import Table
 from experiments.lib.run import Options, Run
 from experiments.pose_landmark import figures, steps
-from experiments.pose_landmark.rows import EMULATED, EXECUTED, FORMATS, Executed, Program, Row, agreement, layers
+from experiments.pose_landmark.rows import (
+    EMULATED,
+    EXECUTED,
+    FORMATS,
+    Agreement,
+    Executed,
+    Program,
+    Row,
+    agreement,
+    layers,
+)
 from experiments.problems import data, pose
 from mpjax import plan
 from mpjax.ledger import Ledger
@@ -39,8 +52,6 @@ class Config(Options):
     """Largest accepted NME, as a fraction of the NME with all layers low (calibration crops)."""
     confidence: float | None = None
     """None accepts by the mean; 0.95, say, by the upper bound of that interval instead."""
-    strategy: Literal["binary", "greedy"] = "binary"
-    """How layers are chosen: a bisected prefix of the ranking, or one by one."""
     probes: int = 4
     """Random output probes per crop of the local-rounding score."""
     seed: int = 0
@@ -70,12 +81,7 @@ def main(config: Config) -> None:
     scores = steps.all_scores(run, model, calibration, probes=config.probes, seed=config.seed)
     ranking = scores["local_rounding"]
     emulators = {fmt: steps.Emulator(model, fmt, calibration) for fmt in FORMATS}
-    knobs: dict[str, Any] = {
-        "confidence": config.confidence,
-        "strategy": config.strategy,
-        "probes": config.probes,
-        "seed": config.seed,
-    }
+    knobs: dict[str, Any] = {"confidence": config.confidence, "probes": config.probes, "seed": config.seed}
     outcomes = {
         fmt: steps.search_format(run, ranking, emulators[fmt], calibration, tolerance=config.tolerance, **knobs)
         for fmt in FORMATS
@@ -87,9 +93,8 @@ def main(config: Config) -> None:
         }
         for fmt in FORMATS
     }
-    if config.strategy == "binary":  # the trail lies on the ranking's curve
-        for fmt in FORMATS:
-            curves[fmt][f"ranked by {ranking.estimator}"] |= outcomes[fmt].trail
+    for fmt in FORMATS:  # the search's trail lies on the ranking's curve
+        curves[fmt][f"ranked by {ranking.estimator}"] |= dict(outcomes[fmt].trail)
 
     judged = {"tolerance": config.tolerance, "seed": config.seed}
     emulated, drawn = steps.emulated_rows(run, emulators[EMULATED], outcomes[EMULATED], evaluation, **judged)
@@ -103,73 +108,33 @@ def main(config: Config) -> None:
         made = plan.Plan(assignment=outcome.assignment, scores=column, estimator=ranking.estimator, metric=metric)
         plan.save(made, run.folder / f"plan_{fmt}.json")
 
-    results = Table("results", Row, [executed[0], *emulated, *executed[1:]], "Drift from the float32 output")
+    results = Table("results", Row, [executed[0], *emulated, *executed[1:]])
     agreements = agreement(scores)
-    tables = {
-        "programs": Table("programs", Program, checks),
-        "executed": Table("executed", Executed, steps.executed_layers(programs)),
-        "layers": layers(base, scores, {fmt: outcome.assignment for fmt, outcome in outcomes.items()}),
-    }
-    bars = [
+    for fmt in FORMATS:
         run.save(
             figures.sensitivity(list(scores.values()), fmt, frozenset(outcomes[fmt].assignment.lowered)),
             f"sensitivity_{fmt}",
-            alt=f"Bar charts of sensitivity per layer in {fmt}",
-            caption=fmt,
+            alt=f"Sensitivity per layer in {fmt}, in execution order, by estimator; green: lowered by the search",
         )
-        for fmt in FORMATS
-    ]
     chosen = {fmt: (len(outcome.assignment.lowered), outcome.nme) for fmt, outcome in outcomes.items()}
     limits = {fmt: outcome.limit for fmt, outcome in outcomes.items()}
-    nme = run.save(
+    run.save(
         figures.nme_against_layers(curves, chosen, limits),
         "nme_against_layers",
         alt="NME against the number of lowered layers, with the chosen point",
     )
-    usage = (
-        f'python -c "from mpjax import compiled; import numpy as np; '
-        f"f = compiled.load('{exported}'); print(f(np.zeros((1, 256, 256, 3), np.float32))['Identity'].shape)\""
-    )
+    landmarks(run, evaluation, drawn)
     run.finish(
         "A pose model in mixed precision",
-        lead=f"{len(base.layers)} layers, {len(calibration.torso)} calibration and {len(evaluation.torso)} evaluation crops of "
-        f"{crops.source}. The truth is the float32 model's own output: NME and PCK measure the drift from it, relative to the "
-        "length of the torso.",
+        lead=__doc__,
         results=results,
-        tables=[agreements, *tables.values()],
-        findings=findings(results.rows, agreements.rows),
-        sections=[
-            Section(
-                "Which layers are sensitive",
-                "One chart per estimator, layers in execution order; green layers were lowered by the search.",
-                *bars,
-            ),
-            Section("How many layers", nme),
-            Section("Landmarks", landmarks(run, evaluation, drawn)),
-            Section(
-                "Estimators against measuring",
-                "Spearman's rank correlation with the error of each layer lowered alone; seconds without compilation, in one "
-                f"process. local_rounding and measured saw all calibration crops, quadratic and logdet {steps.CURVATURE_CROPS}.",
-                agreements,
-            ),
-            Section(
-                "The compiled programs",
-                "Each program was compared with its definition (formats emulated, compiled without optimisation) on two crops "
-                "before it was used. Error: ‖program − definition‖ over ‖definition‖, at most the limit; distance: the same of "
-                "definition and float32; noise: what numbers one float32 rounding away make of float32's, times 16. Times are "
-                "interleaved, one crop a call: median and quartiles.",
-                "Load and call the exported mixed program:",
-                Code(usage),
-                tables["programs"],
-            ),
-            Section(
-                "Requested and executed, per layer",
-                "Read from the optimised HLO. Where operands are float32 although bfloat16 was requested, XLA converts the "
-                "rounded numbers up before the product: the accuracy is that of bfloat16, the speed is not.",
-                tables["executed"],
-            ),
-            Section("All layers", tables["layers"]),
+        tables=[
+            agreements,
+            Table("programs", Program, checks),
+            Table("executed", Executed, steps.executed_layers(programs)),
+            layers(base, scores, {fmt: outcome.assignment for fmt, outcome in outcomes.items()}),
         ],
+        findings=findings(results.rows, agreements.rows),
         facts={
             "model": {
                 "name": pose.MODEL,
@@ -188,10 +153,10 @@ def main(config: Config) -> None:
         },
         show=[agreements],
     )
-    print(f"The exported mixed program can be loaded and called wherever mpjax runs on this platform:\n  {usage}")
+    print(f"The mixed program, wherever mpjax runs on this platform: mpjax.load('{exported}')(images)['Identity']")
 
 
-def landmarks(run: Run, split: pose.Split, drawn: Mapping[str, np.ndarray]) -> Picture:
+def landmarks(run: Run, split: pose.Split, drawn: Mapping[str, np.ndarray]) -> None:
     """The crops with the median, the 90 % and the largest error of all-low."""
     errors = {name: metrics.nme(xy, split.xy, split.torso) for name, xy in drawn.items()}
     order = np.argsort(errors["all"])
@@ -203,15 +168,11 @@ def landmarks(run: Run, split: pose.Split, drawn: Mapping[str, np.ndarray]) -> P
         {title: drawn[name][shown] for name, title in columns.items()},
         {title: errors[name][shown] for name, title in columns.items()},
     )
-    return run.save(
-        figure,
-        f"landmarks_{EMULATED}",
-        alt="Landmarks on three crops: mixed on the left, all layers low on the right",
-        caption=f"float32 green, {EMULATED} blue. Evaluation crops with the median, the 90 % and the largest error of all-low.",
-    )
+    alt = f"float32 green, {EMULATED} blue, on the crops with the median, the 90 % and the largest error of all layers low"
+    run.save(figure, f"landmarks_{EMULATED}", alt=alt)
 
 
-def findings(rows, agreements) -> list[str]:  # type: ignore[no-untyped-def]
+def findings(rows: Sequence[Row], agreements: Sequence[Agreement]) -> list[str]:
     """What the run says, in three sentences."""
     by_name = {(row.name, row.format): row for row in rows}
     local, determinant = (next(a for a in agreements if a.estimator.startswith(n)) for n in ("local", "logdet"))

@@ -67,8 +67,7 @@ def landmarks(
             axis.imshow(image)
             _body(axis, truth[i], "#00e000", 3.0, 9)
             _body(axis, xy[i], "#1040ff", 1.0, 3.5)
-            axis.set_xlim(0, image.shape[1])
-            axis.set_ylim(image.shape[0], 0)
+            axis.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0))
             axis.set_axis_off()
             axis.set_title(f"{title}: NME {errors[title][i]:.4f}", fontsize=10)
     return figure

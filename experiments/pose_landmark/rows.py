@@ -5,7 +5,7 @@ from dataclasses import dataclass, make_dataclass
 from typing import Any
 
 from experiments.lib import metrics
-from experiments.lib.rows import Table, column
+from experiments.lib.rows import Table, column, fill
 from mpjax.program import Model
 from mpjax.search import Assignment
 from mpjax.sensitivity import Scores
@@ -32,8 +32,8 @@ class Row:
     nme_calibration: float = column("NME calib.", ".4f")
     tolerance_value: float | None = column("limit", ".5f", short=True)
     within_tolerance: bool = column("within", short=True)
-    latency_ms: float | None = column("ms", ".1f", short=True)
-    vs_fp32: float | None = column("time / fp32", ".2f", short=True)
+    latency_ms: float | None = column("ms", ".1f", short=True, default=None)
+    vs_fp32: float | None = column("time / fp32", ".2f", short=True, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,8 @@ class Agreement:
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """A compiled program: its verification, memory and time."""
+    """A compiled program: error ‖program − definition‖ / ‖definition‖, at most the limit; distance: the same of definition and
+    float32; noise: what numbers one float32 rounding away make of float32's, times 16; time of one crop, in turns: quartiles."""
 
     program: str = column("program")
     error: float = column("error", ".1e")
@@ -72,7 +73,7 @@ class Program:
 
 @dataclass(frozen=True, kw_only=True)
 class Executed:
-    """What a layer's product really is in the mixed and in the all-low program."""
+    """What a layer's product really is in the mixed and in the all-low program, read from the optimised HLO."""
 
     layer: str = column("layer")
     requested: str = column("requested")
@@ -87,20 +88,17 @@ def agreement(scores: Mapping[str, Scores]) -> Table:
     """Every estimator beside "measured"."""
     truth = scores["measured"]
     rows = [
-        Agreement(
-            estimator=score.estimator,
+        fill(
+            Agreement,
+            score,
+            score.ledger,
             spearman_float16_acc16=metrics.spearman(score.column(EMULATED), truth.column(EMULATED)),
             spearman_bfloat16=metrics.spearman(score.column(EXECUTED), truth.column(EXECUTED)),
-            seconds=score.seconds,
             vs_measured=score.seconds / truth.seconds,
-            compile_seconds=score.compile_seconds,
-            forward=score.ledger.forward,
-            vjp=score.ledger.vjp,
-            jvp=score.ledger.jvp,
         )
         for score in scores.values()
     ]
-    return Table("agreement", Agreement, rows, "Estimators against the measured error")
+    return Table("agreement", Agreement, rows)
 
 
 def layers(base: Model, scores: Mapping[str, Scores], assignments: Mapping[str, Assignment]) -> Table:
@@ -112,7 +110,9 @@ def layers(base: Model, scores: Mapping[str, Scores], assignments: Mapping[str, 
         *((f"assigned_{fmt}", str, column(f"assigned ({fmt})")) for fmt in FORMATS),
         *((f"{name}_{fmt}", float | None, column(f"{name} {fmt}", ".2e")) for name in scores for fmt in FORMATS),
     ]
-    kind = make_dataclass("LayerRow", shown, frozen=True, kw_only=True)
+    kind = make_dataclass(
+        "LayerRow", shown, frozen=True, kw_only=True, namespace={"__doc__": "A layer and its scores."}
+    )
     rows = [
         kind(
             layer=layer.name,

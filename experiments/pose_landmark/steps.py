@@ -1,7 +1,7 @@
 """The steps of the pose experiment: scores, search, curves, and rows of the emulated and of the compiled models."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,11 @@ import numpy as np
 
 from experiments.lib import assets, metrics
 from experiments.lib.progress import progress
+from experiments.lib.rows import fill
 from experiments.lib.run import Computed, Run
 from experiments.lib.times import interleaved
-from experiments.pose_landmark.rows import EMULATED, EXECUTED, FORMATS, Executed, Program, Row
+from experiments.models import litert
+from experiments.pose_landmark.rows import EXECUTED, FORMATS, Executed, Program, Row
 from experiments.problems import data, pose
 from experiments.problems.benchmarks import landmark_error
 from experiments.problems.pose import Split
@@ -30,18 +32,11 @@ CURVE_POINTS = 10
 
 def litert_parity(base: Model, split: Split) -> Computed:
     """Largest difference of `Identity` to LiteRT over the largest output, on four crops."""
-    from ai_edge_litert.interpreter import Interpreter
-
-    interpreter = Interpreter(model_path=str(assets.fetch(pose.MODEL)), num_threads=1)
-    interpreter.allocate_tensors()
-    source = interpreter.get_input_details()[0]["index"]
-    target = next(output["index"] for output in interpreter.get_output_details() if output["name"] == "Identity")
+    peer = litert.float32(assets.fetch(pose.MODEL), 1)
     errors = []
     for image in split.crops.images[:: len(split.torso) // 4][:4]:
-        interpreter.set_tensor(source, image[None])
-        interpreter.invoke()
         identity = base.call(base.params, jnp.asarray(image[None]))["Identity"]
-        errors.append(relative_error(np.asarray(identity), interpreter.get_tensor(target)))
+        errors.append(relative_error(np.asarray(identity), peer(image[None])["Identity"]))
     return {}, {"parity": max(errors)}, Ledger(forward=len(errors))
 
 
@@ -88,19 +83,19 @@ class Emulator:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a search ended with: the assignment, its NME and the limit, the all-low NME, and layers low -> NME on the way."""
+    """What a search ended with: the assignment, its NME and the limit, the all-low NME, and (layers low, NME) on the way."""
 
     assignment: search.Assignment
     nme: float
     limit: float
     nme_all: float
     evaluations: int
-    trail: Mapping[int, float]
+    trail: Sequence[tuple[int, float]]
 
 
 def search_format(
     run: Run, scores: sensitivity.Scores, emulator: Emulator, split: Split, *,
-    tolerance: float, confidence: float | None, strategy: str, **key: Any,
+    tolerance: float, confidence: float | None, **key: Any,
 ) -> Outcome:  # fmt: skip
     """As many layers in the emulator's format as the tolerance allows, measured on the calibration crops."""
     fmt = emulator.fmt
@@ -112,29 +107,23 @@ def search_format(
             return nme(xy, split, seed=key["seed"], confidence=confidence or 0.95)
 
         everything = evaluate(search.Assignment.uniform(scores.layers, fmt)).value
-        problem = search.Problem(
-            layers=scores.layers, formats=(fmt,), penalty=scores.column(fmt)[:, None], kind=scores.kind
-        )
-        way = search.binary() if strategy == "binary" else search.greedy()
+        problem = search.Problem.from_scores(scores, formats=(fmt,))
         limit = tolerance * everything
-        result = search.solve(problem, way, evaluate=evaluate, tolerance=limit, confidence=confidence)
-        measured = [(len(s.assignment.lowered), s.measurement.value) for s in result.trail if s.measurement is not None]
+        result = search.solve(problem, search.binary(), evaluate=evaluate, tolerance=limit, confidence=confidence)
         evaluations = evaluate.cache_info().currsize
-        meta = {
-            "assignment": dict(result.assignment),
-            "nme": result.measurement.value,
-            "limit": limit,
-            "nme_all": everything,
-            "evaluations": evaluations,
-            "trail": measured,
-        }
-        return {}, meta, Ledger(forward=evaluations * len(split.torso), evaluations=evaluations, compilations=1)
+        outcome = Outcome(
+            assignment=result.assignment,
+            nme=result.measurement.value,
+            limit=limit,
+            nme_all=everything,
+            evaluations=evaluations,
+            trail=[(len(s.assignment.lowered), s.measurement.value) for s in result.trail if s.measurement is not None],
+        )
+        ledger = Ledger(forward=evaluations * len(split.torso), evaluations=evaluations, compilations=1)
+        return {}, {**vars(outcome), "assignment": dict(result.assignment)}, ledger
 
-    key |= {"tolerance": tolerance, "confidence": confidence, "strategy": strategy}
-    meta = run.piece(f"search: {fmt}", compute, **key).meta
-    names = ("nme", "limit", "nme_all", "evaluations")
-    assignment, trail = search.Assignment(meta["assignment"]), dict(meta["trail"])
-    return Outcome(assignment=assignment, trail=trail, **{name: meta[name] for name in names})
+    meta = run.piece(f"search: {fmt}", compute, tolerance=tolerance, confidence=confidence, **key).meta
+    return fill(Outcome, {**meta, "assignment": search.Assignment(meta["assignment"])})
 
 
 def curve(run: Run, scores: sensitivity.Scores, emulator: Emulator, split: Split) -> dict[int, float]:
@@ -151,22 +140,13 @@ def curve(run: Run, scores: sensitivity.Scores, emulator: Emulator, split: Split
     return dict(zip(counts, piece.arrays["nme"].tolist(), strict=True))
 
 
-def row(
-    name: str, xy: np.ndarray, split: Split, outcome: Outcome, *,
-    fmt: str, executed: str, low: int, nme_calibration: float, tolerance: float, seed: int,
-    latency_ms: float | None = None, vs_fp32: float | None = None,
-) -> Row:  # fmt: skip
+def judged(name: str, xy: np.ndarray, split: Split, outcome: Outcome, *, seed: int, **fields: Any) -> Row:
     """A model judged by its landmarks on the evaluation crops; float32 has no tolerance."""
-    error = nme(xy, split, seed=seed)
+    error, reference = nme(xy, split, seed=seed), name == "fp32"
     pck_05, pck_02 = (float(metrics.pck(xy, split.xy, split.torso, threshold=t).mean()) for t in (0.05, 0.02))
-    reference = name == "fp32"
     return Row(
         name=name,
-        format=fmt,
-        executed=executed,
-        layers_low=low,
         layers=len(outcome.assignment),
-        tolerance=None if reference else tolerance,
         tolerance_value=None if reference else outcome.limit,
         within_tolerance=reference or bool(error.value <= outcome.limit),
         nme=error.value,
@@ -174,9 +154,7 @@ def row(
         nme_high=error.high,
         pck_05=pck_05,
         pck_02=pck_02,
-        nme_calibration=nme_calibration,
-        latency_ms=latency_ms,
-        vs_fp32=vs_fp32,
+        **fields,
     )
 
 
@@ -186,20 +164,16 @@ def emulated_rows(
     """All-low and mixed rows of the emulated format, and their landmarks."""
     everything = search.Assignment.uniform(outcome.assignment, emulator.fmt)
     rows, drawn = [], {}
-    for name, assignment, calibrated in (
-        ("all", everything, outcome.nme_all),
-        ("mixed", outcome.assignment, outcome.nme),
-    ):
+    for name, assignment, error in (("all", everything, outcome.nme_all), ("mixed", outcome.assignment, outcome.nme)):
 
         def compute(assignment: search.Assignment = assignment) -> Computed:
             xy = emulator.landmarks(assignment, split)
             return {"xy": xy}, {}, Ledger(forward=len(xy), evaluations=1)
 
-        drawn[name] = run.piece(f"evaluation: {emulator.fmt}, {name}", compute, assignment=dict(assignment)).arrays[
-            "xy"
-        ]
-        facts: dict[str, Any] = {"low": len(assignment.lowered), "nme_calibration": calibrated, **more}
-        rows.append(row(name, drawn[name], split, outcome, fmt=EMULATED, executed="emulated", **facts))
+        piece = run.piece(f"evaluation: {emulator.fmt}, {name}", compute, assignment=dict(assignment))
+        xy = drawn[name] = piece.arrays["xy"]
+        more |= {"format": emulator.fmt, "executed": "emulated", "nme_calibration": error}
+        rows.append(judged(name, xy, split, outcome, layers_low=len(assignment.lowered), **more))
     return rows, drawn
 
 
@@ -220,31 +194,28 @@ def executed_rows(
             advance()
     calls: dict[str, Callable[[], Any]] = {name: functools.partial(p, *examples[0]) for name, p in programs.items()}
     times = interleaved(calls, rounds=rounds)
-    rows, checks = [], []
+    rows, checks = [], list[Program]()
     for name, program in programs.items():
-        on_calibration = nme(_landmarks(program, calibration), calibration, seed=0).value
-        quartiles, ratio = times.quartiles(name), times.ratio(name, "fp32").median
-        facts: dict[str, Any] = {"nme_calibration": on_calibration, "latency_ms": quartiles.median, "vs_fp32": ratio}
-        low, fmt = program.lowered, "float32" if name == "fp32" else EXECUTED
-        xy = _landmarks(program, evaluation)
-        rows.append(row(name, xy, evaluation, outcome, fmt=fmt, executed="xla", low=low, **facts, **more))
-        check = program.verification
-        checks.append(
-            Program(
-                program=name,
-                error=check.error,
-                limit=check.limit,
-                distance=check.distance,
-                noise=check.noise,
-                options=" ".join(f"{k}={v!r}" for k, v in program.options.items()) or "default",
-                compile_seconds=program.compile_seconds,
-                weights_mb=program.weight_bytes / 1e6,
-                peak_mb=program.peak_bytes / 1e6,
-                ms=quartiles.median,
-                ms_q1=quartiles.low,
-                ms_q3=quartiles.high,
-                vs_fp32=ratio,
+        check, ms = program.verification, times.columns(name, vs_fp32="fp32")
+        rows.append(
+            judged(
+                name,
+                _landmarks(program, evaluation),
+                evaluation,
+                outcome,
+                format="float32" if name == "fp32" else EXECUTED,
+                executed="xla",
+                layers_low=program.lowered,
+                nme_calibration=nme(_landmarks(program, calibration), calibration, seed=0).value,
+                latency_ms=ms["ms"],
+                vs_fp32=ms["vs_fp32"],
+                **more | ({"tolerance": None} if name == "fp32" else {}),
             )
+        )
+        options = " ".join(f"{k}={v!r}" for k, v in program.options.items()) or "default"
+        size = {"weights_mb": program.stored_bytes / 1e6, "peak_mb": program.peak_bytes / 1e6}
+        checks.append(
+            fill(Program, check, ms, size, program=name, options=options, compile_seconds=program.compile_seconds)
         )
     crops = len(calibration.torso) + len(evaluation.torso)
     # To verify: float32 and the same nudged for each program, and the formats emulated for the two low ones. Then the program on

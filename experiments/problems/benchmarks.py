@@ -8,14 +8,13 @@
 | `digits_cnn` | 10 | 10 logits | KL |
 
 NME: mean distance of the landmarks, in that unit. KL: of the softmax, from the float32 model's. Truth is everywhere the
-float32 model's output. Examples and units are the same at each call; only the weights of `digits_cnn` and the pose
-landmarks come from computation, and these are cached.
+float32 model's output. Examples are the same at each call; those of one person in a video, one eye or one face depend on each
+other.
 """
 
-import difflib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -26,14 +25,14 @@ import numpy as np
 from scipy.special import log_softmax
 
 from experiments.lib import assets
-from experiments.models.mediapipe import imported as imported
+from experiments.models.tflite_import import fetched
 from experiments.problems import data, eyes
-from experiments.problems.digits import SIZE, TRAIN, DigitsCNN, Settings, split, trained
-from experiments.problems.pose import in_torso_units, splits
+from experiments.problems import pose as pose_task
+from experiments.problems.digits import SIZE, TRAIN, DigitsCNN, split, trained
 from mpjax import plan
-from mpjax.files import Checkpoint
 from mpjax.program import Batches, Model, examples_in, from_linen, with_output
 
+SHORT = {"pose_landmark_full": "pose", "iris_landmark": "iris", "digits_cnn": "digits"}
 Metric = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _IRIS_OUTPUTS = ("output_eyes_contours_and_brows", "output_iris")  # (N, 71·3) and (N, 5·3), pixels of the crop
@@ -73,44 +72,6 @@ class Benchmark:
         """A hash of the model's weights and the data."""
         return plan.digest(*jax.tree.leaves((self.model.params, self.batches, self.labelled)))
 
-    def rebatched(self, size: int) -> "Benchmark":
-        """The same examples in batches of another size.
-
-        Raises:
-            ValueError: `size` does not divide the number of examples.
-        """
-        if size < 1 or self.examples % size:
-            fitting = [str(number) for number in range(1, self.examples + 1) if self.examples % number == 0]
-            raise ValueError(
-                f"{self.examples} examples do not make equal batches of {size}. Sizes that do: {', '.join(fitting)}."
-            )
-
-        def cut(batches: Batches) -> Batches:
-            return in_batches([jnp.concatenate(arrays) for arrays in zip(*batches, strict=True)], size)
-
-        labelled = None if self.labelled is None else cut(self.labelled)
-        return replace(self, batches=cut(self.batches), labelled=labelled)
-
-
-def load(name: str, count: int | None = None) -> Benchmark:
-    """The benchmark of that name, with its usual or another number of examples.
-
-    Raises:
-        ValueError: an unknown name, or more examples than there are.
-        experiments.lib.assets.AssetError: a model could not be fetched.
-        experiments.problems.digits.TrainingError: the digits network could not be trained.
-    """
-    factories: dict[str, Callable[..., Benchmark]] = {
-        "pose_landmark_full": pose,
-        "iris_landmark": iris,
-        "face_landmark": face,
-        "digits_cnn": digits,
-    }
-    if name not in factories:
-        near = difflib.get_close_matches(name, factories, n=1, cutoff=0.0)
-        raise ValueError(f"Unknown benchmark {name!r}. Did you mean {near[0]!r}? Known: {', '.join(factories)}.")
-    return factories[name]() if count is None else factories[name](count=count)
-
 
 def pose(*, count: int = 8, batch: int | None = None) -> Benchmark:
     """MediaPipe's pose model on person crops, spread over the calibration part of the default video (two persons).
@@ -120,51 +81,43 @@ def pose(*, count: int = 8, batch: int | None = None) -> Benchmark:
         batch: crops in a batch, a divisor of `count`; the largest one up to 4 by default.
     """
     crops = data.pose_crops()
-    available = len(crops.calibration.images)
-    if not 1 <= count <= available:
+    if count > (available := len(crops.calibration.images)):
         raise ValueError(f"The pose benchmark has {available} calibration crops, found count = {count}.")
-    base = imported("pose_landmark_full", ("Identity",), data.SIZE)
+    base = pose_task.model()
+    (split,) = pose_task.splits(base, crops.calibration)
     take = np.linspace(0, available - 1, count).round().astype(int)
-    arrays = (crops.calibration.images[take], _torsos(crops, base)[take])
+    arrays = (crops.calibration.images[take], split.torso[take])
     return Benchmark(
         name="pose_landmark_full",
-        model=with_output(base, in_torso_units),
+        model=with_output(base, pose_task.in_torso_units),
         batches=in_batches(arrays, batch or _divisor(count, 4)),
         error=landmark_error(33),
         error_name="NME",
         facts={
             "source": f"person crops of {crops.source} ({assets.ASSETS['sports2d_demo'].requirement})",
-            "sha256": assets.ASSETS["pose_landmark_full"].sha256,
             "examples": count,
             "crops": take.tolist(),
-            "persons": len(set(crops.calibration.person[take].tolist())),
-            "unit": "distance from shoulders to hips",
-            "dependent": "crops of the same person in one video",
         },
     )
 
 
-def iris(*, count: int = 8, batch: int | None = None) -> Benchmark:
+def iris(*, count: int = 8) -> Benchmark:
     """MediaPipe's iris model on the two eyes of one photograph, each moved, scaled and turned a little.
 
     Both outputs are kept, so all 81 layers are needed. Two eyes give two independent examples, however many crops there are.
 
     Args:
         count: crops; the first two are the eyes' own regions.
-        batch: crops in a batch, a divisor of `count`; the largest one up to 4 by default.
     """
     return _of_photograph(
         "iris_landmark",
         eyes.eyes(count),
-        batch,
-        model=with_output(imported("iris_landmark", _IRIS_OUTPUTS, eyes.EYE_SIZE), iris_in_eye_widths),
+        model=with_output(fetched("iris_landmark", _IRIS_OUTPUTS, eyes.EYE_SIZE), iris_in_eye_widths),
         points=76,
-        unit="distance between the corners of the eye",
-        dependent="two eyes; all crops are shifts, scalings and rotations of their two regions",
     )
 
 
-def face(*, count: int = 4, batch: int | None = None) -> Benchmark:
+def face(*, count: int = 4) -> Benchmark:
     """MediaPipe's face landmark model on the face of one photograph, moved, scaled and turned a little.
 
     Both outputs are kept, because only with the face flag all 45 layers are needed. The flag's logit, over 46 (what it is
@@ -173,39 +126,31 @@ def face(*, count: int = 4, batch: int | None = None) -> Benchmark:
 
     Args:
         count: crops; the first is the face's own region.
-        batch: crops in a batch, a divisor of `count`; the largest one up to 4 by default.
     """
     return _of_photograph(
         "face_landmark",
         eyes.faces(count),
-        batch,
-        model=with_output(imported("face_landmark", _FACE_OUTPUTS, eyes.FACE_SIZE), face_in_eye_distances),
+        model=with_output(fetched("face_landmark", _FACE_OUTPUTS, eyes.FACE_SIZE), face_in_eye_distances),
         points=468,
-        unit="distance between the outer corners of the eyes",
-        dependent="one face; all crops are shifts, scalings and rotations of its region",
     )
 
 
-def _of_photograph(
-    name: str, crops: eyes.Crops, batch: int | None, *, model: Model, points: int, **facts: str
-) -> Benchmark:
+def _of_photograph(name: str, crops: eyes.Crops, *, model: Model, points: int) -> Benchmark:
     count = len(crops.images)
     return Benchmark(
         name=name,
         model=model,
-        batches=in_batches((crops.images, crops.unit), batch or _divisor(count, 4)),
+        batches=in_batches((crops.images, crops.unit), _divisor(count, 4)),
         error=landmark_error(points),
         error_name="NME",
         facts={
             "source": f"skimage.data.astronaut(), scikit-image {version('scikit-image')}, sampled by OpenCV {cv2.__version__}",
-            "sha256": assets.ASSETS[name].sha256,
             "examples": count,
-            **facts,
         },
     )
 
 
-def digits(*, count: int = TRAIN, batch: int | None = None) -> Benchmark:
+def digits(*, count: int = TRAIN) -> Benchmark:
     """A small CNN at an optimum of cross-entropy plus ½ · l2 · ‖w‖², with labels; weights rounded to float32.
 
     The gradient is zero for that objective over all 1,440 training examples. For fewer of them, or for the cross-entropy
@@ -213,16 +158,12 @@ def digits(*, count: int = TRAIN, batch: int | None = None) -> Benchmark:
 
     Args:
         count: training examples, 1 to 1,440, from the front of the shuffled set.
-        batch: examples in a batch, a divisor of `count`; the largest one up to 160 by default.
     """
-    if not 1 <= count <= TRAIN:
-        raise ValueError(f"The digits benchmark has {TRAIN} training examples, found count = {count}.")
-    settings = Settings()
-    optimum = trained(settings)
-    train, _ = split(settings.seed)
+    optimum = trained()
+    train, _ = split()
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), dict(optimum.params))
     example = jnp.zeros((1, SIZE, SIZE, 1), jnp.float32)
-    images, labels, size = train.images[:count], train.labels[:count], batch or _divisor(count, 160)
+    images, labels, size = train.images[:count], train.labels[:count], _divisor(count, 160)
     return Benchmark(
         name="digits_cnn",
         model=from_linen(DigitsCNN(), {"params": params}, example),
@@ -233,7 +174,6 @@ def digits(*, count: int = TRAIN, batch: int | None = None) -> Benchmark:
         facts={
             "source": "scikit-learn's handwritten digits, training split",
             "examples": count,
-            "unit": "logits",
             **optimum.facts,
         },
     )
@@ -259,7 +199,7 @@ def landmark_error(points: int) -> Metric:
     """NME from outputs whose first 2 · `points` numbers are x, y in the unit of the error; (N, K), (N, K) -> (N,)."""
 
     def error(low: np.ndarray, reference: np.ndarray) -> np.ndarray:
-        low, reference = _checked(low, reference)
+        low, reference = np.asarray(low, np.float64), np.asarray(reference, np.float64)
         change = (low - reference)[:, : 2 * points].reshape(len(low), points, 2)
         return np.asarray(np.linalg.norm(change, axis=2).mean(axis=1))
 
@@ -268,7 +208,7 @@ def landmark_error(points: int) -> Metric:
 
 def kl_error(low: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """KL(softmax(reference) ‖ softmax(low)) in nats; (N, K), (N, K) -> (N,)."""
-    low, reference = _checked(low, reference)
+    low, reference = np.asarray(low, np.float64), np.asarray(reference, np.float64)
     expected, actual = log_softmax(reference, axis=1), log_softmax(low, axis=1)
     return np.asarray(np.sum(np.exp(expected) * (expected - actual), axis=1))
 
@@ -276,37 +216,10 @@ def kl_error(low: np.ndarray, reference: np.ndarray) -> np.ndarray:
 # --- helpers ----------------------------------------------------------------------------------------------------
 
 
-def _checked(low: np.ndarray, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    low, reference = np.asarray(low, np.float64), np.asarray(reference, np.float64)
-    if low.ndim != 2 or low.shape != reference.shape:
-        raise ValueError(f"Expected two (N, K) arrays of outputs, found {low.shape} and {reference.shape}.")
-    return low, reference
-
-
 def _xy(landmarks: jax.Array) -> jax.Array:
     """(N, …) of P landmarks x, y, z -> (N, 2P) of x, y."""
     count = landmarks.shape[0]
     return landmarks.reshape(count, -1, 3)[:, :, :2].reshape(count, -1)
-
-
-def _torsos(crops: data.Crops, base: Model) -> np.ndarray:
-    """(N,) torso lengths of the calibration crops by the float32 model, from the cache or computed now."""
-    key = {
-        "model": assets.ASSETS["pose_landmark_full"].sha256,
-        "pixels": float(crops.calibration.images.astype(np.float64).sum()),
-        "versions": [jax.__version__, np.__version__],
-    }
-    cache = Checkpoint(assets.cache_dir() / "benchmarks", key)
-    if (piece := cache.load("pose torso")) is not None:
-        return piece.arrays["torso"]
-    torso = torsos(crops.calibration, base)
-    cache.save("pose torso", {"torso": torso})
-    return torso
-
-
-def torsos(crops: data.CropSet, base: Model) -> np.ndarray:
-    """(N,) float32 torso lengths in pixels, by the float32 pose model."""
-    return splits(base, crops)[0].torso
 
 
 def _divisor(count: int, limit: int) -> int:
@@ -333,3 +246,21 @@ def first(batches: Batches, count: int, size: int | None = None) -> Batches:
         raise ValueError(f"expected 1 to {total} examples, found {count}")
     arrays = [jnp.concatenate(parts)[:count] for parts in zip(*batches, strict=True)]
     return in_batches(arrays, _divisor(count, limit))
+
+
+BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
+    "pose_landmark_full": pose,
+    "iris_landmark": iris,
+    "face_landmark": face,
+    "digits_cnn": digits,
+}
+
+
+def load(name: str, count: int | None = None) -> Benchmark:
+    """The benchmark of that name, with its usual or another number of examples.
+
+    Raises:
+        experiments.lib.assets.AssetError: a model could not be fetched.
+        experiments.problems.digits.TrainingError: the digits network could not be trained.
+    """
+    return BENCHMARKS[name]() if count is None else BENCHMARKS[name](count=count)

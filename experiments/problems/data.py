@@ -1,18 +1,13 @@
 """Person crops from a video, as a pose model sees them, and what its output means.
 
-A first crop of each person is found by tiling a frame; then the person is followed from frame to frame by the
-landmarks, as the model's own pipeline does: landmark 33 (hip centre) and 34 (on a circle around the body)
-give the next square region of interest, with its centre at k33, its side 2 · |k34 − k33| · 1.25, turned so
-that k33 → k34 points up (MediaPipe, modules/pose_landmark/pose_landmarks_to_roi.pbtxt).  A crop whose
-presence falls to 0.8 or less is dropped and the person is no longer followed; the frame is tiled anew twice a
-second.
+A first crop of each person is found by tiling a frame; then the person is followed from frame to frame by the landmarks, as the
+model's own pipeline does: landmark 33 (hip centre) and 34 (on a circle around the body) give the next square region of
+interest, with its centre at k33, its side 2 · |k34 − k33| · 1.25, turned so that k33 → k34 points up (MediaPipe,
+modules/pose_landmark/pose_landmarks_to_roi.pbtxt).  A crop whose presence falls to 0.8 or less is dropped and the person is no
+longer followed; the frame is tiled anew twice a second.
 
-Calibration crops come from the first 40 % of the video, evaluation crops from the rest, 0.5 s between them
-left out (`pose_crops`). For statements about samples of one population, half seconds of nine videos are dealt at random
-instead (`dealt_crops`). No crop is flipped, rotated or otherwise augmented.
-
-Made twice in one environment the crops are the same bit for bit, and so they were on jax 0.10 and 0.12.
-Other versions or CPUs may differ where rounding carries a region over a step of the grid that it is snapped to.
+`pose_crops` splits one video by time; `dealt_crops` deals half seconds of nine videos at random, for statements about samples of
+one population. Crops made twice in one environment are the same bit for bit.
 """
 
 from collections.abc import Callable
@@ -26,11 +21,10 @@ import numpy as np
 
 from experiments.lib import assets
 from experiments.lib.progress import progress
-from experiments.models.tflite_import import load_tflite
+from experiments.models.tflite_import import fetched
 from experiments.problems.eyes import Region
 from mpjax import emulation
 from mpjax.files import Checkpoint
-from mpjax.program import from_linen
 
 SIZE = 256  # pixels, side of a crop
 VIDEOS = (
@@ -76,7 +70,7 @@ class CropSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CropSet:
-    """Crops of one split, ordered by person and then by time (`pose_crops`), or one of each block first (`dealt_crops`); N crops.
+    """N crops of one split, ordered by person and then by time (`pose_crops`), or one of each block first (`dealt_crops`).
 
     Attributes:
         images: (N, 256, 256, 3) float32 RGB in [0, 1].
@@ -84,20 +78,12 @@ class CropSet:
         person: (N,) number of the track; a person who is lost and found again counts anew.
         block: (N,) number of the person × stretch of video that the crop lies in, at least a second long where they are split
             by time; unique over both splits.
-        presence: (N,) the model's probability that a person is present.
-        centre: (N, 2) centre of the crop in the frame, pixels.
-        side: (N,) side of the crop in the frame, pixels.
-        angle: (N,) how far the crop is turned clockwise in the frame to set the person upright, radians.
     """
 
     images: np.ndarray
     frame: np.ndarray
     person: np.ndarray
     block: np.ndarray
-    presence: np.ndarray
-    centre: np.ndarray
-    side: np.ndarray
-    angle: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +93,11 @@ class Crops:
     Attributes:
         calibration: what a search may look at.
         evaluation: looked at once, at the end.
-        fps: frames per second of the first video.
-        gap: seconds without crops between the splits; 0 where they are not split by time.
         source: names of the video files.
     """
 
     calibration: CropSet
     evaluation: CropSet
-    fps: float
-    gap: float
     source: str
 
 
@@ -130,28 +112,15 @@ def torso(xy: Array) -> Array:
     return (trunk**2).sum(-1) ** 0.5
 
 
-def pose_crops(*, video: Path | None = None, settings: CropSettings | None = None) -> Crops:
-    """Person crops for the pose model, from the cache or made anew (about 20 s for the default video).
-
-    Args:
-        video: a video file; None fetches the default one.
-        settings: how to find and split the crops; None means ``CropSettings()``.
+def pose_crops() -> Crops:
+    """Person crops of the default video for the pose model, split by time; from the cache or made anew (about 20 s).
 
     Raises:
-        DataError: the video cannot be decoded, nobody was found, or there are fewer crops than asked for.
-        experiments.lib.assets.AssetError: the model or the default video could not be fetched.
+        DataError: OpenCV cannot decode the video.
+        experiments.lib.assets.AssetError: the model or the video could not be fetched.
     """
-    settings = settings or CropSettings()
-    model = assets.fetch("pose_landmark_full")
-    path = Path(video) if video else assets.fetch("sports2d_demo")
-    if not path.is_file():
-        raise DataError(f"{path}: no such video file.")
-
-    def make() -> dict[str, np.ndarray]:
-        tracks, fps, frames = _follow(path, _runner(model), settings)
-        return _split(tracks, fps, frames, settings, path)
-
-    return _cached(make, asdict(settings), [path], model, gap=settings.gap)
+    model, path, settings = assets.fetch("pose_landmark_full"), assets.fetch("sports2d_demo"), CropSettings()
+    return _cached(lambda: _split(*_follow(path, _runner(), settings), settings), asdict(settings), [path], model)
 
 
 def dealt_crops(*, seconds: float = 0.5, per_block: int = 2, seed: int = 0) -> Crops:
@@ -168,25 +137,20 @@ def dealt_crops(*, seconds: float = 0.5, per_block: int = 2, seed: int = 0) -> C
         seed: of the deal.
 
     Raises:
-        ValueError: no time or no crops asked for.
-        DataError, experiments.lib.assets.AssetError: as `pose_crops`, or fewer frames in a block than crops wanted.
+        DataError, experiments.lib.assets.AssetError: as `pose_crops`.
     """
-    if not seconds > 0 or per_block < 1:
-        raise ValueError(f"Expected blocks of positive length and at least one crop; found {seconds} s, {per_block}.")
     model, settings = assets.fetch("pose_landmark_full"), CropSettings()
     paths = [assets.fetch(name) for name in VIDEOS]
 
     def make() -> dict[str, np.ndarray]:
-        run = _runner(model)
+        run = _runner()
         return _deal([_follow(path, run, settings) for path in paths], seconds, per_block, seed)
 
     key = asdict(settings) | {"seconds": seconds, "per_block": per_block, "seed": seed}
-    return _cached(make, key, paths, model, gap=0.0)
+    return _cached(make, key, paths, model)
 
 
-def _cached(
-    make: Callable[[], dict[str, np.ndarray]], key: dict[str, Any], paths: list[Path], model: Path, *, gap: float
-) -> Crops:
+def _cached(make: Callable[[], dict[str, np.ndarray]], key: dict[str, Any], paths: list[Path], model: Path) -> Crops:
     """The crops of that key, made if the cache does not have them."""
     key = key | {
         "version": _VERSION,
@@ -202,12 +166,11 @@ def _cached(
     calibration, evaluation = (
         CropSet(
             images=arrays[f"{split}_pixels"].astype(np.float32) / np.float32(255),
-            **{field: arrays[f"{split}_{field}"] for field in _FIELDS},
+            **{field: arrays[f"{split}_{field}"] for field in ("frame", "person", "block")},
         )
         for split in ("calibration", "evaluation")
     )
-    source = ", ".join(path.name for path in paths)
-    return Crops(calibration=calibration, evaluation=evaluation, fps=float(arrays["fps"]), gap=gap, source=source)
+    return Crops(calibration=calibration, evaluation=evaluation, source=", ".join(path.name for path in paths))
 
 
 # --- finding and following ------------------------------------------------------------------------
@@ -228,9 +191,8 @@ class _Sighting:
 _Run = Callable[[np.ndarray], tuple[np.ndarray, float]]  # pixels -> (39, 5) landmarks, presence
 
 
-def _runner(path: Path) -> _Run:
-    imported = load_tflite(path, outputs=("Identity", "Identity_1"))
-    model = from_linen(imported.module, imported.variables, np.zeros(imported.input_shape, np.float32))
+def _runner() -> _Run:
+    model = fetched("pose_landmark_full", ("Identity", "Identity_1"), SIZE)
     override = emulation.in_format({})  # float32 in emulation, quicker on a CPU than XLA's depthwise convolutions
     call = jax.jit(lambda params, x: model.call(params, x, override=override))
 
@@ -327,21 +289,12 @@ def _follow(path: Path, run: _Run, settings: CropSettings) -> tuple[list[_Sighti
 
 # --- splitting ------------------------------------------------------------------------------------
 
-_FIELDS = ("frame", "person", "block", "presence", "centre", "side", "angle")
 
-
-def _split(
-    observations: list[_Sighting], fps: float, frames: int, settings: CropSettings, path: Path
-) -> dict[str, np.ndarray]:
+def _split(observations: list[_Sighting], fps: float, frames: int, settings: CropSettings) -> dict[str, np.ndarray]:
     """Divide by time, number the blocks, and take as many crops as asked for."""
-    if not observations:
-        raise DataError(
-            f"{path}: nobody found: no crop of {frames} frames has a presence above {settings.presence}."
-            f" Give a video with whole persons in it, or tiles (now {settings.tile} px) of their height."
-        )
     border = settings.calibration_share * (frames / fps - settings.gap)
     spans = {"calibration": (0.0, border), "evaluation": (border + settings.gap, frames / fps)}
-    arrays: dict[str, np.ndarray] = {"fps": np.array(fps, np.float64)}
+    arrays: dict[str, np.ndarray] = {}
     blocks = 0
     for split, (start, stop) in spans.items():
         chosen: list[_Sighting] = []
@@ -358,13 +311,7 @@ def _split(
                 chosen += seen
                 numbers += [blocks + min(count - 1, int((o.frame - begin) / fps / settings.block + 1e-9)) for o in seen]
                 blocks += count
-        wanted = getattr(settings, split)
-        if len(chosen) < wanted:
-            raise DataError(
-                f"{path}: {len(chosen)} {split} crops between {start:.2f} and {stop:.2f} s, {wanted} wanted."
-                f" Ask for fewer (CropSettings.{split}) or give a longer video."
-            )
-        take = np.linspace(0, len(chosen) - 1, wanted).round().astype(int)
+        take = np.linspace(0, len(chosen) - 1, getattr(settings, split)).round().astype(int)
         arrays |= _arrays(split, [chosen[index] for index in take], np.array(numbers, np.int32)[take])
     return arrays
 
@@ -381,15 +328,11 @@ def _deal(
             count = int(len(seen) / fps / seconds + 1e-9)
             persons += count > 0
             for part in np.array_split(np.arange(len(seen)), count) if count else []:
-                if len(part) < per_block:
-                    raise DataError(f"{per_block} crops wanted of a block of {len(part)} frames: take longer blocks.")
                 inside = ((np.arange(per_block) + 0.5) / per_block * len(part)).astype(int)  # away from its neighbours
                 blocks.append([seen[i] for i in part[inside]])
-    if len(blocks) < 4:
-        raise DataError(f"{len(blocks)} blocks of {seconds} s found in {len(videos)} videos, at least 4 needed.")
     order = np.random.default_rng(seed).permutation(len(blocks))
     half = len(blocks) // 2
-    arrays: dict[str, np.ndarray] = {"fps": np.array(videos[0][1], np.float64)}
+    arrays: dict[str, np.ndarray] = {}
     for split, chosen in (("calibration", order[:half]), ("evaluation", order[half : 2 * half])):
         picked = [blocks[block][turn] for turn in range(per_block) for block in chosen]
         arrays |= _arrays(split, picked, np.tile(chosen.astype(np.int32), per_block))
@@ -403,9 +346,5 @@ def _arrays(split: str, picked: list[_Sighting], block: np.ndarray) -> dict[str,
         "frame": np.array([sighting.frame for sighting in picked], np.int32),
         "person": np.array([sighting.person for sighting in picked], np.int32),
         "block": block,
-        "presence": np.array([sighting.presence for sighting in picked], np.float32),
-        "centre": np.array([sighting.region.centre for sighting in picked], np.float32),
-        "side": np.array([sighting.region.side for sighting in picked], np.float32),
-        "angle": np.array([sighting.region.angle for sighting in picked], np.float32),
     }
     return {f"{split}_{name}": column for name, column in columns.items()}

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import sklearn
-import tyro
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.flatten_util import ravel_pytree
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from experiments.lib import assets
-from experiments.lib.progress import progress
 from experiments.lib.run import ROOT
 from experiments.problems import optimum
 from mpjax.files import Checkpoint
@@ -45,6 +43,9 @@ from mpjax.files import Checkpoint
 SIZE, CLASSES = 8, 10  # pixels, digits
 TRAIN = 1440  # of 1,797: a number with many divisors, so that equal batches cover all of it
 GRADIENT = 1e-9  # a larger gradient norm at the end is an error
+L2, SEED = 1e-2, 0  # weight of ½‖w‖²; seed of the split, the initial weights and Adam's batches
+ADAM = {"steps": 3000, "batch": 96}  # at a rate of 1e-2 that falls to zero
+LBFGS_STEPS, NEWTON_ROUNDS = 3000, 3  # at most
 _PIECE = "digits_cnn"
 
 
@@ -53,33 +54,11 @@ class TrainingError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How the network is trained.
-
-    Attributes:
-        l2: weight of ½‖w‖².
-        seed: of the split, the initial weights and Adam's batches.
-        adam_steps, adam_rate, adam_batch: Adam with a cosine schedule.
-        lbfgs_steps: at most.
-        newton_rounds: dense Hessians at most.
-    """
-
-    l2: float = 1e-2
-    seed: int = 0
-    adam_steps: int = 3000
-    adam_rate: float = 1e-2
-    adam_batch: int = 96
-    lbfgs_steps: int = 3000
-    newton_rounds: int = 3
-
-
-@dataclass(frozen=True, kw_only=True)
 class Digits:
-    """Images (N, 8, 8, 1) float32 in [0, 1], labels (N,) int32, and their rows (N,) in scikit-learn's data set."""
+    """Images (N, 8, 8, 1) float32 in [0, 1] and labels (N,) int32."""
 
     images: np.ndarray
     labels: np.ndarray
-    rows: np.ndarray
 
 
 def as_products(
@@ -87,24 +66,16 @@ def as_products(
     rhs: jax.Array,
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int] = (1, 1),
-    rhs_dilation: Sequence[int] = (1, 1),
-    dimension_numbers: Any = None,
+    *,
     feature_group_count: int = 1,
-    precision: Any = None,
+    **_: Any,
 ) -> jax.Array:
     """A convolution as one matrix product of patches; a depthwise one as a sum of shifted slices times weights.
 
     It fits Flax's hook for `jax.lax.conv_general_dilated` and covers what `DigitsCNN` needs: NHWC and HWIO, no dilation,
     one group or one per channel, full precision. XLA on the CPU has no fast convolution for float64, nor for one whose
     weights are vectorised over.
-
-    Raises:
-        ValueError: a dilated convolution.
     """
-    del dimension_numbers, precision
-    if {*lhs_dilation, *rhs_dilation} != {1}:
-        raise ValueError(f"Expected no dilation, got {lhs_dilation} of the input, {rhs_dilation} of the kernel.")
     window = rhs.shape[:2]
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(lhs.shape[1:3], window, window_strides, padding)
@@ -157,12 +128,12 @@ class Trained:
     facts: Mapping[str, Any]
 
 
-def split(seed: int) -> tuple[Digits, Digits]:
+def split(seed: int = SEED) -> tuple[Digits, Digits]:
     """The 1,440 training and 357 test digits: stratified by label, shuffled."""
     pixels, labels = load_digits(return_X_y=True)
     rows = train_test_split(np.arange(len(labels)), train_size=TRAIN, stratify=labels, random_state=seed)
     images = (pixels / 16.0).astype(np.float32).reshape(-1, SIZE, SIZE, 1)
-    train, test = (Digits(images=images[part], labels=labels[part].astype(np.int32), rows=part) for part in rows)
+    train, test = (Digits(images=images[part], labels=labels[part].astype(np.int32)) for part in rows)
     return train, test
 
 
@@ -173,7 +144,7 @@ def objective(params: Any, images: jax.Array, labels: jax.Array, *, l2: float) -
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels)) + 0.5 * l2 * squares
 
 
-def trained(settings: Settings | None = None) -> Trained:
+def trained() -> Trained:
     """The trained network, from the cache or trained now in another process.
 
     A damaged cache file is set aside, with a warning, and made anew. Other versions of the packages or of the source train anew.
@@ -181,12 +152,9 @@ def trained(settings: Settings | None = None) -> Trained:
     Raises:
         TrainingError: the training process failed; its messages are above the error.
     """
-    settings = settings or Settings()
-    cache = _checkpoint(settings)
+    cache = _checkpoint()
     if (piece := cache.load(_PIECE)) is None:
         command = [sys.executable, "-m", "experiments.problems.digits"]
-        for name, value in asdict(settings).items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
         environment = os.environ | {"JAX_ENABLE_X64": "1", "JAX_PLATFORMS": "cpu"}
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL).returncode
         piece = cache.load(_PIECE)
@@ -198,20 +166,19 @@ def trained(settings: Settings | None = None) -> Trained:
     return Trained(params=unflatten_dict(dict(piece.arrays), sep="/"), facts=piece.meta)
 
 
-def main(settings: Settings) -> None:
+def main() -> None:
     """Train, keep the weights in the cache and print what is known of them."""
     if not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise SystemExit("The training needs float64: set JAX_ENABLE_X64=1.")
-    result = _train(settings)
-    _checkpoint(settings).save(_PIECE, flatten_dict(dict(result.params), sep="/"), result.facts)
+    result = _train()
+    _checkpoint().save(_PIECE, flatten_dict(dict(result.params), sep="/"), result.facts)
     print(json.dumps(result.facts, indent=2))
 
 
-def _checkpoint(settings: Settings) -> Checkpoint:
-    """Where the weights are kept: under the settings, the versions of what trains, and its source."""
+def _checkpoint() -> Checkpoint:
+    """Where the weights are kept: under the versions of what trains, and its source."""
     packages = {"jax": jax, "flax": flax, "optax": optax, "numpy": np, "sklearn": sklearn}
     key = {
-        "settings": asdict(settings),
         "versions": {name: module.__version__ for name, module in packages.items()},
         "source": [assets.file_sha256(Path(file)) for file in (__file__, optimum.__file__)],
     }
@@ -221,36 +188,24 @@ def _checkpoint(settings: Settings) -> Checkpoint:
 # --- training, in float64 ---------------------------------------------------------------------------------------
 
 
-def _train(settings: Settings) -> Trained:
+def _train() -> Trained:
     start = time.perf_counter()
-    train, test = split(settings.seed)
+    train, test = split()
     images, labels = jnp.asarray(train.images, jnp.float64), jnp.asarray(train.labels)
-    key = jax.random.key(settings.seed)
+    key = jax.random.key(SEED)
     initial = DigitsCNN().init(jax.random.fold_in(key, 0), images[:1])["params"]
     vector, unravel = ravel_pytree(jax.tree.map(lambda leaf: leaf.astype(jnp.float64), initial))
 
     def loss(w: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
-        return objective(unravel(w), x, y, l2=settings.l2)
+        return objective(unravel(w), x, y, l2=L2)
 
     def whole(w: jax.Array) -> jax.Array:
         return loss(w, images, labels)
 
-    total = sum(optimum.progress_steps(settings.lbfgs_steps, vector.size))
-    with progress("training the digits network", total) as advance:
-        vector = optimum.adam(
-            loss,
-            vector,
-            (images, labels),
-            jax.random.fold_in(key, 1),
-            steps=settings.adam_steps,
-            rate=settings.adam_rate,
-            batch=settings.adam_batch,
-            advance=advance,
-        )
-        vector, steps = optimum.lbfgs(whole, vector, steps=settings.lbfgs_steps, tolerance=GRADIENT, advance=advance)
-        end = optimum.newton(
-            loss, vector, (images, labels), rounds=settings.newton_rounds, tolerance=GRADIENT, advance=advance
-        )
+    data = (images, labels)
+    vector = optimum.adam(loss, vector, data, jax.random.fold_in(key, 1), rate=1e-2, **ADAM)
+    vector, steps = optimum.lbfgs(whole, vector, steps=LBFGS_STEPS, tolerance=GRADIENT)
+    end = optimum.newton(loss, vector, data, rounds=NEWTON_ROUNDS, tolerance=GRADIENT)
     vector, eigenvalues = end.vector, end.eigenvalues
 
     gradient = jax.jit(jax.grad(whole))
@@ -258,7 +213,7 @@ def _train(settings: Settings) -> Trained:
     if not (norm < GRADIENT and eigenvalues[0] > 0):
         raise TrainingError(
             f"No optimum: gradient norm {norm:.1e} (expected < {GRADIENT:.0e}), smallest eigenvalue of the Hessian"
-            f" {eigenvalues[0]:.1e} (expected > 0). Try more steps, another seed or a larger l2 than {settings.l2:g}."
+            f" {eigenvalues[0]:.1e} (expected > 0)."
         )
     rounded = vector.astype(jnp.float32).astype(jnp.float64)
     logits = jax.jit(lambda w, x: DigitsCNN(convolution=as_products).apply({"params": unravel(w)}, x))
@@ -269,19 +224,19 @@ def _train(settings: Settings) -> Trained:
 
     squares = float(vector @ vector)
     facts = {
-        "l2": settings.l2,
-        "seed": settings.seed,
+        "l2": L2,
+        "seed": SEED,
         "parameters": int(vector.size),
         "train_examples": len(train.labels),
         "test_examples": len(test.labels),
         "train_accuracy": accuracy(train),
         "test_accuracy": accuracy(test),
         "objective": float(whole(vector)),
-        "cross_entropy": float(whole(vector)) - 0.5 * settings.l2 * squares,
+        "cross_entropy": float(whole(vector)) - 0.5 * L2 * squares,
         "weight_norm": squares**0.5,
         "gradient_norm": norm,
         "gradient_norm_float32_weights": float(jnp.linalg.norm(gradient(rounded))),
-        "gradient_norm_cross_entropy_alone": settings.l2 * squares**0.5,
+        "gradient_norm_cross_entropy_alone": L2 * squares**0.5,
         "smallest_eigenvalue": float(eigenvalues[0]),
         "largest_eigenvalue": float(eigenvalues[-1]),
         "eigenvalues_taken_at_distance": end.distance,
@@ -293,4 +248,4 @@ def _train(settings: Settings) -> Trained:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__))
+    main()

@@ -1,13 +1,11 @@
 """Crops of the one face in scikit-image's `astronaut`, as MediaPipe's face and iris models expect them.
 
-One photograph, 512 x 512 pixels: one face, two eyes about 19 pixels wide. More examples are the same regions moved, scaled
-and turned a little, each sampled from the photograph itself, so they depend on each other: enough to compare estimators with
-measured errors of the same model on the same crops, not to say how well the model does on faces.
+One photograph: one face, two eyes about 19 pixels wide. More examples are the same regions moved, scaled and turned a little, so
+they depend on each other: enough to compare estimators with measured errors on the same crops, not to judge the model on faces.
 
-The regions are those that MediaPipe's graphs would give. Face: the square around all landmarks, times 1.5, turned so that
-the outer eye corners are level (face_landmark_landmarks_to_roi). Eye: a square around the middle of the two corners with
-2.3 times their distance, turned so that they are level (iris_landmark_landmarks_to_roi); the model knows one eye, so the one
-on the right of the image is mirrored. The positions below were found by following the face landmark model from a rough box.
+The regions are those that MediaPipe's graphs would give (face_landmark_landmarks_to_roi, iris_landmark_landmarks_to_roi): around
+a face the square around all landmarks, times 1.5; around an eye a square of 2.3 times the distance of its corners, mirrored on
+the right of the image; both turned until the eye corners are level.
 """
 
 from collections.abc import Callable

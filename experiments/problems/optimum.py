@@ -4,12 +4,10 @@ Three stages: Adam on random batches finds a good region, L-BFGS the valley's fl
 Newton steps with the dense Hessian the point itself, whose eigenvalues say whether it is a minimum. Run them in float64.
 
 `loss(vector, *batch) -> scalar` is a mean over the examples of the batch plus what does not depend on them; `data` are all
-examples, arrays with an equal leading axis. `advance` reports progress, `sum(progress_steps(…))` times.
+examples, arrays with an equal leading axis.
 """
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import jax
@@ -17,12 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.lib.progress import Advance
-
 Loss = Callable[..., jax.Array]
 
-_ADAM_PARTS, _LBFGS_PART = 10, 100
-_VECTORS, _CHUNK = 16, 16  # Hessian-vector products at once, and examples: larger arrays are slower
+_LBFGS_PART = 100  # steps between two looks at the gradient
+_CHUNK = 16  # examples, and Hessian-vector products, at once: larger arrays are slower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +38,6 @@ class Optimum:
     rounds: int
 
 
-def progress_steps(lbfgs_steps: int, size: int) -> tuple[int, int, int]:
-    """How often `adam`, `lbfgs` and `newton` (its first Hessian, P = `size`) report progress."""
-    return _ADAM_PARTS, lbfgs_steps // _LBFGS_PART, -(-size // _VECTORS)
-
-
 def adam(
     loss: Loss,
     vector: jax.Array,
@@ -56,7 +47,6 @@ def adam(
     steps: int,
     rate: float,
     batch: int,
-    advance: Advance,
 ) -> jax.Array:
     """Adam on random batches, its rate falling to zero by a cosine; the new (P,) parameters."""
     optimiser = optax.adam(optax.cosine_decay_schedule(rate, steps))
@@ -68,15 +58,11 @@ def adam(
         return (optax.apply_updates(w, updates), state), None
 
     run = jax.jit(lambda carry, keys: jax.lax.scan(step, carry, keys)[0])
-    carry = (vector, optimiser.init(vector))
-    for part in jax.random.split(key, (_ADAM_PARTS, steps // _ADAM_PARTS)):
-        carry = jax.block_until_ready(run(carry, part))
-        advance()
-    return carry[0]
+    return run((vector, optimiser.init(vector)), jax.random.split(key, steps))[0]
 
 
 def lbfgs(
-    whole: Callable[[jax.Array], jax.Array], vector: jax.Array, *, steps: int, tolerance: float, advance: Advance
+    whole: Callable[[jax.Array], jax.Array], vector: jax.Array, *, steps: int, tolerance: float
 ) -> tuple[jax.Array, int]:
     """L-BFGS until the gradient norm is below `tolerance`, looked at every 100 steps; (parameters, steps taken)."""
     optimiser = optax.lbfgs(memory_size=50)
@@ -91,19 +77,14 @@ def lbfgs(
 
     run = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=_LBFGS_PART)[0])
     carry = (vector, optimiser.init(vector))
-    parts = steps // _LBFGS_PART
-    for part in range(parts):
-        carry = jax.block_until_ready(run(carry))
-        if float(jnp.linalg.norm(gradient(carry[0]))) < tolerance:
-            advance(parts - part)
-            return carry[0], (part + 1) * _LBFGS_PART
-        advance()
-    return carry[0], parts * _LBFGS_PART
+    taken, norm = 0, np.inf
+    while taken < steps and norm >= tolerance:
+        carry = run(carry)
+        norm, taken = float(jnp.linalg.norm(gradient(carry[0]))), taken + _LBFGS_PART
+    return carry[0], taken
 
 
-def newton(
-    loss: Loss, vector: jax.Array, data: tuple[jax.Array, ...], *, rounds: int, tolerance: float, advance: Advance
-) -> Optimum:
+def newton(loss: Loss, vector: jax.Array, data: tuple[jax.Array, ...], *, rounds: int, tolerance: float) -> Optimum:
     """Newton steps with one dense Hessian for as long as each halves the gradient, then with another if need be.
 
     Eigenvalues count by their absolute value, and a step is halved while the loss grows, so saddle points repel
@@ -112,9 +93,10 @@ def newton(
     value = jax.jit(lambda w: loss(w, *data))
     gradient = jax.jit(jax.grad(lambda w: loss(w, *data)))
     hessian = _hessian(loss, data)
-    for number in range(1, rounds + 1):
-        centre = vector
-        eigenvalues, vectors = np.linalg.eigh(hessian(vector, advance if number == 1 else lambda steps=1: None))
+    number, norm = 0, np.inf
+    while number < rounds and norm >= tolerance:
+        centre, number = vector, number + 1
+        eigenvalues, vectors = np.linalg.eigh(hessian(vector))
         scales = np.maximum(np.abs(eigenvalues), 1e-8 * np.abs(eigenvalues).max())
         norm = float(jnp.linalg.norm(gradient(vector)))
         while norm > 0:
@@ -127,33 +109,27 @@ def newton(
                 vector = ahead
             if norm > before / 2:
                 break
-        if float(jnp.linalg.norm(gradient(vector))) < tolerance:
-            break
+        norm = float(jnp.linalg.norm(gradient(vector)))
     distance = float(jnp.linalg.norm(vector - centre))
     return Optimum(vector=vector, eigenvalues=eigenvalues, distance=distance, rounds=number)
 
 
-def _hessian(loss: Loss, data: tuple[jax.Array, ...]) -> Callable[[jax.Array, Advance], np.ndarray]:
+def _hessian(loss: Loss, data: tuple[jax.Array, ...]) -> Callable[[jax.Array], np.ndarray]:
     """The dense (P, P) Hessian as a function of the parameters: Hessian-vector products with all basis vectors."""
     count = len(data[0])
-    size = max(
-        number for number in range(1, _CHUNK + 1) if count % number == 0
-    )  # equal chunks: their mean is the whole
-    chunks = [tuple(array[i : i + size] for array in data) for i in range(0, count, size)]
+    size = max(n for n in range(1, _CHUNK + 1) if count % n == 0)  # of equal chunks the mean is the whole
+    chunks = tuple(array.reshape(-1, size, *array.shape[1:]) for array in data)
 
     @jax.jit
-    def products(w: jax.Array, vectors: jax.Array, *chunk: jax.Array) -> jax.Array:
-        return jax.vmap(jax.linearize(jax.grad(lambda vector: loss(vector, *chunk)), w)[1])(vectors)
+    def hessian(w: jax.Array) -> jax.Array:
+        def add(total: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+            product = jax.linearize(jax.grad(lambda vector: loss(vector, *chunk)), w)[1]
+            return total + jax.lax.map(product, jnp.eye(w.size), batch_size=_CHUNK), None
 
-    def hessian(w: jax.Array, advance: Advance) -> np.ndarray:
-        def rows(first: int) -> np.ndarray:
-            vectors = jnp.asarray(np.eye(_VECTORS, w.size, first))
-            parts = [np.asarray(products(w, vectors, *chunk)) for chunk in chunks]
-            advance()
-            return np.mean(parts, axis=0)
+        return jax.lax.scan(add, jnp.zeros((w.size, w.size)), chunks)[0] * (size / count)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # one program at a time leaves the other cores idle
-            matrix = np.concatenate(list(pool.map(rows, range(0, w.size, _VECTORS))))[: w.size]
+    def symmetric(w: jax.Array) -> np.ndarray:
+        matrix = np.asarray(hessian(w))
         return (matrix + matrix.T) / 2
 
-    return hessian
+    return symmetric

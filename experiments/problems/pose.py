@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.models.mediapipe import imported
+from experiments.models.tflite_import import fetched
 from experiments.problems import data
 from mpjax import emulation
 from mpjax.program import Batches, Model
@@ -33,7 +33,7 @@ class Split:
 
 def model() -> Model:
     """The model in float32 on its landmark path: images (N, 256, 256, 3) -> {"Identity": (N, 195)}."""
-    return imported(MODEL, ("Identity",), data.SIZE)
+    return fetched(MODEL, ("Identity",), data.SIZE)
 
 
 def in_torso_units(outputs: Mapping[str, jax.Array], torso: jax.Array) -> jax.Array:

@@ -8,8 +8,6 @@ error (NME, KL) on calibration data, at most 150 assignments; its result is then
 is. The tolerance is a share of the error with all layers in the set's first format, on both parts of the data together. Expected:
 `ilp` and `iqp` lower at least as many layers as any baseline; a bisected ranking (`binary`) needs the fewest evaluations; segment
 splitting needs many times more. A problem of 12 layers per model is enumerated: how far each strategy is from the true optimum.
-
-Writes results/searches/: summary.json, plans, tables, figures and report.html.
 """
 
 from collections.abc import Sequence
@@ -24,22 +22,16 @@ from experiments.lib.progress import Advance, progress
 from experiments.lib.rows import Table, column
 from experiments.lib.run import Options, Run, check_names
 from experiments.problems import searches_tasks
-from experiments.problems.searches_tasks import MODELS, SETS
+from experiments.problems.searches_tasks import MODELS, SETS, TOLERANCES
 from experiments.searches import figures
-from experiments.searches.rows import Cost, Enumerated, Latency, Point, Row, Scored, Solver
+from experiments.searches.rows import Cost, Enumerated, Latency, Point, Row, Solver
 from experiments.searches.steps import Model, random_problems
 
-TOLERANCES = (0.01, 0.02, 0.05, 0.1, 0.25, 0.5)
 HOW = (
-    "Every strategy measures the user's error on calibration data and ends with an assignment within the tolerance there; its "
-    "held-out error is measured once, afterwards. Objective layers: as many below float32 as possible; bytes: of the stored "
-    "weights, over two formats; latency: the sum of the layers' measured seconds. Confidence: the upper end of the 95 % interval "
-    "over blocks of dependent examples had to be within. segments and bisect_precision are the published logic of "
-    "onnxconverter-common's auto_mixed_precision and Polygraphy's debug precision, written from their description."
+    "Every strategy ends with an assignment within the tolerance on calibration data; its held-out error is measured once, "
+    "afterwards. Confidence: the upper end of the 95 % interval over blocks of dependent examples had to be within."
 )
-ENUMERATED = (
-    "All assignments of few layers, evenly spaced in the ranking of their predicted loss, measured on a few examples."
-)
+ENUMERATED = "All assignments of few layers, evenly spaced in the ranking of their predicted loss, on a few examples."
 LATENCY = (
     "Each layer is timed alone at its real shapes, cast included, and added up; the compiled whole fuses neighbours."
 )
@@ -82,7 +74,6 @@ class Results:
     pareto: list[Point] = field(default_factory=list)
     latency: list[Latency] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
-    scores: list[Scored] = field(default_factory=list)
     solvers: list[Solver] = field(default_factory=list)
 
 
@@ -99,7 +90,7 @@ def main(config: Config) -> None:
             task = searches_tasks.load(name, quick=config.quick)
             fronts.append(one_model(task, run, config, results, advance))
     tables = {
-        "costs": Cost, "enumerated": Enumerated, "latency": Latency, "pareto": Point, "scores": Scored, "solvers": Solver,
+        "costs": Cost, "enumerated": Enumerated, "latency": Latency, "pareto": Point, "solvers": Solver,
     }  # fmt: skip
     by_name = {name: Table(name, kind, getattr(results, name)) for name, kind in tables.items()}
     plain = [row for row in results.rows if row.confidence is None and row.objective == "layers"]
@@ -134,7 +125,6 @@ def one_model(task: searches_tasks.Task, run: Run, config: Config, results: Resu
     """Adds a model's rows to the results; returns the picture of its trade-off."""
     model = Model(task, run, tolerances=config.tolerances, seed=config.seed, quick=config.quick)
     results.costs += model.cost_rows
-    results.scores.append(model.scored_row)
     evaluations = {formats: task.evaluation(formats) for formats in SETS}
     near = min(config.tolerances, key=lambda share: abs(share - 0.1))
     for formats in SETS:

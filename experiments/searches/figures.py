@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.lib.plots import BLUE, PALETTE, RED, Figure, plt
+from experiments.problems.benchmarks import SHORT
 from experiments.searches.rows import Cost, Enumerated, Row
 from mpjax.search import Point
 
-SHORT = {"pose_landmark_full": "pose", "iris_landmark": "iris", "digits_cnn": "digits"}
 RANKED = ("binary", "greedy", "ilp", "ilp[extend=0]", "iqp[extend=24]", "iqp")
 BASELINES = ("last_first", "random", "segments", "bisect_precision")
 COLOURS = dict(zip((*RANKED, *BASELINES), 2 * tuple(PALETTE), strict=False))

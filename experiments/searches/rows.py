@@ -111,14 +111,3 @@ class Point:
     weight_bytes: float = column("bytes of the weights", ".4g")
     predicted_ms: float = column("predicted ms", ".4g")
     best_on: str = column("on the front of")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scored:
-    """What the predicted losses of a model cost."""
-
-    model: str
-    seconds: float
-    compile_seconds: float
-    examples: int
-    edges: int

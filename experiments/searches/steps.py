@@ -15,7 +15,7 @@ from experiments.lib import times
 from experiments.lib.run import Computed, Run
 from experiments.problems import benchmarks, searches_tasks
 from experiments.problems.searches_tasks import FORMATS, SETS, Predicted, Task
-from experiments.searches.rows import Cost, Enumerated, Latency, Point, Row, Scored, Solver
+from experiments.searches.rows import Cost, Enumerated, Latency, Point, Row, Solver
 from mpjax import compiled, cost, plan, search
 from mpjax.apply import apply
 from mpjax.evaluation import Evaluation
@@ -97,12 +97,6 @@ class Model:
             quick=self.quick,
             **key,
         )
-
-    @property
-    def scored_row(self) -> Scored:
-        """What the predicted losses cost."""
-        notes = {name: self.scored.meta[name] for name in ("seconds", "compile_seconds", "examples")}
-        return Scored(model=self.task.name, **notes, edges=len(self.predicted.edges))
 
     @property
     def cost_rows(self) -> list[Cost]:

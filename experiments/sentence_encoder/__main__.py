@@ -1,14 +1,16 @@
 """A sentence encoder in low precision: all-MiniLM-L6-v2, faster in bfloat16, and smaller with weights stored in mixed formats.
 
     python -m experiments.sentence_encoder            (about 6 minutes on 2 cores)
-    python -m experiments.sentence_encoder --quick    (about 3: fewer texts, probes and mixes)
+    python -m experiments.sentence_encoder --quick    (about 2: fewer texts, probes and mixes)
 
 Truth is the float32 model's own embedding. Drift is 1 − cosine to it, mean over paragraphs of the Python language reference. For
 embeddings of length 1 that is ½‖Δ‖², the output loss itself: `local_rounding` predicts the drift, with nothing between.
 
 (a) Compute: layers in bfloat16 by an integer program within a tolerance of drift, compiled by the rule, attention's products in
 bfloat16 as Flax's `dtype=` has them; timed in turns with jitted float32 and with Flax's `dtype=bfloat16`. (b) Storage: mixes of
-weight-only formats at a number of bytes by an integer program, beside uniform formats, random mixes and mixes by depth.
+weight-only formats at a number of bytes by an integer program, beside uniform formats, random mixes and mixes by depth (these of
+the two uniform formats between which that number lies). Scores and searches see the calibration part of the texts, rows are of
+the held-out one; a search accepts where the upper end of the 90 % interval of the mean drift is within the limit.
 
 Expected: bfloat16 at 8 x 128 tokens half of float32's time or a little more, at a cosine above .9999, where Flax's own bfloat16
 is slower than float32; at the bytes of uniform int4 plus a quarter a third of its drift or less.
@@ -22,10 +24,10 @@ import numpy as np
 import tyro
 
 from experiments.lib.run import Options, Run
+from experiments.lib.storage.store import FORMATS
+from experiments.lib.storage.study import Study
 from experiments.problems import text_data
 from experiments.sentence_encoder import steps
-from experiments.storage.store import FORMATS
-from experiments.storage.study import Study
 from mpjax import search
 from mpjax.apply import apply
 
@@ -64,13 +66,7 @@ def main(config: Config) -> None:
         programs["mixed_w"] = apply(subject.model, study.headline)
     study.finish(
         "A sentence encoder in mixed formats",
-        lead="all-MiniLM-L6-v2: how far its embeddings move, how many bytes its weights take, and how fast it is.",
-        how="Truth is the float32 model's own embedding: no labels are involved. Texts are paragraphs of the Python language "
-        "reference, topics dealt to calibration and held-out parts; scores and searches see the first, rows are of the second. "
-        "Mixes at a number of bytes are integer programs on the predicted drift; random mixes and mixes by depth fill the same "
-        "bytes with the two uniform formats between which that number lies. A search accepts an assignment where the upper end "
-        "of the 90 % interval of its mean drift over the calibration texts is within the limit (beside uniform int8: of the "
-        "difference).",
+        lead=__doc__,
         error_name="1 − cosine to float32, mean of held-out texts",
         as_int8=as_int8,
         speed=steps.times(subject, programs),

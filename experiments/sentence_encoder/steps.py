@@ -1,7 +1,8 @@
 """MiniLM and its texts: scores, drift of the embeddings, layers and attention in bfloat16, times."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,14 @@ import numpy as np
 
 from experiments.lib import assets
 from experiments.lib.run import Run
-from experiments.models.minilm import encode, load_minilm, load_tokenizer
+from experiments.lib.storage import store as storage
+from experiments.lib.storage import study
+from experiments.lib.storage.rows import Speed
+from experiments.lib.storage.study import Drift, Study
+from experiments.models.minilm import encode, load_minilm
 from experiments.models.pretrained import in_dtype, jitted
 from experiments.problems import text_data
 from experiments.problems.benchmarks import in_batches
-from experiments.storage import store as storage
-from experiments.storage import study
-from experiments.storage.rows import Speed
-from experiments.storage.study import Drift, Study
 from mpjax import compiled, cost, search, sensitivity
 from mpjax.apply import apply
 from mpjax.evaluation import Evaluation
@@ -47,9 +48,9 @@ class Subject:
     """The model and its texts."""
 
     def __init__(self, texts: int) -> None:
-        tokenizer = load_tokenizer(assets.fetch("minilm_tokenizer"))
+        tokenizer = assets.fetch("minilm_tokenizer")
         self.batches = {
-            name: in_batches(encode(tokenizer, spread(part.text, texts), length=LENGTH, truncate=True), 8)
+            name: in_batches(encode(tokenizer, spread(part.text, texts), length=LENGTH), 8)
             for name, part in zip(("calibration", "heldout"), text_data.prose(), strict=True)
         }
         self.module = load_minilm(assets.fetch(MODEL))
@@ -94,18 +95,18 @@ def reference_rows(subject: Subject, result: Study) -> None:
     plain, size = jitted(in_dtype(subject.module, jnp.bfloat16)), subject.store.bytes_of({})
     embedded = np.concatenate([np.asarray(plain(*batch), np.float32) for batch in subject.batches["heldout"]])
     embedded = embedded / np.linalg.norm(embedded, axis=1, keepdims=True)
-    result.add("reference", "float32", size, {"cosine": 1.0}, "jit")
-    result.add("plain_bfloat16", FAST, size, subject.drift(embedded).fields, "plain")
+    result.store_as("reference", Assignment.uniform(subject.model.names), variant="jit")
+    result.add("plain_bfloat16", FAST, size, subject.drift(embedded), variant="plain")
 
 
 def fastest(subject: Subject, result: Study, tolerance: float) -> dict[str, Model]:
     """Rows of what is computed in bfloat16, and the models to be timed.
 
     Least time (each layer timed alone, by the rule) within the tolerance of drift, and within shares of the drift of all layers.
-    Attention's products are in bfloat16, while the search measures, too; where they alone drift further, in float32.
+    Attention's products are in bfloat16, also while the search measures; a limit that they alone exceed is left out.
     """
-    model = subject.model
-    costs = cost.measure(model, (FAST,), *subject.batches["calibration"][0], implementation="rule", rounds=5)
+    model, batches, truth = subject.model, subject.batches["calibration"], subject.reference["calibration"]
+    costs = cost.measure(model, (FAST,), *batches[0], implementation="rule", rounds=5)
     assert costs.seconds is not None
     problem = search.Problem(
         layers=model.names,
@@ -115,59 +116,36 @@ def fastest(subject: Subject, result: Study, tolerance: float) -> dict[str, Mode
         cost=costs.seconds[:, 1:],
         float32_cost=costs.seconds[:, 0],
     )
-    evaluations = emulated(subject)
-    everything = evaluations[FAST](Assignment.uniform(model.names, FAST)).value
-    limits = {"mixed": tolerance} | {f"mixed, {share:g} of all low": share * everything for share in TOLERANCES}
-    programs = {"fp32": model}
-    for name, limit in limits.items():
-        solution, attention = solved(problem, evaluations, limit)
-        programs[name] = apply(model, with_attention(model, solution.assignment, attention), implementation="rule")
-        heldout = subject.batches["heldout"]
-        program = compiled.compile(programs[name], heldout[:2])
-        measured = subject.drift(np.concatenate([np.asarray(program(*batch)) for batch in heldout]))
-        formats = storage.formats_of(solution.assignment)
-        row = result.add("mixed", formats, program.weight_bytes, measured.fields, name)
-        purpose = f"least time within {limit:.2g}, attention in {attention}"
-        result.searched(purpose, limit, solution, measured.mean, row)
-    return programs
-
-
-def solved(
-    problem: search.Problem, evaluations: Mapping[str, search.Evaluate], limit: float
-) -> tuple[search.Result, str]:
-    """The search's result, and the first format of attention's products with which float32 layers are within the limit."""
-    for attention, evaluate in evaluations.items():
-        try:
-            result = search.solve(
-                problem, search.ilp(), evaluate=evaluate, tolerance=limit, confidence=storage.CONFIDENCE
-            )
-        except search.ToleranceError:  # attention alone is too much
-            continue
-        return result, attention
-    raise search.ToleranceError(f"Not even float32 is within {limit:g} of itself.")
-
-
-def with_attention(model: Model, assignment: Assignment, fmt: str) -> dict[str, str]:
-    """The assignment, with attention's products in a format."""
-    return {**assignment, **dict.fromkeys((product.name for product in model.activation_products), fmt)}
-
-
-def emulated(subject: Subject) -> dict[str, Callable[[Assignment], Measurement]]:
-    """Format of attention's products -> calibration drift of an assignment of the layers, by emulation."""
-    truth = subject.reference["calibration"]
-    evaluate = Evaluation(
-        with_activation_products(subject.model),
-        subject.batches["calibration"],
+    attention = dict.fromkeys((product.name for product in model.activation_products), FAST)
+    measure = Evaluation(
+        with_activation_products(model),
+        batches,
         (FAST,),
         lambda low, _: drift(low, truth),
         blocks=np.arange(len(truth)),
         confidence=storage.CONFIDENCE,
     )
 
-    def drift_with(fmt: str) -> Callable[[Assignment], Measurement]:
-        return lambda assignment: evaluate(with_attention(subject.model, assignment, fmt))
+    def evaluate(assignment: Assignment) -> Measurement:
+        return measure({**assignment, **attention})
 
-    return {fmt: drift_with(fmt) for fmt in (FAST, "float32")}
+    everything = evaluate(Assignment.uniform(model.names, FAST)).value
+    limits = {"mixed": tolerance} | {f"mixed, {share:g} of all low": share * everything for share in TOLERANCES}
+    programs, heldout = {"fp32": model}, subject.batches["heldout"]
+    for name, limit in limits.items():
+        knobs: dict[str, Any] = {"evaluate": evaluate, "tolerance": limit, "confidence": storage.CONFIDENCE}
+        try:
+            solution = search.solve(problem, search.ilp(), **knobs)
+        except search.ToleranceError as error:
+            print(f"{name}: attention in {FAST} alone drifts too far: {error}")
+            continue
+        programs[name] = apply(model, {**solution.assignment, **attention}, implementation="rule")
+        program = compiled.compile(programs[name], heldout[:2])
+        measured = subject.drift(np.concatenate([np.asarray(program(*batch)) for batch in heldout]))
+        formats = storage.formats_of(solution.assignment)
+        row = result.add("mixed", formats, program.stored_bytes, measured, variant=name)
+        result.searched(f"least time within {limit:.2g}", limit, solution, measured.mean, row)
+    return programs
 
 
 def times(subject: Subject, programs: Mapping[str, Model]) -> list[Speed]:

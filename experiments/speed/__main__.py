@@ -1,7 +1,7 @@
 """How fast is the compiled mixed-precision function? Against float32 XLA, Flax's plain bfloat16, and LiteRT's XNNPACK.
 
     python -m experiments.speed            (about 75 minutes on 2 cores; again: under 1)
-    python -m experiments.speed --quick    (about 3: iris and a transformer, one core, no tuning)
+    python -m experiments.speed --quick    (about 1: iris and a transformer, one core, no tuning)
 
 Models: pose, iris and face landmarks on real images, transformer encoders on random tokens (for time only). Each model, batch
 size and number of cores is timed in a process of its own, all variants interleaved.
@@ -17,7 +17,7 @@ size and number of cores is timed in a process of its own, all variants interlea
 
 LiteRT always computes all outputs; only its `invoke` is timed, because mpjax's programs find their input in place, too. NME is on
 held-out examples, against the float32 model. Expected: mixed faster than LiteRT on one core; Flax's plain bfloat16 slower than
-float32. Writes results/speed/: summary.json, plans, tables, figures and report.html.
+float32. Writes results/speed/: summary.json, tables, figures and report.html.
 """
 
 import importlib.metadata
@@ -30,9 +30,8 @@ from typing import Any
 
 import tyro
 
-from experiments.lib.page import Section
 from experiments.lib.progress import progress
-from experiments.lib.rows import Table
+from experiments.lib.rows import Table, fill
 from experiments.lib.run import Options, Run, check_names
 from experiments.models.encoder import ENCODERS
 from experiments.speed import figures, steps
@@ -41,6 +40,7 @@ from experiments.speed.worker import IN_UNITS, LANDMARKS, Job
 from mpjax import xla
 
 MODELS = (*IN_UNITS, *ENCODERS)
+KINDS = {"speed": Row, "tuning": Tuning, "programs": Program, "layers": Layer}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,47 +113,28 @@ def main(config: Config) -> None:
             advance()
     if not results:
         raise SystemExit("\n".join(failed))
-    kinds = {"speed": Row, "tuning": Tuning, "programs": Program, "layers": Layer}
-    listed = {name: [kind(**row) for result in results for row in result[name]] for name, kind in kinds.items()}
-    rows = listed["speed"]
-    listed["searches"] = [Search(**search["row"] | heldout(name, rows, results)) for name, search in searches.items()]
-    listed["notes"] = [Note(note=note) for note in (*(note for result in results for note in result["notes"]), *failed)]
-    tables = {
-        name: Table(name, kind, listed[name]) for name, kind in {**kinds, "searches": Search, "notes": Note}.items()
-    }
-    pictures = [
+    listed = {name: [row for result in results for row in result[name]] for name in (*KINDS, "notes")}
+    heldout = {result["model"]: result["heldout"] for result in results if result["heldout"]}
+    tables = {name: Table(name, kind, [kind(**row) for row in listed[name]]) for name, kind in KINDS.items()}
+    rows, tuning = tables["speed"].rows, tables["tuning"].rows
+    searched = [fill(Search, search["row"], heldout.get(name, {})) for name, search in searches.items()]
+    notes = [Note(note=note) for note in (*listed["notes"], *failed)]
+    for model in dict.fromkeys(row.model for row in rows):
         run.save(
             figures.bars(model, [row for row in rows if row.model == model]),
             f"speed_{model}",
             alt=f"{model}: time of each variant relative to LiteRT's float32, or to float32 by mpjax or jax",
         )
-        for model in dict.fromkeys(row.model for row in rows)
-    ]
-    headings = {"searches": "Searches", "tuning": "Tuning", "programs": "The mixed programs", "layers": "Their layers"}
     run.finish(
         "How fast is the compiled function?",
+        lead=__doc__,
         results=tables.pop("speed"),
-        tables=list(tables.values()),
-        findings=findings(rows, listed["tuning"], listed["searches"]),
-        sections=[
-            Section("Time by model", *pictures),
-            *(Section(heading, tables[name]) for name, heading in headings.items() if listed[name]),
-            Section("Notes", *(row.note for row in listed["notes"])),
-        ],
+        tables=[*tables.values(), Table("searches", Search, searched), Table("notes", Note, notes)],
+        findings=findings(rows, tuning, searched),
         facts={"litert": litert},
     )
     if failed:
         raise SystemExit("\n".join(failed))
-
-
-def heldout(model: str, rows: Sequence[Row], results: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Held-out NME with all layers low, the tolerance's share of it, and the mixed program's NME."""
-    reported = [result for result in results if result["model"] == model and result["nme_all_low"] is not None]
-    if not reported:
-        return dict.fromkeys(("nme_all_low", "nme_limit", "nme_mixed"))
-    all_low, where = reported[0]["nme_all_low"], (model, "all", 1, 1, "mixed")
-    mixed = next((r.nme for r in rows if (r.model, r.outputs, r.batch, r.cores, r.variant) == where), None)
-    return {"nme_all_low": all_low, "nme_limit": steps.TOLERANCE * all_low, "nme_mixed": mixed}
 
 
 def findings(rows: Sequence[Row], tuning: Sequence[Tuning], searches: Sequence[Search]) -> list[str]:

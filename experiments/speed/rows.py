@@ -14,14 +14,14 @@ class Row:
     batch: int = column("batch", short=True)
     cores: int = column("cores", short=True)
     variant: str = column("variant", short=True)
-    ms_median: float = column("ms", ".2f", short=True)
+    ms: float = column("ms", ".2f", short=True)
+    ms_q1: float
+    ms_q3: float
     ms_min: float = column("least", ".2f")
-    ms_low: float
-    ms_high: float
     vs_fp32_naive: float = column("/ naive", ".3f")
-    vs_fp32_tuned: float | None = column("/ tuned", ".2f", short=True)
-    vs_flax_bf16: float | None = column("/ Flax's bfloat16", ".2f")
-    vs_litert: float | None = column("/ LiteRT", ".2f", short=True)
+    vs_fp32_tuned: float | None = column("/ tuned", ".2f", short=True, default=None)
+    vs_flax_bf16: float | None = column("/ Flax's bfloat16", ".2f", default=None)
+    vs_litert: float | None = column("/ LiteRT", ".2f", short=True, default=None)
     nme: float | None = column("NME", ".5f", short=True)
     max_rel_error: float | None = column("worst error", ".1g")
 
@@ -38,9 +38,9 @@ class Search:
     error_all_low: float = column("error, all low", ".5f")
     tolerance_value: float = column("limit", ".5f")
     error_calibration: float = column("error, calibration", ".5f")
-    nme_all_low: float | None
-    nme_limit: float | None = column("limit, held out", ".5f")
-    nme_mixed: float | None = column("NME, held out", ".5f")
+    nme_all_low: float | None = None
+    nme_limit: float | None = column("limit, held out", ".5f", default=None)
+    nme_mixed: float | None = column("NME, held out", ".5f", default=None)
     predicted_gain: float | None = column("predicted gain", ".1%")
     evaluations: int = column("evaluations")
 

@@ -17,13 +17,11 @@ import numpy as np
 from experiments.lib.run import ROOT, Computed, Run
 from experiments.problems import searches_tasks
 from experiments.problems.benchmarks import first
-from experiments.speed.worker import Job
-from mpjax import plan, search, sensitivity
-from mpjax.files import write_json
+from experiments.speed.worker import TOLERANCE, Job
+from mpjax import search, sensitivity
 from mpjax.ledger import Ledger
-from mpjax.search import Problem
 
-TOLERANCE, LOW = 0.1, "bfloat16"
+LOW = "bfloat16"
 
 
 class JobFailed(RuntimeError):
@@ -49,7 +47,7 @@ def timed(job: Job, run: Run) -> dict[str, Any]:
             return {}, {"result": json.loads(answer.read_text(encoding="utf-8"))}, Ledger()
 
     what = "costs" if job.costs else f"{job.outputs} batch {job.batch}"
-    return run.piece(f"{job.model} {what}, {job.cores} cores", compute, job=asdict(job)).meta["result"]
+    return run.piece(f"{job.model} {what}, on {job.cores}", compute, job=asdict(job)).meta["result"]
 
 
 @contextmanager
@@ -77,30 +75,12 @@ def searched(name: str, run: Run, *, quick: bool) -> dict[str, Any]:
         benchmark = task.benchmark
         batches = first(benchmark.batches, min(task.scored, benchmark.examples), None)
         scores = sensitivity.local_rounding(num_probes=4)(benchmark.model, batches, (LOW,), jax.random.key(0))
-        problem = Problem(
-            layers=benchmark.model.names,
-            formats=(LOW,),
-            penalty=scores.value,
-            objective="cost_min",
-            cost=seconds[:, 1:],
-            float32_cost=seconds[:, 0],
-        )
+        problem = search.Problem.from_scores(scores, cost=seconds, objective="cost_min")
         evaluation = task.evaluation((LOW,))
         all_low = evaluation(search.Assignment.uniform(benchmark.model.names, LOW)).value
         limit = TOLERANCE * all_low
         result = search.solve(problem, search.ilp(), evaluate=evaluation, tolerance=limit, max_evaluations=60)
         profitable = [layer for layer, (wide, low) in zip(costs["layers"], seconds, strict=True) if low < wide]
-        chosen = plan.Plan(
-            assignment=result.assignment,
-            estimator=scores.estimator,
-            strategy="ilp",
-            metric={"value": result.measurement.value, "low": None, "high": None, "tolerance": limit},
-            seeds={"scores": 0},
-            versions={"jax": jax.__version__},
-            data=plan.digest(*(np.asarray(batch[0]) for batch in benchmark.batches)),
-        )
-        path = run.folder / f"{name}.plan.json"
-        plan.save(chosen, path)
         row = {
             "model": name,
             "layers": len(problem.layers),
@@ -115,9 +95,6 @@ def searched(name: str, run: Run, *, quick: bool) -> dict[str, Any]:
         }
         lowered = {"mixed": result.assignment.lowered, "bf16_profitable": profitable}
         assignments = {variant: dict.fromkeys(layers, LOW) for variant, layers in lowered.items()}
-        text = json.loads(path.read_text(encoding="utf-8"))
-        return {}, {"row": row, "assignments": assignments, "plan": text}, result.ledger + scores.ledger
+        return {}, {"row": row, "assignments": assignments}, result.ledger + scores.ledger
 
-    meta = run.piece(f"{name} search", compute).meta
-    write_json(run.folder / f"{name}.plan.json", meta["plan"])  # also where the piece is reused
-    return dict(meta)
+    return dict(run.piece(f"{name} search", compute).meta)

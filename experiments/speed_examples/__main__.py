@@ -1,6 +1,6 @@
 """What makes a low-precision layer fast or slow on this CPU: small programs, all implementations interleaved.
 
-    python -m experiments.speed_examples [--cores 1]      (about two minutes)
+    python -m experiments.speed_examples [--cores 1]      (less than a minute)
 
 Products, convolutions and casts for `docs/speed.md`. Microseconds include the start of a program, about 10.
 """
@@ -30,7 +30,7 @@ from mpjax.kernels import shift
 from mpjax.program import Product
 from mpjax.xla import executable, timing
 
-NHWC = ("NHWC", "HWIO", "NHWC")
+Function = Callable[..., jax.Array]
 ON, OFF = executable.EXACT | executable.WIDE, executable.EXACT | executable.WIDE | executable.NO_YNN
 NARROW_VECTORS = executable.EXACT | executable.NO_YNN
 ROUNDS = 15
@@ -56,8 +56,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One implementation of an example."""
+class Program:
+    """One program of an example: an implementation under compiler options."""
 
     name: str
     function: Callable[..., Any]
@@ -70,33 +70,24 @@ def numbers(*shape: int, dtype: str = "float32") -> jax.Array:
     return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32).astype(dtype)
 
 
-def dot(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A product of matrices, accumulated and returned in float32."""
-    return lax.dot_general(x, w, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+def implemented(name: str, **product: Any) -> Function:
+    """A product by that implementation, accumulated and returned in float32."""
+    return lambda x, w: kernels.implemented(Product(**product), name).multiply(x, w, accumulate="float32")
 
 
-def plain(x: jax.Array, w: jax.Array) -> jax.Array:
-    """A product of matrices as Flax's dtype= computes it: the result in the operands' dtype."""
-    return lax.dot_general(x, w, (((1,), (0,)), ((), ())))
-
-
-def convolution(implementation: str, strides: tuple[int, int] = (1, 1), groups: int = 1) -> Callable[..., jax.Array]:
+def convolution(name: str, strides: tuple[int, int] = (1, 1), groups: int = 1) -> Function:
     """A convolution by that implementation."""
-
-    def function(x: jax.Array, w: jax.Array) -> jax.Array:
-        product = Product(
-            kind="conv",
-            function=lax.conv_general_dilated,
-            window_strides=strides,
-            padding="SAME",
-            lhs_dilation=(1, 1),
-            rhs_dilation=(1, 1),
-            dimension_numbers=NHWC,
-            feature_group_count=groups,
-        )
-        return kernels.implemented(product, implementation).multiply(x, w, accumulate="float32")
-
-    return function
+    return implemented(
+        name,
+        kind="conv",
+        function=lax.conv_general_dilated,
+        window_strides=strides,
+        padding="SAME",
+        lhs_dilation=(1, 1),
+        rhs_dilation=(1, 1),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 def in_one_block(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -110,42 +101,39 @@ def in_one_block(x: jax.Array, w: jax.Array) -> jax.Array:
         shift._shifted_sum.clear_cache()  # type: ignore[attr-defined]
 
 
-def products(rows: int, inner: int, columns: int) -> list[Way]:
-    """float32 and bfloat16, with and without YNN."""
+def products(rows: int, inner: int, columns: int) -> list[Program]:
+    """float32 and bfloat16, with and without YNN; as Flax's dtype= computes it, the result is in the operands' dtype."""
     wide = (numbers(rows, inner), numbers(inner, columns))
     low = tuple(x.astype(jnp.bfloat16) for x in wide)
-    implementations = [
-        Way("float32", dot, wide),
-        Way("float32", dot, wide, ON),
-        Way("bfloat16, float32 sums", dot, low),
-        Way("bfloat16, float32 sums", dot, low, ON),
-        Way("bfloat16, as Flax's dtype=", plain, low, ON),
+    dot: Function = functools.partial(lax.dot, preferred_element_type=jnp.float32)
+    programs = [
+        Program("float32", dot, wide),
+        Program("float32", dot, wide, ON),
+        Program("bfloat16, float32 sums", dot, low),
+        Program("bfloat16, float32 sums", dot, low, ON),
+        Program("bfloat16, as Flax's dtype=", lax.dot, low, ON),
     ]
     if rows < 4:
-
-        def padded(x: jax.Array, w: jax.Array) -> jax.Array:
-            product = Product(kind="dot", function=lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())))
-            return kernels.implemented(product, "rows").multiply(x, w, accumulate="float32")
-
-        implementations.append(Way("bfloat16, rows up to four", padded, low, ON))
-    return implementations
+        padded = implemented("rows", kind="dot", function=lax.dot_general, dimension_numbers=(((1,), (0,)), ((), ())))
+        programs.append(Program("bfloat16, rows up to four", padded, low, ON))
+    return programs
 
 
-def convolutions(x: tuple[int, ...], w: tuple[int, ...], ways: str, **options: Any) -> list[Way]:
+def convolutions(x: tuple[int, ...], w: tuple[int, ...], implementations: str, **options: Any) -> list[Program]:
     """float32, by several implementations."""
     arguments = (numbers(*x), numbers(*w))
-    return [Way(way, convolution(way, **options), arguments) for way in ways.split()]
+    return [Program(name, convolution(name, **options), arguments) for name in implementations.split()]
 
 
-def examples() -> dict[str, list[Way]]:
-    """Name -> implementations, the one to compare with first."""
+def examples() -> dict[str, list[Program]]:
+    """Name -> programs, the one to compare with first."""
     activations = numbers(1, 64, 64, 144)
     wide = (numbers(1, 16, 16, 528), numbers(5, 5, 1, 528))
     blocks = [
-        Way("grouped convolution", convolution("xla", groups=528), wide),
-        Way("shifts, all channels at once", in_one_block, wide),
-        Way("shifts, in blocks of channels", convolution("shift", groups=528), wide),
-        Way("shifts, in blocks of channels", convolution("shift", groups=528), wide, NARROW_VECTORS),
+        Program("grouped convolution", convolution("xla", groups=528), wide),
+        Program("shifts, all channels at once", in_one_block, wide),
+        Program("shifts, in blocks of channels", convolution("shift", groups=528), wide),
+        Program("shifts, in blocks of channels", convolution("shift", groups=528), wide, NARROW_VECTORS),
     ]
     pads = ((0, 0), (1, 1), (1, 1), (0, 0))
     low = activations.astype(jnp.bfloat16)
@@ -161,20 +149,20 @@ def examples() -> dict[str, list[Way]]:
         ),
         "head 3x3, 256 x 256 x 8 to 1": convolutions((1, 256, 256, 8), (3, 3, 8, 1), "xla im2col taps"),
         "cast 64 x 64 x 144 to bfloat16": [
-            Way("astype", lambda x: x.astype(jnp.bfloat16), (activations,)),
-            Way("by the bit pattern", lambda x: formats.narrowed(x, "bfloat16"), (activations,)),
+            Program("astype", lambda x: x.astype(jnp.bfloat16), (activations,)),
+            Program("by the bit pattern", lambda x: formats.narrowed(x, "bfloat16"), (activations,)),
         ],
         "pad 64 x 64 x 144": [
-            Way("float32", lambda x: jnp.pad(x, pads), (activations,)),
-            Way("bfloat16", lambda x: jnp.pad(x, pads), (low,)),
+            Program("float32", lambda x: jnp.pad(x, pads), (activations,)),
+            Program("bfloat16", lambda x: jnp.pad(x, pads), (low,)),
         ],
         "min(max(2x + 1, 0), 6), 64 x 64 x 144": [
-            Way(name, lambda x: jnp.clip(2 * x + 1, 0, 6), (x,))
+            Program(name, lambda x: jnp.clip(2 * x + 1, 0, 6), (x,))
             for name, x in (("float32", activations), ("bfloat16", low))
         ],
         "resize 128 x 128 x 8 to 256 x 256": [
-            Way(way, lambda x, way=way: resize.doubled(x, implementation=way), (image,))
-            for way in resize.IMPLEMENTATIONS
+            Program(name, lambda x, name=name: resize.doubled(x, implementation=name), (image,))
+            for name in resize.IMPLEMENTATIONS
         ],
     }
 
@@ -182,24 +170,30 @@ def examples() -> dict[str, list[Way]]:
 def main(config: Config) -> None:
     """Time all examples."""
     run, rows = Run("speed_examples", config), []
-    for name, ways in examples().items():
+    for name, programs in examples().items():
         calls = {}
-        for number, way in enumerate(ways):
-            placed = jax.device_put(way.arguments)
-            calls[str(number)] = functools.partial(executable.build(way.function, placed, way.options), *placed)
+        for number, program in enumerate(programs):
+            placed = jax.device_put(program.arguments)
+            calls[str(number)] = functools.partial(executable.build(program.function, placed, program.options), *placed)
         times = interleaved(calls, rounds=ROUNDS, shortest=timing.SHORTEST)
         medians = [1e3 * times.quartiles(number).median for number in calls]
         rows += [
             Row(
                 example=name,
-                implementation=way.name,
-                options=executable.name(way.options),
+                implementation=program.name,
+                options=executable.name(program.options),
                 us=median,
                 vs_first=median / medians[0],
             )
-            for way, median in zip(ways, medians, strict=True)
+            for program, median in zip(programs, medians, strict=True)
         ]
-    run.finish("What makes a layer fast or slow", results=Table("examples", Row, rows))
+    fastest = [min((row for row in rows if row.example == name), key=lambda row: row.us) for name in examples()]
+    run.finish(
+        "What makes a layer fast or slow",
+        results=Table("examples", Row, rows),
+        overview=Table("fastest", Row, fastest),
+        lead=__doc__,
+    )
 
 
 if __name__ == "__main__":

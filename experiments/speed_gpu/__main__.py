@@ -1,65 +1,71 @@
-"""Low precision on a CUDA GPU: MediaPipe's pose model and two transformer encoders, by mpjax and by Flax alone.
+"""Low precision on a CUDA GPU: MediaPipe's pose model, a transformer encoder, and decoding with 1.2 G weights.
 
-    scripts/bench_gpu                              (an environment of its own; under 8 minutes)
+    scripts/bench_gpu                              (an environment of its own; under 6 minutes)
     scripts/bench_gpu --cpu --quick                (a dry run without a GPU, under a minute)
 
 | variant | what runs |
 | --- | --- |
-| `fp32` | float32, jitted, full-precision products: what the others are compared with |
-| `tf32` | float32, jitted, products in TensorFloat-32 |
-| `flax_bf16` | the encoder module with dtype=bfloat16, jitted; its weights stay float32 |
-| `bf16`, `fp16` | `mpjax.apply` with every layer in that format, compiled and verified (on two examples of a batch) |
-| `bf16_activations` | `bf16`, and layers hand on bfloat16 |
-| `fp8` | `mpjax.apply` in float8_e4m3fn, calibrated on the timed inputs; compute capability 8.9 or newer |
+| `fp32` | float32, jitted, full-precision products: what the errors are to |
+| `tf32` | float32, jitted, as jax does by default: products in TensorFloat-32 |
+| `flax_bf16`, `jax_bf16` | bfloat16 without mpjax: the encoder with dtype=bfloat16; decoding of bfloat16 weights and inputs |
+| `bf16`, `fp16` | `mpjax.apply` with every layer in that format; of the pose model, layers hand it on, too |
+| `fp16_act` | `fp16`, and layers hand on float16 |
+| `bf16_x3` | each product as three of bfloat16 numbers, the rest at full precision |
+| `bf16_w`, `int8_w`, `float8_w`, `int4_w` | `mpjax.apply` with weights in that format, products in the form that is fastest |
+| `int8_w reduce`, … | all products in that form (`mpjax.kernels.stored`), or under other options for CUDA graphs |
 
-All products are lax's own, float32 ones too, so that precision alone differs. What mpjax leaves in float32 (the
-attention's einsums) runs as jax does by default: on a GPU that is TF32. mpjax compiles without excess precision; the others have
-XLA's defaults. Inputs and weights are on the device before the clock starts, and outputs stay there. Error: the largest
-difference to `fp32` over the largest number of that output, worst over outputs.
+What mpjax leaves in float32 (the attention's products) runs as jax does by default: in TF32. Inputs and weights are on the device
+before the clock starts, and outputs stay there. Error: the largest difference over the largest number of an output, worst over
+outputs. Programs of a model and batch are built side by side, then timed in turns while nothing is built. Programs of the pose
+model and the encoder are verified at batch 1 (`mpjax.compile`), while later ones are built.
 
-Writes results/speed_gpu/: summary.json, tables (CSV, LaTeX), figures (PNG, PDF) and report.html.
+Each model and batch is left in results/speed_gpu/ as soon as it is measured, and a second call goes on from there: summary.json,
+tables (CSV, LaTeX), the figure (PNG, PDF) and report.html.
 """
 
-import functools
+import contextlib
+import io
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.lib import assets
 from experiments.lib.page import Section
-from experiments.lib.progress import progress
 from experiments.lib.rows import Table
-from experiments.lib.run import Options, Run, check_names
+from experiments.lib.run import Computed, Options, Run
 from experiments.lib.times import interleaved
-from experiments.models.encoder import ENCODERS, random_encoder
-from experiments.models.tflite_import import load_tflite
-from experiments.problems import data
-from experiments.speed_gpu import figures
-from experiments.speed_gpu.figures import VARIANTS
+from experiments.speed_gpu import figures, models
+from experiments.speed_gpu.building import Builders, OutOfTime
+from experiments.speed_gpu.models import DECODE, ENCODER, PLAIN, POSE, Built, Case, Variant
 from experiments.speed_gpu.rows import Row
-from mpjax import compiled, emulation, metrics, xla
-from mpjax.apply import apply
-from mpjax.compiled import building
+from mpjax import compiled, metrics, xla
+from mpjax.compiled import verification
 from mpjax.ledger import Ledger
-from mpjax.program import Batches, Model, from_linen
-from mpjax.xla import executable, timing
+from mpjax.xla import profile, timing
 
-Call = Callable[[], Any]
-
-POSE = "pose_landmark_full"
-MODELS = (POSE, *ENCODERS)
 LANDMARKS = "Identity"  # of the pose model's outputs; its mask, Identity_2, amplifies rounding most
-FORMATS = {"bf16": "bfloat16", "fp16": "float16", "bf16_activations": "bfloat16", "fp8": "float8_e4m3fn"}
-FP8_SINCE = (8, 9)  # compute capability
-# What one program may fail with while the others go on.
-REFUSED = (compiled.MiscompiledError, jax.errors.JaxRuntimeError, NotImplementedError, TypeError, ValueError)
+NOISE = 1.02  # what is slower than another by less is not
+# Products are XLA's own, or in a form that is timed: no rule needs the device's profile, which takes half a minute.
+UNPROFILED = profile.DeviceProfile(
+    device="not measured",
+    backend="",
+    cores=1,
+    jax=jax.__version__,
+    instructions=(),
+    seconds=dict.fromkeys(profile.DTYPES, (1.0,) * len(profile.ROWS)),
+    ynn={},
+    convolution=dict.fromkeys(profile.CONVOLVED, 1.0),
+    grouped=1.0,
+    start=0.0,
+    bandwidth=1.0,
+    cast={},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,27 +73,20 @@ class Config(Options):
     """What is measured, and for how long."""
 
     quick: bool = False
-    """encoder_6x384 at batch 1 in 3 rounds, whatever else is asked for."""
+    """Small models in their places, in 3 rounds."""
     cpu: bool = False
     """Run without a GPU, too: a dry run, whose times say nothing about GPUs."""
-    models: tuple[str, ...] = MODELS
-    """Some of pose_landmark_full, encoder_6x384, encoder_12x768."""
-    batches: tuple[int, ...] = (1, 32, 256)
-    """Examples in a call."""
-    tokens: int = 128
-    """Length of the encoders' inputs."""
-    rounds: int = 20
+    rounds: int = 15
     """Rounds of interleaved timing."""
     minutes: float = 6.0
-    """After that many, no further program is compiled: it gets a row without numbers."""
+    """After that many, no further program is begun: it gets a row without numbers."""
+    workers: int = 16
+    """Programs that are built at the same time."""
     seed: int = 0
-    """Seed of the encoders' weights and inputs."""
+    """Seed of random weights and inputs."""
 
     def __post_init__(self) -> None:
-        check_names("--models", self.models, MODELS)
-        if not self.batches or min(self.batches) < 1:
-            raise SystemExit(f"--batches: expected sizes of at least 1 such as 1 32, found {self.batches or 'none'}.")
-        for name in ("tokens", "rounds"):
+        for name in ("rounds", "workers"):
             if getattr(self, name) < 1:
                 raise SystemExit(f"--{name}: expected at least 1, found {getattr(self, name)}.")
         if not self.minutes > 0:
@@ -95,42 +94,59 @@ class Config(Options):
         if self.seed < 0:
             raise SystemExit(f"--seed: expected at least 0, found {self.seed}.")
 
-    @property
-    def jobs(self) -> tuple[tuple[str, int], ...]:
-        """(model, batch), small batches first, so that what time does not suffice for is the large ones."""
-        if self.quick:
-            return (("encoder_6x384", 1),)
-        return tuple((name, batch) for batch in sorted(set(self.batches)) for name in dict.fromkeys(self.models))
-
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """A model with two batches on the device (timed on the first); `plain_bf16` is Flax's own call with dtype=bfloat16."""
+class Job:
+    """A model at a batch size; `verifies`: the model whose programs at batch 1 are verified beside its builds."""
 
-    model: Model
-    batches: Batches
-    plain_bf16: Model | None = None
+    model: str
+    batch: int
+    verifies: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}, batch {self.batch}"
+
+
+# The most telling first. Decoding is built in a few seconds: it waits for no verification.
+JOBS = (
+    Job(model=POSE, batch=1),
+    Job(model=DECODE, batch=1),
+    Job(model=ENCODER, batch=1, verifies=POSE),
+    Job(model=POSE, batch=32, verifies=ENCODER),
+    Job(model=DECODE, batch=32),
+    Job(model=ENCODER, batch=32),
+)
+
+
+VERIFIED = frozenset(job.verifies for job in JOBS if job.verifies)
+
+
+class Unfinished(Exception):
+    """Some variants had no time, or none ran: the rows are shown, and measured anew by the next call."""
+
+    def __init__(self, rows: list[Row]) -> None:
+        super().__init__("unfinished")
+        self.rows = rows
 
 
 def main(config: Config) -> None:
-    """Measure, and write everything."""
+    """Measure, and write everything after each job."""
+    deadline = time.monotonic() + 60 * config.minutes
     check_device(config)
-    run, backend = Run("speed_gpu", config), jax.default_backend()
-    rows, ledger = measured(config, run.environment["device"], deadline=time.monotonic() + 60 * config.minutes)
-    run.ledger += ledger
-    by_model = {name: [row for row in rows if row.model == name] for name in dict.fromkeys(row.model for row in rows)}
-    pictures = [
-        run.save(figures.bars(name, part), f"speed_gpu_{name}", alt=f"Bars of time relative to fp32 by batch: {name}")
-        for name, part in by_model.items()
-        if any(row.vs_fp32 is not None for row in part)
-    ]
-    run.finish(
-        "Low precision on a GPU" + ("" if backend == "gpu" else ": a dry run without one"),
-        results=Table("speed_gpu", Row, rows),
-        findings=findings(rows),
-        sections=[Section("Time relative to fp32", *pictures)],
-        facts={"backend": backend},
-    )
+    run = Run("speed_gpu", config)
+    run.depends_on(quick=config.quick, seed=config.seed)
+    bench = Bench(config, run, Builders(config.workers, deadline))
+    try:
+        with bench.builders.asked(), profile.assumed(UNPROFILED):
+            for job in JOBS:
+                bench.measure(job)
+                with contextlib.redirect_stdout(io.StringIO()):
+                    bench.leave()
+            bench.collect()
+    finally:
+        bench.builders.close()
+    bench.leave()
 
 
 def check_device(config: Config) -> None:
@@ -150,108 +166,179 @@ def check_device(config: Config) -> None:
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
-def measured(config: Config, device: str, *, deadline: float) -> tuple[list[Row], Ledger]:
-    """One row for each model, batch and variant; and the work it took."""
-    rounds, rows, ledger = 3 if config.quick else config.rounds, list[Row](), Ledger()
-    with progress("programs", sum(len(names_for(name)) for name, _ in config.jobs)) as advance:
-        for name, batch in config.jobs:
-            runs, notes = prepared(config, name, batch, deadline, advance)
-            numbers, more = timed(runs, rounds)
-            notes |= more
-            case: dict[str, Any] = {"model": name, "outputs": "all", "batch": batch, "device": device}
-            rows += [
-                Row(**case, variant=variant, note=notes.get(variant), **numbers.get(variant, {}))
-                for variant in names_for(name)
-            ]
-            ledger += Ledger(compilations=len(runs), forward=len(numbers) * (rounds + 2) * batch)
-            del runs  # their memory, before the next model is loaded
-    return rows, ledger
+class Bench:
+    """The rows so far, and verifications under way."""
 
+    def __init__(self, config: Config, run: Run, builders: Builders) -> None:
+        self.config, self.run, self.builders = config, run, builders
+        self.rows: dict[Job, list[Row]] = {}
+        self.verdicts: dict[tuple[str, str], Future] = {}
 
-def names_for(name: str) -> tuple[str, ...]:
-    """The variants of a model on this backend: the imported pose model takes no dtype, a CPU has no float8 products."""
-    left_out = {"flax_bf16"} if name == POSE else set()
-    if jax.default_backend() == "cpu":
-        left_out.add("fp8")
-    return tuple(variant for variant in VARIANTS if variant not in left_out)
+    def measure(self, job: Job) -> None:
+        """The job's rows, from an earlier run or measured now."""
 
+        def compute() -> Computed:
+            rows = self._rows(job)
+            if any(row.note == self._late for row in rows) or all(row.ms is None for row in rows):
+                raise Unfinished(rows)
+            work = Ledger(compilations=len(rows), forward=len(rows) * self.config.rounds * job.batch)
+            return {}, {"rows": [asdict(row) for row in rows]}, work
 
-def prepared(
-    config: Config, name: str, batch: int, deadline: float, advance: Callable[[], None]
-) -> tuple[dict[str, Call], dict[str, str]]:
-    """Variant -> a run of its compiled program; and why others have none."""
-    runs: dict[str, Call] = {}
-    notes: dict[str, str] = {}
-    case: Case | None = None
-    for variant in names_for(name):
-        if time.monotonic() > deadline:
-            notes[variant] = f"left out: the {config.minutes:g} minutes were over"
-        elif case is None and notes:
-            notes[variant] = next(iter(notes.values()))  # the model could not be loaded
-        else:
-            try:
-                case = case or load(config, name, batch)
-                runs[variant] = build(case, variant)
-            except (*REFUSED, assets.AssetError, data.DataError) as error:
-                notes[variant] = reason(error)
-        advance()
-    return runs, notes
-
-
-def timed(runs: Mapping[str, Call], rounds: int) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Variant -> its row's numbers; and why others have none."""
-    errors, notes = output_errors(runs)
-    usable = {variant: run for variant, run in runs.items() if variant not in notes}
-    if not usable:
-        return {}, notes
-    try:
-        times = interleaved(usable, rounds=rounds, shortest=timing.WHOLE)
-    except REFUSED as error:
-        return {}, notes | dict.fromkeys(usable, reason(error))
-    numbers: dict[str, dict[str, Any]] = {}
-    for variant in usable:
-        values = errors.get(variant)
-        numbers[variant] = {
-            "ms_median": times.quartiles(variant).median,
-            "ms_min": times.fastest(variant),
-            "vs_fp32": times.ratio(variant, "fp32").median if "fp32" in usable else None,
-            "max_rel_error": float(np.max(list(values.values()))) if values else None,
-        }
-        if values and (note := where(values)):
-            notes[variant] = note
-    return numbers, notes
-
-
-def output_errors(runs: Mapping[str, Call]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Variant -> output -> error to `fp32`, where that runs; and why others do not run."""
-    truth: dict[str, np.ndarray] | None = None
-    errors: dict[str, dict[str, float]] = {}
-    notes: dict[str, str] = {}
-    for variant, run in runs.items():  # fp32 is the first
+        start = time.monotonic()
         try:
-            outputs = named(run())
-        except REFUSED as error:
-            notes[variant] = reason(error)
-            continue
-        truth = outputs if variant == "fp32" else truth
-        if truth is not None:
-            errors[variant] = {name: metrics.relative_error(outputs[name], truth[name]) for name in truth}
-    return errors, notes
+            rows = [Row(**fields) for fields in self.run.piece(job.name, compute, rounds=self._rounds).meta["rows"]]
+        except Unfinished as unfinished:
+            rows = unfinished.rows
+        self.rows[job] = rows
+        for row in rows:
+            numbers = "–" if row.ms is None else f"{row.ms:.3f} ms, {row.vs_tf32 or np.nan:.2f} of tf32"
+            print(f"    {row.variant}: {numbers}{f' ({row.note})' if row.note else ''}", flush=True)
+        print(f"  {time.monotonic() - start:.0f} s", flush=True)
+
+    def collect(self) -> None:
+        """Whether the verified programs agree with their definition, into the rows."""
+        for job in [job for job in self.rows if job.batch == 1]:
+            rows = {row.variant: row for row in self.rows[job]}
+            for part in models.variants(job.model, 1):
+                if part.fmt and job.model in VERIFIED and rows[part.name].ms is not None:
+                    rows[part.name] = self._verified(rows[part.name])
+            self.rows[job] = list(rows.values())
+
+    def _verified(self, row: Row) -> Row:
+        def compute() -> Computed:
+            if (row.model, row.variant) not in self.verdicts:
+                self._verify(row.model)
+            return {}, {"refused": self.verdicts[row.model, row.variant].result()}, Ledger(compilations=1)
+
+        try:
+            refused = self.run.piece(f"{row.model}: {row.variant} verified", compute).meta["refused"]
+        except Exception as error:
+            return replace(row, note=joined(row.note, f"not verified: {self._why(error)}"))
+        return replace(row, verified=not refused, note=joined(row.note, f"refused: {refused}" if refused else None))
+
+    def leave(self) -> None:
+        """Write what is known."""
+        leave(self.run, [row for rows in self.rows.values() for row in rows])
+
+    @property
+    def _rounds(self) -> int:
+        return 3 if self.config.quick else self.config.rounds
+
+    @property
+    def _late(self) -> str:
+        return f"left out: the {self.config.minutes:g} minutes were over"
+
+    def _rows(self, job: Job) -> list[Row]:
+        parts = models.variants(job.model, job.batch)
+        try:
+            numbers = self._numbers(job, parts)
+        except Exception as error:
+            numbers = {part.name: {"note": self._why(error)} for part in parts}
+        return [Row(model=job.model, batch=job.batch, variant=part.name, **numbers[part.name]) for part in parts]
+
+    def _numbers(self, job: Job, parts: tuple[Variant, ...]) -> dict[str, dict[str, Any]]:
+        """Variant -> its row's numbers, or a note in their place."""
+        if time.monotonic() > self.builders.deadline:
+            raise OutOfTime
+        case = models.load(job.model, job.batch, quick=self.config.quick, seed=self.config.seed)
+        tasks, lows = self._submit(case, parts)
+        if job.verifies:
+            with contextlib.suppress(Exception):  # `collect` tries again, and makes a note
+                self._verify(job.verifies)
+        self.builders.finish()
+        built: dict[str, Built] = {}
+        notes: dict[str, dict[str, Any]] = {}
+        for name, task in tasks.items():
+            try:
+                built[name] = task.result()
+            except Exception as error:
+                notes[name] = {"note": self._why(error)}
+        numbers = timed(built, self._rounds)
+        for part in parts:
+            if part.name in built and job.model == DECODE and part.fmt and "fp32" in built:
+                exact = models.by_definition(case, built["fp32"], lows[part.fmt, part.activations].result())
+                numbers[part.name]["definition_error"] = largest(errors(built[part.name](), exact))
+        return numbers | notes
+
+    def _submit(
+        self, case: Case, parts: tuple[Variant, ...]
+    ) -> tuple[dict[str, Future], dict[tuple[str, str], Future]]:
+        """Tasks that build the variants, and those that lower the model."""
+        for question in models.questions(case, parts):
+            self.builders.submit(question)
+        lows = {
+            key: self.builders.submit(lambda key=key: models.mixed(case, *key))
+            for key in dict.fromkeys((part.fmt, part.activations) for part in parts if part.fmt)
+        }
+        tasks = {}
+        for part in parts:
+            if part.fmt:
+                needs = (lows[part.fmt, part.activations],)
+                tasks[part.name] = self.builders.submit(lambda low, part=part: models.build(case, part, low), *needs)
+            else:
+                model = case.cast if part.cast else case.model
+                assert model is not None
+                tasks[part.name] = self.builders.submit(lambda part=part, model=model: models.build(case, part, model))
+        return tasks, lows
+
+    def _verify(self, name: str) -> None:
+        """Tasks that compile the variants of a model at batch 1 as a user does, against float32 outputs computed once."""
+        case = models.load(name, 1, quick=self.config.quick, seed=self.config.seed)
+        float32 = self.builders.submit(lambda: verification.float32_outputs(case.model, case.batches))
+        for part in models.variants(name, 1):
+            if part.fmt:
+
+                def compile(truth: verification.Float32Outputs, part: Variant = part) -> str:  # noqa: A001
+                    low = models.mixed(case, part.fmt, part.activations)
+                    try:
+                        with models.in_precision(part.precision):
+                            compiled.compile(low, case.batches, weights="small", float32=truth)
+                    except compiled.MiscompiledError as error:
+                        return reason(error)
+                    return ""
+
+                self.verdicts[name, part.name] = self.builders.submit(compile, float32)
+
+    def _why(self, error: Exception) -> str:
+        return self._late if isinstance(error, OutOfTime) else reason(error)
 
 
-def named(outputs: Any) -> dict[str, np.ndarray]:
-    """Outputs by name; a single one is called "output"."""
-    by_name = outputs if isinstance(outputs, Mapping) else {"output": outputs}
-    return {name: np.asarray(value, np.float32) for name, value in by_name.items()}
+def timed(built: Mapping[str, Built], rounds: int) -> dict[str, dict[str, Any]]:
+    """Variant -> its row's numbers."""
+    if not built:
+        return {}
+    times = interleaved(built, rounds=rounds, shortest=timing.WHOLE)
+    truth = built["fp32"]() if "fp32" in built else None
+    bf16 = next((name for name in ("jax_bf16", "flax_bf16") if name in built), None)
+    references = {"vs_fp32": "fp32", "vs_tf32": "tf32", "vs_bf16": bf16}
+    numbers: dict[str, dict[str, Any]] = {}
+    for name, program in built.items():
+        by_output = {} if truth is None else errors(program(), truth)
+        landmarks = f"landmarks ({LANDMARKS}): {by_output[LANDMARKS]:.1e}" if by_output.get(LANDMARKS) else None
+        numbers[name] = {
+            **times.columns(name, **{column: other for column, other in references.items() if other in built}),
+            "error": largest(by_output),
+            "build_seconds": program.seconds,
+            "note": joined(program.note, landmarks),
+        }
+    return numbers
 
 
-def where(errors: Mapping[str, float]) -> str | None:
-    """What the worst error does not say: whether a number is finite, which output it is of, and that of the landmarks."""
-    if not np.isfinite(list(errors.values())).all():
-        return "an output is not finite"
-    if LANDMARKS not in errors or not max(errors.values()):
-        return None
-    return f"largest in {max(errors, key=lambda name: errors[name])}; landmarks ({LANDMARKS}) {errors[LANDMARKS]:.1e}"
+def errors(outputs: Any, truth: Any) -> dict[str, float]:
+    """Output -> error; a single one is called "output"."""
+    named = [value if isinstance(value, Mapping) else {"output": value} for value in (outputs, truth)]
+    wide = [{name: np.asarray(array, np.float32) for name, array in value.items()} for value in named]
+    return {name: metrics.relative_error(wide[0][name], array) for name, array in wide[1].items()}
+
+
+def largest(by_output: Mapping[str, float]) -> float | None:
+    """None where there is none; NaN where one is."""
+    return float(np.max(list(by_output.values()))) if by_output else None
+
+
+def joined(*notes: str | None) -> str | None:
+    """Those that there are."""
+    return "; ".join(filter(None, notes)) or None
 
 
 def reason(error: Exception) -> str:
@@ -260,105 +347,87 @@ def reason(error: Exception) -> str:
     return textwrap.shorten(lines[0], 200, placeholder=" …")
 
 
-# --- models and programs ----------------------------------------------------------------------------------------
+# --- what is left -----------------------------------------------------------------------------------------------
 
 
-def load(config: Config, name: str, batch: int) -> Case:
-    """A model with inputs on the device."""
-    if name == POSE:
-        images = pose_images()
-        take = np.arange(batch) % len(images)
-        # The second batch starts elsewhere in the crops: programs are verified on two different inputs.
-        batches = [(jax.device_put(images[(take + shift) % len(images)]),) for shift in (0, len(images) // 2)]
-        return Case(model=pose_model(), batches=batches)
-    module, variables, x = random_encoder(*ENCODERS[name], tokens=config.tokens, batch=2 * batch, seed=config.seed)
-    return Case(
-        model=from_linen(module, variables, x[:1]),
-        batches=[(x[:batch],), (x[batch:],)],
-        plain_bf16=Model(params=variables, layers=(), call=module.clone(dtype=jnp.bfloat16).apply),
+def leave(run: Run, rows: Sequence[Row]) -> None:
+    """Figure, tables, findings."""
+    backend = jax.default_backend()
+    run.pictures.clear()
+    if any(row.ms is not None for row in rows):
+        run.save(figures.bars(rows), "speed_gpu", alt="Bars of milliseconds of each variant, by model and batch")
+    results = Table("speed_gpu", Row, rows)
+    run.finish(
+        "Low precision on a GPU" + ("" if backend == "gpu" else ": a dry run without one"),
+        results=results,
+        overview=Table("overview", Row, overview(rows)),
+        findings=findings(rows),
+        sections=[
+            Section("Milliseconds; grey is without mpjax", *run.pictures),
+            Section("All variants", Row.__doc__ or "", results),
+            Section("What runs", __doc__ or ""),
+        ],
+        facts={"backend": backend},
+        show=(results,),
     )
 
 
-@functools.cache
-def pose_model() -> Model:
-    """The pose model with all of its outputs."""
-    imported = load_tflite(assets.fetch(POSE), plain=True)
-    return from_linen(imported.module, imported.variables, jnp.zeros((1, *imported.input_shape[1:]), jnp.float32))
+def overview(rows: Sequence[Row]) -> list[Row]:
+    """Of each model and batch, the faster one without mpjax (but for fp32) and mpjax's fastest."""
+    shown = []
+    for part in by_job(rows):
+        for plain in (True, False):
+            timed = [row for row in part if (row.variant in PLAIN) == plain and row.variant != "fp32"]
+            shown += sorted((row for row in timed if row.ms is not None), key=lambda row: row.ms or 0.0)[:1]
+    return shown
 
 
-@functools.cache
-def pose_images() -> np.ndarray:
-    """(N, 256, 256, 3) person crops."""
-    crops = data.pose_crops()
-    return np.concatenate([crops.calibration.images, crops.evaluation.images])
+def by_job(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each model and batch."""
+    jobs = dict.fromkeys((row.model, row.batch) for row in rows)
+    return [[row for row in rows if (row.model, row.batch) == job] for job in jobs]
 
 
-def build(case: Case, variant: str) -> Call:
-    """A run of the variant's program on the first batch.
-
-    Raises:
-        MiscompiledError, JaxRuntimeError, NotImplementedError: it does not compile, or wrongly, or not on this device.
-    """
-    if variant == "fp32":
-        return jitted(case.model, case.batches, "highest")
-    if variant == "tf32":
-        return jitted(case.model, case.batches, "tensorfloat32")
-    if variant == "flax_bf16":
-        assert case.plain_bf16 is not None
-        return jitted(case.plain_bf16, case.batches, "default")
-    return by_mpjax(case, variant)
-
-
-def jitted(model: Model, batches: Batches, precision: str) -> Call:
-    """A plain jitted run; the precision of its products is fixed while it is traced."""
-    function, arguments = building.as_function(model, batches[0])
-
-    def traced(*values: Any) -> Any:
-        with jax.default_matmul_precision(precision):
-            return function(*values)
-
-    run = functools.partial(jax.jit(traced), *jax.device_put(arguments))
-    jax.block_until_ready(run())
-    return run
-
-
-def by_mpjax(case: Case, variant: str) -> Call:
-    """A run of the program that mpjax makes, without its check of the inputs' shapes.
-
-    It is verified on the first two examples of each batch: its definition, compiled without optimisation, is slow.
-    """
-    calibration = None
-    if variant == "fp8":
-        require_fp8()
-        calibration = emulation.calibrate(case.model, case.batches)
-    assignment = dict.fromkeys(case.model.names, FORMATS[variant])
-    activations = "bfloat16" if variant == "bf16_activations" else "float32"
-    mixed = apply(case.model, assignment, calibration=calibration, activations=activations)
-    program = compiled.compile(mixed, [tuple(x[:2] for x in batch) for batch in case.batches])
-    function, (weights, *inputs) = building.as_function(mixed, case.batches[0])
-    weights = jax.device_put(weights)
-    whole = executable.build(function, (weights, *inputs), program.options)
-    return functools.partial(whole, weights, *inputs)
-
-
-def require_fp8() -> None:
-    """Raises NotImplementedError on a chip without float8 products."""
-    capability = str(getattr(jax.devices()[0], "compute_capability", "unknown"))
-    try:
-        known = tuple(int(part) for part in capability.split("."))
-    except ValueError:
-        known = ()
-    if known < FP8_SINCE:
-        raise NotImplementedError(f"needs compute capability 8.9 or newer; this device has {capability}")
+# (model, batch, variant, column, at most)
+TARGETS = (
+    (POSE, 1, "fp16", "vs_fp32", 0.62),
+    (POSE, 1, "fp16", "vs_tf32", 0.78),
+    (DECODE, 1, "int8_w", "vs_bf16", 0.75),
+    (DECODE, 1, "int4_w", "vs_bf16", 0.60),
+)
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
-    """What was fastest, for each model and batch."""
+    """The targets, what is slower than TF32, what was refused, and the fastest of each model and batch."""
     sentences = []
-    for name, batch in dict.fromkeys((row.model, row.batch) for row in rows):
-        ratios = {r.vs_fp32: r.variant for r in rows if (r.model, r.batch) == (name, batch) and r.vs_fp32 is not None}
-        best = f"{ratios[min(ratios)]} is fastest, {min(ratios):.2f} of fp32's time" if ratios else "not timed"
-        sentences.append(f"{name}, batch {batch}: {best}.")
+    for model, batch, variant, column, most in TARGETS:
+        values = [
+            getattr(row, column) for row in rows if (row.model, row.batch, row.variant) == (model, batch, variant)
+        ]
+        reference = {"vs_bf16": "jax_bf16"}.get(column, column.removeprefix("vs_"))
+        ratio = values[0] if values else None
+        result = "was not measured" if ratio is None else f"takes {ratio:.2f} of {reference}'s time"
+        met = "" if ratio is None else f": {'met' if ratio <= most else 'not met'}"
+        sentences.append(f"{model}, batch {batch}: {variant} {result} (target: at most {most:.2f}){met}.")
+    single = {part.name for part in models.ONE_ROW}  # forms on trial, which nobody is given
+    ours = [(row, row.vs_tf32) for row in rows if row.variant not in PLAIN | single and row.vs_tf32 is not None]
+    slower = [f"{row.model}, batch {row.batch}, {row.variant} ({ratio:.2f})" for row, ratio in ours if ratio > NOISE]
+    if ours:
+        sentences.append(
+            f"Slower than TF32: {'; '.join(slower) or 'nothing'} of {len(ours)} programs of mpjax (target: none)."
+        )
+    verdicts = [row for row in rows if row.verified is not None]
+    if verdicts:
+        refused = [f"{row.model}, {row.variant}" for row in verdicts if not row.verified]
+        sentences.append(
+            f"Of {len(verdicts)} programs that were verified at batch 1, refused: {'; '.join(refused) or 'none'}."
+        )
+    for part in by_job(rows):
+        ranked = sorted((row for row in part if row.ms is not None), key=lambda row: row.ms or 0.0)
+        best = f"{ranked[0].variant} is fastest, {ranked[0].ms:.3f} ms" if ranked else "not timed"
+        if ranked and ranked[0].vs_tf32 is not None:
+            best += f", {ranked[0].vs_tf32:.2f} of TF32's time"
+        sentences.append(f"{part[0].model}, batch {part[0].batch}: {best}.")
     return sentences
 
 

@@ -1,28 +1,32 @@
-"""The figure of each model."""
+"""The figure."""
 
 from collections.abc import Sequence
 
-import numpy as np
-
-from experiments.lib.plots import PALETTE, Figure, plt
+from experiments.lib.plots import BLUE, PALETTE, Figure, plt
+from experiments.speed_gpu.models import PLAIN
 from experiments.speed_gpu.rows import Row
 
-VARIANTS = ("fp32", "tf32", "flax_bf16", "bf16", "fp16", "bf16_activations", "fp8")
-COLOURS = dict(zip(VARIANTS, (PALETTE[-1], *PALETTE[:-1]), strict=True))
 
-
-def bars(name: str, rows: Sequence[Row]) -> Figure:
-    """Time relative to fp32, one group of bars for each batch."""
-    batches, variants = (list(dict.fromkeys(getattr(row, field) for row in rows)) for field in ("batch", "variant"))
-    ratios = {(row.batch, row.variant): np.nan if row.vs_fp32 is None else row.vs_fp32 for row in rows}
-    width = 0.85 / len(variants)
-    figure, axis = plt.subplots()
-    for number, variant in enumerate(variants):
-        places = np.arange(len(batches)) + (number - (len(variants) - 1) / 2) * width
-        heights = [ratios[batch, variant] for batch in batches]
-        axis.bar(places, heights, width, color=COLOURS[variant], label=variant)
-    axis.axhline(1.0, color="#777777", linewidth=0.8)
-    axis.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-    axis.set(ylabel="time / fp32", title=name)
-    figure.legend(loc="outside lower center", ncols=4)
+def bars(rows: Sequence[Row]) -> Figure:
+    """Milliseconds of each variant, one panel for each model and batch; what is not mpjax's is grey."""
+    jobs = list(dict.fromkeys((row.model, row.batch) for row in rows))
+    columns = min(3, len(jobs))
+    lines = -(-len(jobs) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 3.4 * lines), squeeze=False)
+    for axis in axes.flat[len(jobs) :]:
+        axis.set_visible(False)
+    for axis, (model, batch) in zip(axes.flat, jobs, strict=False):
+        part = [row for row in rows if (row.model, row.batch) == (model, batch) and row.ms is not None]
+        names, times = [row.variant for row in part], [row.ms or 0.0 for row in part]
+        colours = ["#999999" if name in PLAIN else BLUE for name in names]
+        drawn = axis.barh(range(len(part)), times, color=colours)
+        axis.bar_label(drawn, [f" {ms:.2f}" for ms in times], fontsize=7)
+        for row in part:
+            if row.variant == "tf32":
+                axis.axvline(row.ms, color=PALETTE[1], linewidth=0.8)
+        axis.set_yticks(range(len(part)), names, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.set(xlabel="ms", title=f"{model}, batch {batch}")
+        axis.grid(False, axis="y")
     return figure

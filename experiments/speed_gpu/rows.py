@@ -10,12 +10,16 @@ class Row:
     """A variant of a model at a batch size; without numbers where it did not run, and then `note` says why."""
 
     model: str = column("model", short=True)
-    outputs: str = column("outputs")
     batch: int = column("batch", short=True)
-    device: str = column("device")
     variant: str = column("variant", short=True)
-    ms_median: float | None = column("ms", ".3f", short=True, default=None)
-    ms_min: float | None = column("ms, least", ".3f", short=True, default=None)
+    ms: float | None = column("ms", ".3f", short=True, default=None)
+    ms_q1: float | None = None
+    ms_q3: float | None = None
     vs_fp32: float | None = column("time / fp32", ".2f", short=True, default=None)
-    max_rel_error: float | None = column("error", ".1e", short=True, default=None)
-    note: str | None = column("note", short=True, default=None)
+    vs_tf32: float | None = column("time / tf32", ".2f", short=True, default=None)
+    vs_bf16: float | None = column("time / bf16", ".2f", short=True, default=None)
+    error: float | None = column("error to fp32", ".1e", short=True, default=None)
+    definition_error: float | None = column("error to the definition", ".1e", default=None)
+    verified: bool | None = column("verified", default=None)
+    build_seconds: float | None = column("built in, s", ".1f", default=None)
+    note: str | None = column("note", default=None)

@@ -17,7 +17,7 @@ class Row:
     folded: int = column("folded weights")
     activation_products: int = column("activation products")
     difference: float = column("difference", ".1e", short=True)
-    vs_own: float = column("time / jitted", ".2f", short=True)
+    vs_jitted: float = column("time / jitted", ".2f", short=True)
     error_all: float = column("error, all low", ".1e", short=True)
     verified: bool = column("verified", short=True)
     layers_low: int | None = column("layers low", default=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpjax.apply import as_mixed, picked, runs_narrow
+from mpjax import arithmetic
+from mpjax.apply import MixedModel, as_mixed, picked, runs_narrow, widened
 from mpjax.formats import FLOAT32
 from mpjax.program import Array, Model, calls, spec
 from mpjax.xla.executable import Executable
@@ -89,7 +90,7 @@ def as_function(
     others = [i for i in used if i not in vectors]
     ends = np.cumsum([leaves[i].size for i in vectors]).tolist()
     shapes = [(leaf.shape, leaf.dtype) for leaf in leaves]
-    packed = (np.concatenate([np.asarray(leaves[i]) for i in vectors]),) if vectors else ()
+    packed = (jnp.concatenate([leaves[i] for i in vectors]),) if vectors else ()
 
     def function(weights: tuple[Array, ...], *inputs: Array) -> Any:
         given = dict(zip(others, weights[len(packed) :], strict=True))
@@ -101,13 +102,35 @@ def as_function(
     return function, ((*packed, *(leaves[i] for i in others)), *inputs)
 
 
+def widening(
+    small: MixedModel, layers: Sequence[str], needed: Sequence[bool]
+) -> tuple[tuple[Array, ...], Callable[[tuple[Array, ...]], tuple[Array, ...]]]:
+    """Weights as stored, and the function of them that gives `as_function`'s weights of `widened(small, layers)`.
+
+    `needed`: of the widened model's leaves.
+    """
+    of_leaf = jax.tree.unflatten(jax.tree.structure(widened(small, layers).params), needed)
+    used = {path for path, leaves in of_leaf.items() if any(jax.tree.leaves(leaves))}
+    stored, tree = jax.tree.flatten({path: leaves for path, leaves in small.params.items() if path in used})
+    names = [name for name in layers if small.layer(name).kernel in used]
+
+    def restore(stored: tuple[Array, ...]) -> tuple[Array, ...]:
+        rest = {path: jax.tree.map(lambda leaf: jnp.zeros(0), small.params[path]) for path in small.params}
+        model = replace(small, params=rest | jax.tree.unflatten(tree, stored))
+        _, (weights, *_) = as_function(widened(model, names), (), needed=needed)
+        return weights
+
+    return tuple(stored), restore
+
+
 def implementations_of(model: Model, *inputs: Array) -> dict[str, str]:
     """Layer -> implementation in `model` for these inputs; of a layer that runs several times, the first run's."""
     mixed = as_mixed(model)
     narrow = runs_narrow(mixed)
     implementations: dict[str, str] = {}
     for call in sorted(calls(mixed, *inputs), key=lambda call: call.product.kind == "lookup"):  # lookups have only one
-        dtype = np.dtype(mixed.formats[call.layer].operand)
+        wide = call.product.weighted and arithmetic.kept_wide(mixed.params[mixed.layer(call.layer).kernel])
+        dtype = np.dtype(FLOAT32.operand if wide else mixed.formats[call.layer].operand)
         lhs, rhs = (jax.ShapeDtypeStruct(operand.shape, dtype) for operand in (call.lhs, call.rhs))
         name = picked(mixed.implementation, model.layer(call.layer), call.product, lhs, rhs, narrow=narrow)
         implementations.setdefault(call.layer, name)

@@ -1,4 +1,7 @@
-"""Programs as files: a zip archive of `header.json`, `program.bin` (StableHLO, by jax.export) and `weights.bin`."""
+"""Programs as files: a zip archive of `header.json`, `program.bin` (StableHLO, by jax.export) and `weights.bin`.
+
+Where weights are kept wide, the file holds them as stored, and `restore.bin` is the program that makes them wide again.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +29,7 @@ from mpjax.xla.environment import device_name
 if TYPE_CHECKING:
     from mpjax.compiled.program import Compiled
 
-_FORMAT = 5
+_FORMAT = 6
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -42,15 +45,17 @@ class ExportError(ValueError):
 
 def save(compiled: Compiled, path: str | os.PathLike[str]) -> Path:
     """Write the file; see `Compiled.export`."""
-    specs = tuple(jax.ShapeDtypeStruct(weight.shape, weight.dtype) for weight in compiled.weights)
+    specs = _specs(compiled.weights)
     try:
         exported = jax_export.export(jax.jit(_plain(compiled.executable.python)))(specs, *compiled.input_specs)
     except NotImplementedError as error:  # a callback to Python
         raise ExportError(f"The program holds what no file can: {str(error).splitlines()[0]}") from error
+    weights = compiled.stored if compiled.restore else compiled.weights
     header = {
         "format": _FORMAT,
         **{name: getattr(compiled, name) for name in ("assignment", "implementation", "activations", "options")},
-        "weights": [{"shape": weight.shape, "dtype": str(weight.dtype)} for weight in compiled.weights],
+        "weights": [{"shape": weight.shape, "dtype": str(weight.dtype)} for weight in weights],
+        "wide": compiled.wide,
         "executed": compiled.executed,
         "verification": compiled.verification,
         "platforms": exported.platforms,
@@ -61,7 +66,10 @@ def save(compiled: Compiled, path: str | os.PathLike[str]) -> Path:
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("header.json", json.dumps(jsonable(header), indent=1))
         archive.writestr("program.bin", bytes(exported.serialize()))
-        archive.writestr("weights.bin", b"".join(np.asarray(weight).tobytes() for weight in compiled.weights))
+        archive.writestr("weights.bin", b"".join(np.asarray(weight).tobytes() for weight in weights))
+        if compiled.restore:
+            restore = jax_export.export(jax.jit(compiled.restore))(_specs(weights))
+            archive.writestr("restore.bin", bytes(restore.serialize()))
     write_bytes(Path(path), buffer.getvalue())
     return Path(path)
 
@@ -123,6 +131,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Any, tuple[Arra
             raise ExportError(f"{path}: file format {header['format']!r}, this mpjax reads {_FORMAT}. Export it again.")
         exported = jax_export.deserialize(bytearray(archive.read("program.bin")))
         raw = archive.read("weights.bin")
+        restore = jax_export.deserialize(bytearray(archive.read("restore.bin"))) if header["wide"] else None
     weights, offset = [], 0
     for record in header["weights"]:
         dtype, count = jax.numpy.dtype(record["dtype"]), int(np.prod(record["shape"], dtype=np.int64))
@@ -130,7 +139,11 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], Any, tuple[Arra
         offset += count * dtype.itemsize
     if offset != len(raw):
         raise ExportError(f"{path}: {len(raw)} bytes of weights where its header says {offset}. Export it again.")
-    return header, exported, tuple(weights)
+    return header, exported, jax.jit(restore.call)(tuple(weights)) if restore else tuple(weights)
+
+
+def _specs(weights: Sequence[Any]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(weight.shape, weight.dtype) for weight in weights)
 
 
 def _here() -> list[str]:

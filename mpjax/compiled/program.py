@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.interpreters import partial_eval
 
-from mpjax.apply import as_mixed, runs_narrow, with_implementation
+from mpjax.apply import as_mixed, runs_narrow, slower_narrow, widened, with_implementation
 from mpjax.compiled import export, tuning
-from mpjax.compiled.building import Program, as_function, failure, implementations_of, specs_of
+from mpjax.compiled.building import Program, as_function, failure, implementations_of, specs_of, widening
 from mpjax.compiled.report import Report, report
 from mpjax.compiled.tuning import Tuning
-from mpjax.compiled.verification import MiscompiledError, Verification, check_inputs, reference
+from mpjax.compiled.verification import Float32Outputs, MiscompiledError, Verification, check_inputs, reference
 from mpjax.cost import Progress
 from mpjax.program import Array, Batches, Layer, Model, with_output
 from mpjax.xla import executable, hlo, timing
@@ -38,6 +38,8 @@ class Compiled(Program):
     `layers`: those of the model, and products of two activations that the assignment names. `dropped`: those that no output
     needs.
     `executed`: layer -> dtypes in the optimised HLO. `activations`: dtype that lowered layers hand on.
+    `wide`: lowered layers whose weights are kept in float32 in memory, where this device is faster so; `stored`: then all weights
+    as the formats store them, on the host, and `restore`: the function of them that gives `weights`. A file holds the small ones.
     """
 
     layers: tuple[Layer, ...]
@@ -45,6 +47,9 @@ class Compiled(Program):
     executed: Mapping[str, hlo.Executed]
     dropped: tuple[str, ...]
     verification: Verification
+    wide: tuple[str, ...] = ()
+    stored: tuple[Array, ...] = ()
+    restore: Callable[[tuple[Array, ...]], tuple[Array, ...]] | None = None
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -62,7 +67,13 @@ class Compiled(Program):
 
     @property
     def weight_bytes(self) -> int:
+        """Of the weights in memory; more than in a file where some are kept wide."""
         return sum(int(weight.nbytes) for weight in self.weights)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the weights in a file, as their formats store them."""
+        return sum(int(weight.nbytes) for weight in self.stored or self.weights)
 
     @property
     def peak_bytes(self) -> int:
@@ -95,6 +106,8 @@ def compile(  # noqa: A001 - the design's name
     *,
     implementation: str | Mapping[str, str] | Tuning | None = None,
     outputs: Sequence[str] | None = None,
+    weights: Literal["fast", "small"] = "fast",
+    float32: Float32Outputs | None = None,
     cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Compiled:
@@ -106,16 +119,21 @@ def compile(  # noqa: A001 - the design's name
         implementation: how products are computed: "xla", "rule" or layer -> implementation as in `apply`; "auto", as
             `tuning.tune` finds now; or its result (a `Tuning`). None: as the model has it.
         outputs: of a model that returns a mapping, the ones to keep; layers and weights that they do not need are dropped.
+        weights: "fast" keeps the weights of a lowered layer in float32 where this device multiplies its format no faster
+            (`apply.slower_narrow`): it is stored small and computed wide, in float32's time. "small" keeps all as stored.
+        float32: `verification.float32_outputs(model, batches)`, to compute them once for several programs; not with `outputs`.
         cache, progress: of "auto".
 
     Raises:
-        ValueError: fewer than two input tuples, an unknown implementation.
+        ValueError: fewer than two input tuples, an unknown implementation, another word for `weights`.
         KeyError: an unknown output or layer.
         MiscompiledError: no tried set of compiler options gave a program that agrees with its definition.
 
     Warns where outputs are not finite though float32's are: a format overflows, as requested.
     """
     check_inputs(batches)
+    if weights not in ("fast", "small"):
+        raise ValueError(f'weights must be "fast" or "small"; found {weights!r}.')
     if outputs is not None:
         model = _keep(model, tuple(outputs))
     model = as_mixed(model)
@@ -128,15 +146,18 @@ def compile(  # noqa: A001 - the design's name
         sets = (dict(wanted.options), *(options for options in sets if options != wanted.options))
     elif wanted != model.implementation:
         model = with_implementation(model, wanted)
-    expected = reference(model, batches)
+    expected = reference(model, batches, float32=float32)
+    small, wide = model, slower_narrow(model, *batches[0]) if weights == "fast" else ()
+    model = widened(small, wide)
     needed = _needed(model, batches[0])
     function, (leaves, *_) = as_function(model, batches[0], needed=needed)
-    weights = jax.device_put(leaves)
+    placed = jax.device_put(leaves)
+    stored, restore = widening(small, wide, needed) if wide else ((), None)
     reasons: list[str] = []
     for options in sets:
         try:
-            program = executable.build(function, (weights, *batches[0]), options)
-            verification = expected.verify(lambda *batch, run=program: run(weights, *batch))
+            program = executable.build(function, (placed, *batches[0]), options)
+            verification = expected.verify(lambda *batch, run=program: run(placed, *batch))
         except jax.errors.JaxRuntimeError as error:
             reasons.append(f"{executable.name(options)}: {failure(error)}")
             continue
@@ -156,7 +177,7 @@ def compile(  # noqa: A001 - the design's name
             stacklevel=2,
         )
     return Compiled(
-        weights=weights,
+        weights=placed,
         executable=program,
         layers=model.assigned,
         input_specs=specs_of(batches[0]),
@@ -166,6 +187,9 @@ def compile(  # noqa: A001 - the design's name
         executed=hlo.executed_dtypes(program.compiled.as_text(), tuple(model.assignment)),
         dropped=_dropped(model, needed),
         verification=verification,
+        wide=wide,
+        stored=jax.device_get(stored),
+        restore=restore,
     )
 
 

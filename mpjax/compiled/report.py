@@ -29,8 +29,9 @@ class Report:
         rows: one flat mapping per layer: "layer", "requested" (format), "executed" (operand dtypes in the optimised program),
             "result" (dtype), "opcode", "implementation", "weights" (number), "weight_bytes" (as stored, with scales), "full_copy"
             (of a weight-only format: whether the program makes float32 weights in memory before it multiplies, so that the format
-            saves storage only), "flops" (for the compiled batch), "share" of the time (None if not measured), "dropped" (whether
-            the outputs that are kept do not need it).
+            saves storage only; None where they are kept), "wide" (whether they are kept in float32 in memory), "flops" (for the
+            compiled batch), "share" of the time (None if not measured), "dropped" (whether the outputs that are kept do not need
+            it).
         program: "options", "activations", "skipped" (options that this jaxlib does not know), "weight_bytes", "peak_bytes",
             "flops", "compile_seconds", "error" and "limit" of the verification, "not_finite" (share of output numbers that are
             not finite though float32's are), "outside" (share of time outside of layers).
@@ -51,7 +52,7 @@ class Report:
                 f"{row['weight_bytes'] / 1024:.1f}",
                 f"{row['flops'] / 1e6:.2f}",
                 "" if row["share"] is None else f"{row['share']:.1%}",
-                stored[row["full_copy"]],
+                "kept wide" if row["wide"] else stored[row["full_copy"]],
             )
             for row in self.rows
         ]
@@ -85,7 +86,7 @@ def report(compiled: Compiled, *inputs: Array) -> Report:
 
     def row(layer: Layer) -> dict[str, Any]:
         name, fmt, executed = layer.name, parse(compiled.assignment[layer.name]), compiled.executed[layer.name]
-        dropped = name in compiled.dropped
+        dropped, wide = name in compiled.dropped, name in compiled.wide
         return {
             "layer": name,
             "requested": compiled.assignment[name],
@@ -95,7 +96,8 @@ def report(compiled: Compiled, *inputs: Array) -> Report:
             "implementation": compiled.implementation.get(name, "xla"),
             "weights": layer.weights,
             "weight_bytes": 0 if dropped else weight_bytes(layer, fmt),
-            "full_copy": name in copies if layer.kernel and fmt.multiplied_out and not dropped else None,
+            "full_copy": name in copies if layer.kernel and fmt.multiplied_out and not (dropped or wide) else None,
+            "wide": wide,
             "flops": 0 if dropped else layer.flops * batch,
             "share": share(name),
             "dropped": dropped,

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from mpjax import cost, kernels
-from mpjax.apply import MixedModel, runs_narrow, with_implementation
+from mpjax.apply import MixedModel, runs_narrow, slower_narrow, widened, with_implementation
 from mpjax.compiled import verification
 from mpjax.compiled.building import as_function, failure, implementations_of
 from mpjax.compiled.verification import MiscompiledError
@@ -121,6 +121,7 @@ def tune(
     verification.check_inputs(batches)
     start = time.perf_counter()
     model = with_implementation(model, "rule")
+    model = widened(model, slower_narrow(model, *batches[0]))
     checkpoint = None if cache is None else Checkpoint(Path(cache), _key(model, batches, rounds))
     if checkpoint is not None and (piece := checkpoint.load("tuning")) is not None:
         return from_json(dict(piece.meta))

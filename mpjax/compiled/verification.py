@@ -3,11 +3,12 @@
 XLA:CPU has been seen to miscompile silently (jaxlib 0.10.2: its YNN fusion returned wrong numbers for a chain of
 convolution, depthwise convolution, pad, add, relu and max-pool), and by default it drops roundings to bfloat16.
 
-Two programs are compiled without optimisation for each model: its formats emulated in float32 (`arithmetic.emulated`, the
-definition that scores and searches use), and float32 at the highest precision. With
+Two programs are compiled without optimisation: a model's formats emulated in float32 (`arithmetic.emulated`, the definition that
+scores and searches use), and, once for all mixed models of an original, float32 at the highest precision. With
 
     d  the distance of the emulation to float32,
-    n  the distance of float32 to itself with inputs and each product's activations moved by one rounding,
+    n  the distance of float32 to itself with inputs and each product's activations moved by one rounding; or, if that is more,
+       twice the distance of a backend's own float32 products, which may be narrower by default (TensorFloat-32),
 
 a program is used if it is within 2 d + n of the emulation, and at least d / 2 from float32: each output, in the 2-norm and in its
 largest number. Two right programs add up in other orders, which flips roundings, and a flipped rounding flips others after it, so
@@ -34,6 +35,7 @@ from mpjax.xla import executable
 
 # A product's sums round oftener than its operands; what was seen is at most a quarter of this (docs/speed.md).
 _NOISE, _LEAST = 16.0, 1e-5
+_DEFAULT_NOISE = 2.0  # of the distance that a backend's default precision makes, where that is not float32's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,37 +127,87 @@ class Reference:
         )
 
 
-def reference(model: Model, batches: Batches) -> Reference:
-    """Compile a model's definition without optimisation, and run it.
+@dataclass(frozen=True, kw_only=True)
+class Float32Outputs:
+    """A float32 model's outputs on real inputs, which the programs of all its mixed models are compared with.
+
+    `outputs`: at the highest precision; `noise`: (outputs, 2), as `by_output`.
+    """
+
+    model: Model
+    batches: Batches
+    outputs: tuple[Any, ...]
+    noise: np.ndarray
+
+
+def float32_outputs(model: Model, batches: Batches) -> Float32Outputs:
+    """Compile a float32 model without optimisation, and run it.
 
     Args:
-        model: float32 or made by `apply`.
+        model: float32, or a mixed model, whose original is taken.
         batches: at least two different input tuples of equal shapes.
 
     Raises:
         ValueError: fewer.
     """
     check_inputs(batches)
+    original = as_mixed(model).original
+    with jax.default_matmul_precision("highest"):
+        outputs, moved = _outputs(original, original.lowerable, _moved_activations, batches, (0, 1))
+    noise = np.maximum(_NOISE * by_output(moved, outputs, overflows=True), _LEAST)
+    if jax.default_backend() != "cpu":  # float32's own products may be narrower by default, as TensorFloat-32 is
+        (default,) = _outputs(original, original.layers, lambda _: _plainly, batches)
+        noise = np.maximum(noise, _DEFAULT_NOISE * by_output(default, outputs, overflows=True))
+    return Float32Outputs(model=original, batches=batches, outputs=outputs, noise=noise)
+
+
+def reference(model: Model, batches: Batches, *, float32: Float32Outputs | None = None) -> Reference:
+    """Compile a model's definition without optimisation, and run it.
+
+    Args:
+        model: float32 or made by `apply`.
+        batches: at least two different input tuples of equal shapes.
+        float32: of its original on these batches, where they are known.
+
+    Raises:
+        ValueError: fewer, or outputs of another model or on other batches.
+    """
     model = as_mixed(model)
-    original = model.original
-
-    def outputs(override: Callable[[Array], Override], precision: str | None, *amounts: float) -> list[tuple[Any, ...]]:
-        def run(params: Any, amount: Array, *inputs: Array) -> Any:
-            inputs = jax.tree.map(lambda x: _moved(x, amount), inputs)
-            return original.call(params, *inputs, override=override(amount), layers=model.assigned)
-
-        with jax.default_matmul_precision(precision):
-            program = executable.build(run, (original.params, np.float32(0), *batches[0]), executable.PLAIN)
-        return [tuple(program(original.params, np.float32(n), *batch) for batch in batches) for n in amounts]
-
-    truth, moved = outputs(_moved_activations, "highest", 0, 1)
-    noise = np.maximum(_NOISE * by_output(moved, truth, overflows=True), _LEAST)
-    expected = truth
-    # Elsewhere than on a CPU float32's own products may be narrower by default.
+    if float32 is None:
+        float32 = float32_outputs(model, batches)
+    elif float32.model is not model.original or float32.batches is not batches:
+        raise ValueError("Expected float32_outputs of this model's original on these very batches, found others'.")
+    expected = float32.outputs
     if jax.default_backend() != "cpu" or any(fmt != FLOAT32 for fmt in model.formats.values()):
-        (expected,) = outputs(lambda _: _definition(model), None, 0)
-    distances = by_output(expected, truth, overflows=True)
-    return Reference(batches=batches, expected=expected, truth=truth, distances=distances, noise=noise)
+        (expected,) = _outputs(model.original, model.assigned, lambda _: _definition(model), batches)
+    return Reference(
+        batches=batches,
+        expected=expected,
+        truth=float32.outputs,
+        distances=by_output(expected, float32.outputs, overflows=True),
+        noise=float32.noise,
+    )
+
+
+def _outputs(
+    original: Model,
+    layers: Sequence[Layer],
+    override: Callable[[Array], Override],
+    batches: Batches,
+    amounts: Sequence[float] = (0,),
+) -> list[tuple[Any, ...]]:
+    """For each amount by which inputs are moved, the outputs on each batch, with `override(amount)` in place of products."""
+
+    def run(params: Any, amount: Array, *inputs: Array) -> Any:
+        inputs = jax.tree.map(lambda x: _moved(x, amount), inputs)
+        return original.call(params, *inputs, override=override(amount), layers=layers)
+
+    program = executable.build(run, (original.params, np.float32(0), *batches[0]), executable.PLAIN)
+    return [tuple(program(original.params, np.float32(n), *batch) for batch in batches) for n in amounts]
+
+
+def _plainly(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+    return product(lhs, rhs)
 
 
 def check_inputs(batches: Batches) -> None:

@@ -16,6 +16,10 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+# Of a product of float32 operands. tensorfloat32 rounds both to 10 bits of mantissa; bfloat16_x3 and _x6 take them apart into two
+# and three bfloat16 numbers, and add the products of parts up to the order of 2^-8 and of 2^-16 of the largest.
+ALGORITHMS = ("tensorfloat32", "bfloat16_x3", "bfloat16_x6")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
@@ -30,6 +34,7 @@ class Format:
             product multiplied by both scales afterwards.
         weight_only: weights are stored in the format, and multiplied out to float32 before a float32 product.
         group: weights that share a scale along the input axis; 0: all of an output channel.
+        algorithm: by which float32 operands are multiplied, of `ALGORITHMS`; "": as the program does.
     """
 
     name: str
@@ -40,6 +45,7 @@ class Format:
     scaled: bool = False
     weight_only: bool = False
     group: int = 0
+    algorithm: str = ""
 
     @property
     def bits(self) -> int:
@@ -90,6 +96,7 @@ for _fmt in (
     Format(name="float16_acc16", storage="float16", operand="float16", accumulate="float16", output="float16"),
     Format(name="float8_e4m3fn", storage="float8_e4m3fn", operand="float8_e4m3fn", scaled=True),
     Format(name="float8_e5m2", storage="float8_e5m2", operand="float8_e5m2", scaled=True),
+    *(Format(name=name, storage="float32", operand="float32", algorithm=name) for name in ALGORITHMS),
     Format(name="bfloat16_w", storage="bfloat16", operand="float32", weight_only=True),
     Format(name="float8_e4m3fn_w", storage="float8_e4m3fn", operand="float32", weight_only=True),
     Format(name="int8_w", storage="int8", operand="float32", weight_only=True),

@@ -27,7 +27,7 @@ def jitted(*static: str) -> Callable[[F], F]:
 
 @jitted("dtype")
 def round_to(x: Float[Array, ...], dtype: str) -> Float[Array, ...]:
-    """Float32 values rounded to the nearest value of `dtype` (ties to even), returned as float32.
+    """Float32 values rounded to the nearest value of `dtype`, or of tensorfloat32 (ties to even), returned as float32.
 
     float16 overflows to ±inf (from 65520 on), float8 saturates to ±max; signed zeros, subnormals and NaN are kept.
     bfloat16 works on the bit pattern (it vectorises on CPUs where a conversion does not); the float8 formats
@@ -45,6 +45,8 @@ def _rounded(dtype: str, x: Array) -> Array:
         return jax.lax.bitcast_convert_type(_bfloat16_bits(x), jnp.float32)
     if dtype == "float16":
         return _round_float16(x)
+    if dtype == "tensorfloat32":
+        return jnp.where(jnp.isfinite(x), _round_mantissa(x, mantissa_bits=10, min_exponent=-126), x)
     info = jnp.finfo(dtype)
     clipped = jnp.clip(x, -float(info.max), float(info.max))  # NaN passes through
     return _round_mantissa(clipped, mantissa_bits=info.nmant, min_exponent=int(info.minexp))

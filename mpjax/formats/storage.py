@@ -50,6 +50,18 @@ def store(weights: Float[Array, ...], fmt: Format, layer: Layer) -> Stored | Arr
     return of_slice(jnp.asarray(weights, jnp.float32))
 
 
+def wide(stored: Stored | Array, fmt: Format, layer: Layer) -> Float[Array, ...]:
+    """The float32 weights that `store` gave: what a layer computes with that is stored small and kept wide."""
+    if not isinstance(stored, Stored):
+        return stored.astype(jnp.float32)
+    summed, stacked = local_axes(layer)
+    shape = layer.kernel_shape[layer.levels :]
+    of_slice = functools.partial(stands_for, fmt=fmt, shape=shape, summed=summed, stacked=stacked)
+    for _ in range(layer.levels):
+        of_slice = jax.vmap(of_slice)  # type: ignore[assignment]
+    return of_slice(stored)
+
+
 def local_axes(layer: Layer) -> tuple[Summed, Axes]:
     """(summed, stacked) of what a product of the layer sees: without the axes that scans take."""
     summed = None if layer.summed is None else tuple(axis - layer.levels for axis in layer.summed)
@@ -60,12 +72,14 @@ def local_axes(layer: Layer) -> tuple[Summed, Axes]:
 def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed, stacked: Axes = ()) -> Stored:
     """Weights as a scaled or weight-only format stores them.
 
-    Numbers have the weights' axes; in a weight-only format those in `summed` are last, and `int4_w` is a flat array of bytes: the
-    first half of the weights in the lower four bits, the second in the upper. `stacked`: axes along which the weights are a stack
-    of separate ones.
+    Numbers and scales have the weights' axes; in a weight-only format those in `summed` are last, and `int4_w` is a flat array of
+    bytes: the first half of the weights in the lower four bits, the second in the upper. `stacked`: axes along which the weights
+    are a stack of separate ones.
     """
+    order = _order(weights.ndim, fmt, summed)
+    weights, summed, stacked = weights.transpose(order), _moved(summed, order), _moved(stacked, order) or ()
     if fmt.weight_only and fmt.storage == "bfloat16":
-        return Stored(narrowed(weights, "bfloat16").transpose(_order(weights.ndim, fmt, summed)), None)
+        return Stored(narrowed(weights, "bfloat16"), None)
     groups, scale = _scaled(weights, fmt, summed, stacked)
     numbers = groups / scale.astype(jnp.float32)
     if fmt.storage.startswith("int"):
@@ -73,7 +87,7 @@ def quantize(weights: Float[Array, ...], fmt: Format, summed: Summed, stacked: A
     else:
         numbers = round_to(numbers, fmt.storage).astype(fmt.storage)
     numbers = numbers.reshape(weights.shape)
-    return Stored(packed(numbers) if fmt.bits == 4 else numbers.transpose(_order(weights.ndim, fmt, summed)), scale)
+    return Stored(packed(numbers) if fmt.bits == 4 else numbers, scale)
 
 
 @jitted("fmt", "shape", "summed", "stacked")
@@ -82,14 +96,15 @@ def stands_for(
 ) -> Float[Array, ...]:
     """The float32 weights of this shape that `quantize` stored."""
     numbers, scale = stored
+    order = _order(len(shape), fmt, summed)
     if fmt.bits == 4:
-        numbers = unpacked(numbers, shape)
-    else:
-        numbers = numbers.transpose(np.argsort(_order(numbers.ndim, fmt, summed)))
+        numbers = unpacked(numbers, [shape[axis] for axis in order])
     if scale is None:
-        return numbers.astype(jnp.float32)
-    groups, _ = _groups(numbers, fmt, summed, stacked)
-    return (groups.astype(jnp.float32) * scale.astype(jnp.float32)).reshape(tuple(shape))
+        wide = numbers.astype(jnp.float32)
+    else:
+        groups, _ = _groups(numbers, fmt, _moved(summed, order), _moved(stacked, order) or ())
+        wide = (groups.astype(jnp.float32) * scale.astype(jnp.float32)).reshape(numbers.shape)
+    return wide.transpose(np.argsort(order))
 
 
 def dequantize_rows(
@@ -174,6 +189,11 @@ def _order(rank: int, fmt: Format, summed: Summed) -> list[int]:
     """The weights' axes as they are stored: in a weight-only format output channels first."""
     last = sorted(axis % rank for axis in summed or ()) if fmt.weight_only else []
     return [axis for axis in range(rank) if axis not in last] + last
+
+
+def _moved(axes: Summed, order: Sequence[int]) -> Summed:
+    """Where axes stand after a transposition."""
+    return None if axes is None else tuple(order.index(axis % len(order)) for axis in axes)
 
 
 def _scaled(weights: Array, fmt: Format, summed: Summed, stacked: Sequence[int]) -> tuple[Array, Array]:

@@ -9,15 +9,18 @@ arithmetic outside a matrix product is emulated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import jax
+from jax import lax
 
 from mpjax.kernels import dot, flat, im2col, rows, shift, taps, terms
-from mpjax.program.product import Array, Product
+from mpjax.program.product import Array, Product, row_count
+from mpjax.xla import device_profile
 
+_MUCH = 2.0  # times slower: of XLA's grouped convolutions 15 to 25 on CPUs, 1.1 on an H200
 CHOICES = ("xla", "rule", "auto")  # of a whole model
 
 
@@ -41,6 +44,7 @@ _KERNELS: Mapping[str, Kernel] = {
     "rows": rows,
 }
 IMPLEMENTATIONS = ("xla", *_KERNELS)  # "xla": lax's own function, as the program has it
+MATRIX_PRODUCTS = ("dot", "im2col")  # those that make a matrix product of a convolution
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +80,27 @@ def implementations(product: Product, lhs: Any, rhs: Any) -> tuple[str, ...]:
     return ("xla", *(name for name, kernel in _KERNELS.items() if kernel.covers(product, lhs, rhs)))
 
 
-def rule(product: Product, lhs: Any, rhs: Any, *, narrow: bool = True) -> str:
-    """A good choice without timing, for a CPU; on another backend XLA's own, whose libraries know convolutions.
+def rows_of(product: Product, lhs: Any) -> int:
+    """Rows of activations in a product as one matrix product; of a convolution, as if its stride were one."""
+    if product.kind == "conv":
+        batch, _, *space = lax.conv_dimension_numbers(lhs.shape, lhs.shape, product.dimension_numbers).lhs_spec
+        return math.prod(lhs.shape[axis] for axis in (batch, *space))
+    if product.kind != "dot":
+        return math.prod(lhs.shape[:-1])
+    (contract, _), (batch, _) = product.dimension_numbers
+    return row_count(lhs, (*contract, *batch))
 
-    `narrow`: whether enough of the program is on narrow operands to run it with YNN's kernels (`apply.runs_narrow`). Without
-    them XLA's own 1x1 convolution is faster than a matrix product.
+
+def rule(product: Product, lhs: Any, rhs: Any, *, narrow: bool = True) -> str:
+    """A good choice without timing the model, from this device's profile.
+
+    Where XLA's grouped convolutions are much slower than shifted multiply-adds, as on CPUs, the others are taken to want the
+    kernels of this package, too; elsewhere its own libraries know convolutions. `narrow`: whether enough of the program is on
+    narrow operands to run it with YNN's kernels (`apply.runs_narrow`). Without them XLA's own 1x1 convolution is faster than a
+    matrix product.
     """
     possible = implementations(product, lhs, rhs)
-    if jax.default_backend() != "cpu" or ("dot" in possible and not narrow):
+    if len(possible) == 1 or not _slow_grouped() or ("dot" in possible and not narrow):
         return "xla"
     if "dot" in possible:
         return "dot"
@@ -96,10 +113,14 @@ def rule(product: Product, lhs: Any, rhs: Any, *, narrow: bool = True) -> str:
     return next((name for name in ("shift", "im2col") if name in possible), "xla")
 
 
+def _slow_grouped() -> bool:
+    return device_profile().grouped > _MUCH
+
+
 def suited(product: Product) -> Product:
-    """The product as it is emulated and scored: on a CPU depthwise convolutions by the kernel that is tens of times faster there.
+    """The product as it is emulated and scored: depthwise convolutions by shifted multiply-adds where these are faster.
 
     Values differ from XLA's by the order of sums; derivatives are as fast.
     """
     grouped = product.kind == "conv" and product.feature_group_count > 1
-    return implemented(product, "shift") if grouped and jax.default_backend() == "cpu" else product
+    return implemented(product, "shift") if grouped and _slow_grouped() else product

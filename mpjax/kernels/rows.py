@@ -6,11 +6,11 @@ from typing import Any
 from mpjax.kernels import flat
 from mpjax.program.product import Product, row_count
 
-_LEAST_ROWS = 4
+LEAST_ROWS = 4
 
 
 def covers(product: Product, lhs: Any, rhs: Any) -> bool:
-    return flat.unbatched(product, lhs, rhs) and row_count(lhs, product.dimension_numbers[0][0]) < _LEAST_ROWS
+    return flat.unbatched(product, lhs, rhs) and row_count(lhs, product.dimension_numbers[0][0]) < LEAST_ROWS
 
 
-compute = functools.partial(flat.compute, least_rows=_LEAST_ROWS)
+compute = functools.partial(flat.compute, least_rows=LEAST_ROWS)

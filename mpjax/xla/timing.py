@@ -101,7 +101,7 @@ class Timings:
                 if (entry := self._load(digest)) is not None:
                     results[name] = entry
                 else:
-                    missing[name] = digest, [_ready(function, arguments, self.options) for function, arguments in pair]
+                    missing[name] = digest, [ready(function, arguments, self.options) for function, arguments in pair]
             except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
                 results[name] = f"it does not compile here ({str(error).splitlines()[0][:200]})"
         samples = iter(in_turns([run for _, runs in missing.values() for run in runs], self.rounds) if missing else ())
@@ -128,7 +128,7 @@ class Timings:
                 self.cache = None
 
 
-def _ready(function: Callable[..., Any], arguments: tuple, options: Mapping[str, Any]) -> Run:
+def ready(function: Callable[..., Any], arguments: tuple, options: Mapping[str, Any]) -> Run:
     """A run of the compiled program on arguments that lie on the device."""
     placed = jax.device_put(arguments)
     program = executable.build(function, placed, options)

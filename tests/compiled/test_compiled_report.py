@@ -37,11 +37,3 @@ def test_rows_and_table(small, mixed_program, shares, monkeypatch):
     assert ("60.0%" in lines[0]) == shares and "%" not in lines[4]
     assert "limit" in lines[4] and executable.name(mixed_program.options) in lines[4]
     json.dumps([*report.rows, report.program], allow_nan=False)
-
-
-def test_measured_shares_add_up(small, mixed_program):
-    report = mixed_program.report(*small[1][0])
-    shares = [row["share"] for row in report.rows]
-    if None in shares:
-        pytest.skip("this profiler names no instruction of the program")
-    assert sum(shares) + report.program["outside"] == pytest.approx(1) and max(shares) > 0

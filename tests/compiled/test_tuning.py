@@ -204,12 +204,6 @@ def test_a_program_that_does_not_compile_is_left_out_with_a_note(small, made_up,
         tuning.tune(*small, rounds=1)
 
 
-def test_fewer_than_two_inputs_are_refused(small):
-    model, batches = small
-    with pytest.raises(ValueError, match="at least two"):
-        tuning.tune(model, batches[:1], rounds=1)
-
-
 def test_a_choice_goes_into_a_plan_and_back(tmp_path):
     plain = plan.Plan(assignment=search.Assignment({"a": "bfloat16"}))
     with pytest.raises(ValueError, match="nothing was tuned"):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import refused
 from toys import SmallConv, linen
 
 from mpjax import cost
@@ -37,24 +38,6 @@ def measure(*formats, rounds=1, **options):
     return cost.measure(model, formats, x, rounds=rounds, **options)
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """Counts what is compiled and timed, and makes timing instant: program n takes n milliseconds in round 1, n + 1 in 2, …"""
-    counts = {"compiled": 0, "timed": 0}
-
-    def ready(function, arguments, options):
-        counts["compiled"] += 1
-        return lambda: None
-
-    def fake(runs, rounds):
-        counts["timed"] += len(runs)
-        return [[1e-3 * (number + 1 + turn) for turn in range(rounds)] for number in range(len(runs))]
-
-    monkeypatch.setattr(timing, "_ready", ready)
-    monkeypatch.setattr(timing, "in_turns", fake)
-    return counts
-
-
 def test_bytes_and_flops_by_hand():
     costs = static("bfloat16", "float8_e4m3fn", "float16_acc16")
     assert costs.layers == NAMES == small()[0].names
@@ -73,7 +56,7 @@ def test_bytes_and_flops_by_hand():
         _ = costs.product_seconds
 
 
-def test_scanned_and_shared_layers_count_every_run(made):
+def test_scanned_and_shared_layers_count_every_run(instant):
     class Body(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -96,17 +79,17 @@ def test_scanned_and_shared_layers_count_every_run(made):
     np.testing.assert_array_equal(costs.activation_bytes, [[3 * 2 * 16], [5 * 2 * 16]])
     np.testing.assert_allclose(costs.seconds, [[3 * 1.5e-3], [2 * 1.5e-3]])
     # starting a program, one (2, 4) product that both layers share, one (2, 4, 4) product
-    assert made == {"compiled": 3, "timed": 3}
+    assert instant == {"compiled": 3, "timed": 3}
     # "shared" has two rows of narrow operands and eight: the rule picks "rows" for the first, "xla" or "flat" for the second
     by_rule = cost.measure(model, ("bfloat16",), x, rounds=1, implementation="rule")
     assert by_rule.implementations[1].tolist() == ["xla", "rows"] and by_rule.notes == ()
 
 
-def test_medians_spread_and_casts_of_equal_layers_timed_once(made):
+def test_medians_spread_and_casts_of_equal_layers_timed_once(instant):
     steps = []
     costs = measure("bfloat16", rounds=4, progress=lambda *step: steps.append(step))
     assert steps == [(1, 4, "stem"), (2, 4, "depthwise"), (3, 4, "first"), (4, 4, "head")]
-    assert made == {"compiled": 1 + 4 * 3, "timed": 1 + 4 * 3}
+    assert instant == {"compiled": 1 + 4 * 3, "timed": 1 + 4 * 3}
     # by turns: float32 (1, 2, 3, 4 ms), bfloat16 (2, 3, 4, 5 ms), bfloat16 without its cast (3, 4, 5, 6 ms)
     np.testing.assert_allclose(costs.seconds, np.tile([2.5e-3, 3.5e-3], (5, 1)))
     np.testing.assert_allclose(costs.spread, 1.5e-3)
@@ -117,7 +100,7 @@ def test_medians_spread_and_casts_of_equal_layers_timed_once(made):
     assert cost.predicted(costs, dict.fromkeys(NAMES, "bfloat16"), edges=at_edges) > 0
 
 
-def test_timings_are_saved_after_each_product_and_used_by_other_format_sets(made, tmp_path):
+def test_timings_are_saved_after_each_product_and_used_by_other_format_sets(instant, tmp_path):
     def stop(number, total, layer):
         if number == 2:
             raise KeyboardInterrupt
@@ -125,16 +108,16 @@ def test_timings_are_saved_after_each_product_and_used_by_other_format_sets(made
     with pytest.raises(KeyboardInterrupt):
         measure("bfloat16", cache=tmp_path, progress=stop)
     assert len(list(tmp_path.iterdir())) == 1 + 2 * 2
-    before = dict(made)
+    before = dict(instant)
     first = measure("bfloat16", cache=tmp_path)
-    assert made == {name: count + 2 * 3 for name, count in before.items()}
+    assert instant == {name: count + 2 * 3 for name, count in before.items()}
     again = measure("float16", "bfloat16", cache=tmp_path)  # float16 alone is timed, with and without its cast
-    assert made == {name: count + 2 * 3 + 4 * 2 for name, count in before.items()}
+    assert instant == {name: count + 2 * 3 + 4 * 2 for name, count in before.items()}
     np.testing.assert_array_equal(again.seconds[:, [0, 2]], first.seconds)
     assert again.overhead == first.overhead
 
 
-def test_what_cannot_be_timed_is_noted(made, monkeypatch):
+def test_what_cannot_be_timed_is_noted(instant, monkeypatch):
     """float16_acc16 has bytes but no seconds; what does not compile has none, either."""
     costs = measure("float16_acc16")
     assert np.isfinite(costs.seconds[:, 0]).all() and np.isnan(costs.seconds[:, 1]).all()
@@ -145,14 +128,14 @@ def test_what_cannot_be_timed_is_noted(made, monkeypatch):
     with pytest.raises(ValueError, match="'stem' was not timed in float16_acc16"):
         cost.predicted(costs, {"stem": "float16_acc16"})
     assert cost.predicted(costs, {}) > 0
-    ready = timing._ready
+    ready = timing.ready
 
     def refusing(function, arguments, options):
         if arguments[0].dtype == jnp.float16 and arguments[0].ndim == 4:
             raise NotImplementedError("no float16 convolution\nat all")
         return ready(function, arguments, options)
 
-    monkeypatch.setattr(timing, "_ready", refusing)
+    monkeypatch.setattr(timing, "ready", refusing)
     costs = measure("float16")
     np.testing.assert_array_equal(np.isnan(costs.seconds), [[False, name in NAMES[:2]] for name in NAMES])
     assert costs.notes[0] == "stem in float16 was not timed: it does not compile here (no float16 convolution)"
@@ -226,23 +209,21 @@ def test_table():
 
 
 @pytest.mark.parametrize("function", [cost.static, cost.measure])
-def test_misuse_is_refused_before_anything_runs(made, function):
+def test_misuse_is_refused_before_anything_runs(instant, function):
     model, x = small()
-    for formats, inputs, match in (
-        (("bfloat",), (x,), "Did you mean 'bfloat16'"),
-        (("float16", "float16"), (x,), "more than once: float16"),
-        (("float16",), (), "found none: pass one batch"),
-        (("float16",), (x, x[:1]), "leading axis"),
-        (("float16",), (x[..., :2],), "shape"),
-    ):
-        with pytest.raises(Exception, match=match):
-            function(model, formats, *inputs)
-    if function is cost.measure:
-        with pytest.raises(ValueError, match="at least one round, found rounds=0"):
-            measure("float16", rounds=0)
-        with pytest.raises(ValueError, match="implementation must be one of xla, rule, auto; found 'fast'"):
-            measure("bfloat16", implementation="fast")
-    assert made == {"compiled": 0, "timed": 0}
+    refused(
+        ("Did you mean 'bfloat16'", function, model, ("bfloat",), x),
+        ("more than once: float16", function, model, ("float16", "float16"), x),
+        ("found none: pass one batch", function, model, ("float16",)),
+        ("leading axis", function, model, ("float16",), x, x[:1]),
+        ("shape", function, model, ("float16",), x[..., :2]),
+        kind=Exception,
+    )
+    refused(
+        ("at least one round, found rounds=0", lambda: measure("float16", rounds=0)),
+        ("must be one of xla, rule, auto; found 'fast'", lambda: measure("float16", implementation="fast")),
+    )
+    assert instant == {"compiled": 0, "timed": 0}
 
 
 @pytest.fixture

@@ -96,13 +96,6 @@ HUTCHINSON = {"num_probes": 16}
 XTRACE = {"num_probes": 16, "method": "xtrace"}
 
 
-def test_signs_have_no_variance_on_a_diagonal_matrix() -> None:
-    entries = np.random.default_rng(0).normal(size=N)
-    got = runs(trace, operator(np.diag(entries)), 0, **HUTCHINSON)
-    np.testing.assert_allclose(got.value, np.full(200, entries.sum()), **TIGHT)
-    np.testing.assert_allclose([got.stderr, got.residual], np.zeros((2, 200)), atol=1e-12)
-
-
 @EACH_SPECTRUM
 def test_trace_has_the_mean_and_the_variance_of_theory(spectrum: str, seed: int) -> None:
     """E = tr A, Var = 2 (‖A‖² - Σ aᵢᵢ²) / num_probes for sign probes."""
@@ -147,12 +140,6 @@ def test_xtrace_does_not_take_a_small_operator_for_low_rank() -> None:
         assert large.stderr > 0.1
 
 
-def test_xtrace_beats_hutchinson_on_decaying_eigenvalues() -> None:
-    matrix = operator(reference.symmetric_with_eigenvalues(0.5 ** np.arange(N), 0))
-    by_hutchinson, by_xtrace = (np.std(runs(trace, matrix, 0, **knobs).value) for knobs in (HUTCHINSON, XTRACE))
-    assert by_xtrace < by_hutchinson / 20
-
-
 def test_the_batch_size_changes_nothing_but_memory() -> None:
     problem = operator(reference.symmetric_with_eigenvalues(SPECTRA["outliers"], 0))
     one_by_one = run(trace, problem, 0, **HUTCHINSON)
@@ -161,20 +148,9 @@ def test_the_batch_size_changes_nothing_but_memory() -> None:
     np.testing.assert_allclose(batched.stderr, one_by_one.stderr, **TIGHT)
 
 
-# Flat, slowly decaying, indefinite, and outliers beside a bulk: spectra of 300 eigenvalues. Observed with 16 probes:
-# .950 .950 .920 .920 (in 2000 runs .949 .929 .951 .923: few eigenvalues make zᵀAz skewed).
-@pytest.mark.parametrize(
-    "spectrum",
-    [
-        np.linspace(0, 1, 300),
-        1 / np.arange(1, 301),
-        np.linspace(-1, 1, 300) ** 3,
-        np.concatenate([[10, 5, 2], np.linspace(0, 1, 297)]),
-    ],
-    ids=["flat", "decay", "indefinite", "outliers"],
-)
-def test_standard_errors_are_calibrated(spectrum) -> None:
-    matrix = reference.symmetric_with_eigenvalues(spectrum, 0)
+def test_standard_errors_are_calibrated() -> None:
+    """Observed with 16 probes: .920 (in 2000 runs .923: few eigenvalues make zᵀAz skewed)."""
+    matrix = reference.symmetric_with_eigenvalues(np.concatenate([[10, 5, 2], np.linspace(0, 1, 297)]), 0)
     got = runs(trace, operator(matrix), 0, batch_size=16, **HUTCHINSON)
     assert 0.92 <= covered(got.value, got.stderr, np.trace(matrix), 16) <= 0.98
 
@@ -182,18 +158,6 @@ def test_standard_errors_are_calibrated(spectrum) -> None:
 # Stochastic Lanczos quadrature
 
 SLQ = {"num_probes": 16, "depth": 20, "damping": 0.1, "batch_size": 16}
-
-
-def test_slq_at_full_depth_is_the_mean_of_the_exact_quadratic_forms() -> None:
-    for seed, spectrum in enumerate(SPECTRA.values()):
-        matrix = reference.symmetric_with_eigenvalues(spectrum, seed)
-        got = run(logdet_score, recorded(matrix), seed, num_probes=3, depth=N, damping=0.1)
-        probes = np.sqrt(N) * np.stack(VECTORS[::N])  # each Krylov space starts at its normalised probe
-        np.testing.assert_allclose(np.abs(probes), np.ones((3, N)), **TIGHT)
-        forms = reference.quadratic_forms(matrix, score, probes)
-        np.testing.assert_allclose(got.value, forms.mean(), **TIGHT)
-        np.testing.assert_allclose(got.stderr, forms.std(ddof=1) / 3**0.5, rtol=1e-8)
-        assert got.residual == 0
 
 
 U = np.random.default_rng(3).normal(size=12)
@@ -205,6 +169,7 @@ BREAKDOWNS = {
     "rank 2, indefinite": np.outer(U, U) - 3 * np.outer(U[::-1], U[::-1]),
     "reflection": np.eye(12) - 2 * np.outer(U, U) / (U @ U),
     "full rank": np.diag(np.arange(12) - 5.0),
+    "dense": reference.symmetric_with_eigenvalues(np.linspace(-1, 2, 12), 0),
     "1x1": np.array([[-3.0]]),
 }
 
@@ -214,10 +179,11 @@ def test_an_exhausted_krylov_space_is_exact(name: str) -> None:
     matrix = BREAKDOWNS[name]
     n, eigenvalues = len(matrix), np.linalg.eigvalsh(matrix)
     for depth in (50, 4):
-        if depth < n and name == "full rank":
+        if name in ("full rank", "dense") and depth < n:
             continue
         got = run(logdet_score, recorded(matrix), 0, num_probes=4, depth=depth, damping=0.1)
-        probes = np.sqrt(n) * np.stack(VECTORS[:: min(n, depth)])
+        probes = np.sqrt(n) * np.stack(VECTORS[:: min(n, depth)])  # each Krylov space starts at its normalised probe
+        np.testing.assert_allclose(np.abs(probes), 1, **TIGHT)
         forms = reference.quadratic_forms(matrix, score, probes)
         np.testing.assert_allclose(got.value, forms.mean(), **TIGHT)
         np.testing.assert_allclose(got.stderr, forms.std(ddof=1) / 2, **TIGHT)
@@ -349,18 +315,6 @@ def test_padding_is_not_seen(seed: int) -> None:
     for block in (np.outer(rotated[0], rotated[0]), rotated[:4, :4], rotated[:3, :3], rotated[:1, :1]):
         got = call("xtrace", block, seed)
         np.testing.assert_allclose([got.value, got.stderr], [np.trace(block), 0], atol=1e-8)
-
-
-@pytest.mark.parametrize("knobs", [HUTCHINSON, XTRACE], ids=["hutchinson", "xtrace"])
-def test_padding_does_not_change_the_distribution(knobs) -> None:
-    matrix = reference.symmetric_with_eigenvalues(SPECTRA["indefinite"], 0)
-    big = 100 * np.eye(N + 25)
-    big[:N, :N] = matrix
-    plain, wide = runs(trace, operator(matrix), 0, **knobs), runs(trace, operator(big, active=N), 1, **knobs)
-    deviation = np.std(plain.value)
-    assert abs(np.mean(plain.value) - np.mean(wide.value)) < 4 * deviation * (2 / 200) ** 0.5
-    np.testing.assert_allclose(np.std(wide.value), deviation, rtol=0.25)
-    np.testing.assert_allclose(np.mean(wide.stderr), np.mean(plain.stderr), rtol=0.1)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -6,32 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from refusals import refused
+from toys import network, whole
 
-from mpjax import curvature, partition
+from mpjax import partition
 from mpjax.curvature import grams
 from mpjax.partition import Block
 
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 LARGEST = 16 * 10 * 8  # bytes of the rows of `network`'s first block: 16 weights, k = 10 outputs
-
-
-def network(seed: int):
-    """A two-layer network: its parameters, an example-wise function (params, x (3,)) -> (2,), and inputs (5, 3)."""
-    rng = np.random.default_rng(seed)
-    params = {
-        "first": {"kernel": jnp.asarray(rng.normal(size=(3, 4))), "bias": jnp.asarray(rng.normal(size=4))},
-        "last": {"kernel": jnp.asarray(rng.normal(size=(4, 2)))},
-    }
-
-    def function(params, x):
-        return jnp.sin(jnp.tanh(x @ params["first"]["kernel"] + params["first"]["bias"]) @ params["last"]["kernel"])
-
-    return params, function, jnp.asarray(rng.normal(size=(5, 3)))
-
-
-def whole(function, x):
-    """All examples as one function of the parameters: (5, 2)."""
-    return lambda params: jnp.stack([function(params, example) for example in x])
 
 
 def dense_grams(function, params, blocks):
@@ -144,18 +127,6 @@ def test_log_determinants_are_those_of_the_dense_matrix(damping: float) -> None:
                 assert score + d * np.log(damping) == pytest.approx(logabsdet, rel=1e-8, abs=1e-8), name
 
 
-def test_a_layers_log_determinants_are_those_of_its_dense_gauss_newton_block() -> None:
-    params, function, x = network(0)
-    spectra = grams.spectra(grams.output_grams(function, params, partition.by_module(params), x))
-    for block in partition.by_module(params):
-        large = curvature.dense(curvature.block_ggn(whole(function, x), params, block))
-        assert (len(large) > 10) == (block.name == "first")
-        for damping in (1e-2, 1.0, 30.0):
-            score = grams.logdet_score(spectra[block.name], damping=damping)
-            expected = np.linalg.slogdet(large + damping * np.eye(len(large))).logabsdet
-            assert score + len(large) * np.log(damping) == pytest.approx(expected, rel=1e-8, abs=1e-8)
-
-
 def test_spectra_are_float64_clipped_and_nan_where_not_finite() -> None:
     gram = jnp.array([[2.0, 2.0], [2.0, 2.0]])
     spectra = grams.spectra(
@@ -181,39 +152,19 @@ def test_scores_forgive_rounding_and_not_indefiniteness() -> None:
 def test_wrong_arguments_are_refused() -> None:
     params, function, x = network(0)
     blocks = partition.by_module(params)
-    with pytest.raises(ValueError, match=f"'first' needs {LARGEST:,} bytes for its 10 rows"):
-        grams.output_grams(function, params, blocks, x, max_bytes=LARGEST - 1)
-    for wrong in ((), (blocks[0], blocks[0])):
-        with pytest.raises(ValueError, match="distinct names"):
-            grams.output_grams(function, params, wrong, x)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        grams.output_grams(function, params, blocks, x, batch_size=0)
-    for batch in ((x, x[:2]), (x[:0],), (jnp.ones(()),)):
-        with pytest.raises(ValueError, match=r"arrays \(N, ...\) of one N >= 1"):
-            grams.output_grams(function, params, blocks, *batch)
-    with pytest.raises(ValueError, match="the outputs: .*'label' is int64"):
-        grams.output_grams(lambda p, x: {"label": jnp.argmax(function(p, x))}, params, blocks, x)
-    with pytest.raises(ValueError, match="outputs have no elements"):
-        grams.output_grams(lambda p, x: function(p, x)[:0], params, blocks, x)
-    for damping in (0.0, -1.0, np.nan, np.inf):
-        with pytest.raises(ValueError, match="damping must be a finite scalar > 0"):
-            grams.logdet_score(np.ones(2), damping=damping)
-    for values in (np.eye(2), np.ones(0)):
-        with pytest.raises(ValueError, match=r"eigenvalues \(n,\)"):
-            grams.logdet_score(values, damping=1.0)
-    with pytest.raises(ValueError, match="eigenvalues: .*int64"):
-        grams.logdet_score(np.ones(2, int), damping=1.0)
 
+    def call(function=function, blocks=blocks, batch=(x,), **knobs):
+        return lambda: grams.output_grams(function, params, blocks, *batch, **knobs)
 
-def test_parameters_of_a_wrong_kind_are_refused_before_tracing() -> None:
-    def never(params):
-        raise AssertionError("was traced")
-
-    integers = {"w": jnp.ones(2), "steps": jnp.arange(2)}
-    for params, paths, message in (
-        (integers, ("v",), "unknown path 'v'; the nearest"),
-        (integers, ("w", "steps"), "block 'b': .*'steps' is int64"),
-        ({"w": jnp.ones((0, 2))}, ("w",), "no elements"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            grams.output_grams(never, params, (Block(name="b", paths=paths),))
+    score = lambda eigenvalues, damping=1.0: grams.logdet_score(eigenvalues, damping=damping)  # noqa: E731
+    refused(
+        (f"'first' needs {LARGEST:,} bytes for its 10 rows", call(max_bytes=LARGEST - 1)),
+        *(("distinct names", call(blocks=wrong)) for wrong in ((), (blocks[0], blocks[0]))),
+        ("batch_size must be at least 1", call(batch_size=0)),
+        *((r"arrays \(N, ...\) of one N >= 1", call(batch=b)) for b in ((x, x[:2]), (x[:0],), (jnp.ones(()),))),
+        ("the outputs: .*'label' is int64", call(lambda p, x: {"label": jnp.argmax(function(p, x))})),
+        ("outputs have no elements", call(lambda p, x: function(p, x)[:0])),
+        *(("damping must be a finite scalar > 0", score, np.ones(2), bad) for bad in (0.0, -1.0, np.nan, np.inf)),
+        *((r"eigenvalues \(n,\)", score, wrong) for wrong in (np.eye(2), np.ones(0))),
+        ("eigenvalues: .*int64", score, np.ones(2, int)),
+    )

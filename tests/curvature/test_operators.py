@@ -4,44 +4,32 @@ import numpy as np
 import pytest
 import reference
 from jax.flatten_util import ravel_pytree
+from refusals import refused
+from toys import network, whole
 
 from mpjax import curvature, partition
-from mpjax.curvature import Operator
+from mpjax.curvature import Operator, grams
 from mpjax.partition import Block
 
 SEEDS = (0, 1, 2)
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 
-def network(seed: int):
-    """A two-layer network: its parameters, (params -> (5, 2) outputs), (params -> scalar)."""
-    rng = np.random.default_rng(seed)
-    params = {
-        "first": {
-            "kernel": jnp.asarray(rng.normal(size=(3, 4))),
-            "bias": jnp.asarray(rng.normal(size=(1, 4))),
-        },
-        "last": {"kernel": jnp.asarray(rng.normal(size=(4, 2)))},
-    }
-    x, target = jnp.asarray(rng.normal(size=(5, 3))), jnp.asarray(rng.normal(size=(5, 2)))
-
-    def function(params):
-        hidden = jnp.tanh(x @ params["first"]["kernel"] + jnp.tile(params["first"]["bias"], (5, 1)))
-        return jnp.sin(hidden @ params["last"]["kernel"])
-
-    def loss(params):
-        return 0.5 * jnp.sum((function(params) - target) ** 2)
-
-    return params, function, loss
+def regression(seed: int):
+    """The parameters of `network`, (params -> (5, 2) outputs), (params -> scalar)."""
+    params, function, x = network(seed)
+    target = jnp.asarray(np.random.default_rng(seed + 100).normal(size=(5, 2)))
+    outputs = whole(function, x)
+    return params, outputs, lambda params: 0.5 * jnp.sum((outputs(params) - target) ** 2)
 
 
-def whole(params) -> Block:
+def everything(params) -> Block:
     return Block(name="all", paths=partition.paths(params))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_hessian_products_and_blocks_are_those_of_the_dense_hessian(seed: int) -> None:
-    params, _, loss = network(seed)
+    params, _, loss = regression(seed)
     flat, unravel = ravel_pytree(params)
     hessian = np.asarray(jax.jit(jax.hessian(lambda x: loss(unravel(x))))(flat))
     vector = jnp.asarray(np.random.default_rng(seed + 10).normal(size=flat.shape))
@@ -49,7 +37,7 @@ def test_hessian_products_and_blocks_are_those_of_the_dense_hessian(seed: int) -
     assert jax.tree.structure(product) == jax.tree.structure(params)
     np.testing.assert_allclose(ravel_pytree(product)[0], hessian @ vector, **TIGHT)
     rows = {"first": slice(0, 16), "last": slice(16, 24), "all": slice(0, 24)}
-    for block in (*partition.by_module(params), whole(params)):
+    for block in (*partition.by_module(params), everything(params)):
         operator = curvature.block_hessian(loss, params, Block(name=block.name, paths=tuple(sorted(block.paths))))
         np.testing.assert_allclose(curvature.dense(operator), hessian[rows[block.name], rows[block.name]], **TIGHT)
     if seed == 0:
@@ -86,14 +74,14 @@ def test_linear_and_logistic_regression(seed: int) -> None:
         (squares, None, reference.linear_regression_hessian(x)),
         (logistic, logistic_hessian_vp, reference.logistic_regression_hessian(x, np.asarray(w))),
     ):
-        np.testing.assert_allclose(curvature.dense(curvature.block_hessian(loss, w, whole(w))), expected, **TIGHT)
-        ggn = curvature.block_ggn(outputs, w, whole(w), loss_hessian_vp=loss_hessian_vp)
+        np.testing.assert_allclose(curvature.dense(curvature.block_hessian(loss, w, everything(w))), expected, **TIGHT)
+        ggn = curvature.block_ggn(outputs, w, everything(w), loss_hessian_vp=loss_hessian_vp)
         np.testing.assert_allclose(curvature.dense(ggn), expected, **TIGHT)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_gauss_newton_is_the_hessian_of_the_output_loss_at_the_reference(seed: int) -> None:
-    params, function, _ = network(seed)
+    params, function, _ = regression(seed)
     target = function(params)
 
     def output_loss(p):
@@ -128,57 +116,43 @@ def test_an_asymmetric_matrix_is_refused_or_nan_where_it_is_traced() -> None:
 
 
 def test_losses_and_outputs_of_a_wrong_kind_are_refused() -> None:
-    params, function, loss = network(0)
+    params, function, loss = regression(0)
     block = partition.by_module(params)[0]
-    with pytest.raises(ValueError, match=r"one scalar.*\(5, 2\)"):
-        curvature.hvp(function, params, params)
-    with pytest.raises(ValueError, match="without aux"):
-        curvature.block_hessian(lambda p: (loss(p), 0.0), params, block)
-    with pytest.raises(ValueError, match="the loss: .*int64"):
-        curvature.block_hessian(lambda p: jnp.sum(p["first"]["bias"]).astype(int), params, block)
-    with pytest.raises(ValueError, match="the outputs: .*'label' is int64"):
-        curvature.block_ggn(lambda p: {"label": jnp.argmax(function(p), axis=-1)}, params, block)
+    positive = lambda p: jnp.sum(p["first"]["bias"] > 0)  # noqa: E731
+    label = lambda p: {"label": jnp.argmax(function(p), axis=-1)}  # noqa: E731
+    refused(
+        (r"one scalar.*\(5, 2\)", curvature.hvp, function, params, params),
+        ("without aux", curvature.block_hessian, lambda p: (loss(p), 0.0), params, block),
+        ("the loss: .*int64", curvature.block_hessian, positive, params, block),
+        ("the outputs: .*'label' is int64", curvature.block_ggn, label, params, block),
+    )
 
 
-def test_parameters_of_a_wrong_kind_are_refused_before_tracing() -> None:
+def test_parameters_and_vectors_of_a_wrong_kind_are_refused_before_tracing() -> None:
     def never(params):
         raise AssertionError("was traced")
 
-    integers = {"w": jnp.ones(2), "steps": jnp.arange(2)}
-    with pytest.raises(ValueError, match="params: .*'steps' is int64"):
-        curvature.hvp(never, integers, integers)
-    with pytest.raises(ValueError, match="without leaves"):
-        curvature.hvp(never, {}, {})
-    for make in (curvature.block_hessian, curvature.block_ggn):
-        with pytest.raises(ValueError, match="unknown path 'v'; the nearest"):
-            make(never, integers, Block(name="b", paths=("v",)))
-        with pytest.raises(ValueError, match="block 'b': .*'steps' is int64"):
-            make(never, integers, Block(name="b", paths=("w", "steps")))
-        with pytest.raises(ValueError, match="no elements"):
-            make(never, {"w": jnp.ones((0, 2))}, Block(name="b", paths=("w",)))
-
-
-@pytest.mark.parametrize(
-    ("vector", "message"),
-    [
-        ({"w": jnp.ones(3)}, r"vector at 'w' must have .*\(2,\).* got .*\(3,\)"),
-        ({"w": jnp.ones(2, jnp.float32)}, "vector at 'w' must have .*float32"),
-        ([jnp.ones(2)], "structure of params"),
-    ],
-)
-def test_a_vector_that_does_not_match_is_refused(vector, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        curvature.hvp(lambda p: jnp.sum(p["w"]), {"w": jnp.ones(2)}, vector)
+    one, integers = {"w": jnp.ones(2)}, {"w": jnp.ones(2), "steps": jnp.arange(2)}
+    refused(
+        ("params: .*'steps' is int64", curvature.hvp, never, integers, integers),
+        ("without leaves", curvature.hvp, never, {}, {}),
+        (r"vector at 'w' must have .*\(2,\).* got .*\(3,\)", curvature.hvp, never, one, {"w": jnp.ones(3)}),
+        ("vector at 'w' must have .*float32", curvature.hvp, never, one, {"w": jnp.ones(2, jnp.float32)}),
+        ("structure of params", curvature.hvp, never, one, [jnp.ones(2)]),
+    )
+    for make in (curvature.block_hessian, curvature.block_ggn, lambda f, p, block: grams.output_grams(f, p, (block,))):
+        refused(
+            ("unknown path 'v'; the nearest", make, never, integers, Block(name="b", paths=("v",))),
+            ("block 'b': .*'steps' is int64", make, never, integers, Block(name="b", paths=("w", "steps"))),
+            ("no elements", make, never, {"w": jnp.ones((0, 2))}, Block(name="b", paths=("w",))),
+        )
 
 
 def test_arguments_out_of_range_are_refused() -> None:
     operator = Operator(matvec=lambda v: v, size=1000, dtype=jnp.float64)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        curvature.dense(operator, batch_size=-1)
-    with pytest.raises(ValueError, match="1000 x 1000 matrix of float64 takes 8,000,000 bytes"):
-        curvature.dense(operator, max_bytes=7_999_999)
-    for shape in ((2, 3), (3,), (0, 0)):
-        with pytest.raises(ValueError, match="square matrix"):
-            curvature.eigenvalues(jnp.ones(shape))
-    with pytest.raises(ValueError, match="matrix: .*int64"):
-        curvature.eigenvalues(jnp.eye(2, dtype=int))
+    refused(
+        ("batch_size must be at least 1", lambda: curvature.dense(operator, batch_size=-1)),
+        ("1000 x 1000 matrix of float64 takes 8,000,000 bytes", lambda: curvature.dense(operator, max_bytes=7_999_999)),
+        *(("square matrix", curvature.eigenvalues, jnp.ones(shape)) for shape in ((2, 3), (3,), (0, 0))),
+        ("matrix: .*int64", curvature.eigenvalues, jnp.eye(2, dtype=int)),
+    )

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
+from sklearn.datasets import load_digits
 
 from experiments.lib import assets
 from experiments.models.tflite_import import load_tflite
 from experiments.problems import benchmarks, digits, eyes, optimum
-from experiments.problems.benchmarks import Benchmark
 from mpjax.program import check_batches
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -56,47 +56,6 @@ def test_kl_error_in_closed_form():
     np.testing.assert_allclose(benchmarks.kl_error(low, reference), [expected, 0], atol=1e-15)
     huge = benchmarks.kl_error(np.array([[0.0, 1000.0]]), np.array([[1000.0, 0.0]]))
     np.testing.assert_allclose(huge, [1000.0])
-
-
-@pytest.mark.parametrize("error", [benchmarks.landmark_error(1), benchmarks.kl_error])
-def test_errors_refuse_other_shapes(error):
-    with pytest.raises(ValueError, match=r"two \(N, K\) arrays"):
-        error(np.zeros((2, 3)), np.zeros((3, 3)))
-
-
-def _toy(count, size):
-    images, labels = np.arange(count * 2.0).reshape(count, 2), np.arange(count)
-    return Benchmark(
-        name="toy",
-        model=None,
-        batches=benchmarks.in_batches((images,), size),
-        labelled=benchmarks.in_batches((images, labels), size),
-        error=benchmarks.kl_error,
-        error_name="KL",
-    )
-
-
-@pytest.mark.parametrize("size", [1, 3, 4, 12])
-def test_rebatched_keeps_every_example_in_order(size):
-    toy = _toy(12, 6)
-    again = toy.rebatched(size)
-    assert toy.examples == again.examples == 12
-    assert [len(batch[0]) for batch in again.batches] == [size] * (12 // size)
-    np.testing.assert_array_equal(np.concatenate([batch[0] for batch in again.batches]), np.arange(24.0).reshape(12, 2))
-    np.testing.assert_array_equal(np.concatenate([batch[1] for batch in again.labelled]), np.arange(12))
-    with pytest.raises(
-        ValueError, match="12 examples do not make equal batches of 5. Sizes that do: 1, 2, 3, 4, 6, 12"
-    ):
-        toy.rebatched(5)
-
-
-def test_unknown_names_and_counts_are_refused():
-    with pytest.raises(ValueError, match="Did you mean 'iris_landmark'"):
-        benchmarks.load("iris")
-    with pytest.raises(ValueError, match="1440 training examples, found count = 1441"):
-        benchmarks.load("digits_cnn", 1441)
-    with pytest.raises(ValueError, match="at least one crop"):
-        eyes.eyes(0)
 
 
 # --- regions and crops --------------------------------------------------------------------------------------------
@@ -145,13 +104,14 @@ def test_crops_of_eyes_and_faces():
 def test_digits_split_is_disjoint_stratified_and_fixed():
     train, test = digits.split(0)
     assert len(train.labels) == digits.TRAIN and len(test.labels) == 357
-    assert sorted([*train.rows, *test.rows]) == list(range(1797))
+    both = np.concatenate([train.images, test.images]).reshape(1797, 64)
+    np.testing.assert_array_equal(np.sort(both.sum(1)), np.sort(load_digits().data.astype(np.float32).sum(1) / 16))
     assert train.images.shape == (1440, 8, 8, 1) and train.images.dtype == np.float32
     assert 0 == train.images.min() and train.images.max() == 1
     assert set(train.labels) == set(range(10))
     np.testing.assert_allclose(np.bincount(train.labels) / 1440, np.bincount(test.labels) / 357, atol=0.003)
-    np.testing.assert_array_equal(digits.split(0)[0].rows, train.rows)
-    assert not np.array_equal(digits.split(1)[0].rows, train.rows)
+    np.testing.assert_array_equal(digits.split(0)[0].images, train.images)
+    assert not np.array_equal(digits.split(1)[0].images, train.images)
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
@@ -168,11 +128,6 @@ def test_convolution_as_products(strides, groups, window):
     np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_convolution_as_products_refuses_dilation():
-    with pytest.raises(ValueError, match="no dilation"):
-        digits.as_products(jnp.zeros((1, 8, 8, 1)), jnp.zeros((3, 3, 1, 2)), (1, 1), "SAME", rhs_dilation=(2, 2))
-
-
 @pytest.mark.parametrize("seed", range(2))
 def test_optimum_of_least_squares_in_closed_form(seed):
     rng = np.random.default_rng(seed)
@@ -183,21 +138,15 @@ def test_optimum_of_least_squares_in_closed_form(seed):
 
     matrix = inputs.T @ inputs / 36 + 0.1 * np.eye(20)
     expected = np.linalg.solve(matrix, inputs.T @ targets / 36)
-    steps = []
     data = (jnp.asarray(inputs), jnp.asarray(targets))
-    result = optimum.newton(
-        loss, jnp.asarray(rng.normal(size=20)), data, rounds=2, tolerance=1e-12, advance=lambda n=1: steps.append(n)
-    )
+    result = optimum.newton(loss, jnp.asarray(rng.normal(size=20)), data, rounds=2, tolerance=1e-12)
     np.testing.assert_allclose(result.vector, expected, atol=1e-12)
     np.testing.assert_allclose(result.eigenvalues, 2 * np.linalg.eigvalsh(matrix), rtol=1e-12)
-    assert result.rounds == 1 and sum(steps) == optimum.progress_steps(0, 20)[2] == 2
-    steps.clear()
+    assert result.rounds == 1
     start = jnp.asarray(rng.normal(size=20))
-    vector, taken = optimum.lbfgs(
-        lambda w: loss(w, *data), start, steps=300, tolerance=1e-9, advance=lambda n=1: steps.append(n)
-    )
+    vector, taken = optimum.lbfgs(lambda w: loss(w, *data), start, steps=300, tolerance=1e-9)
     np.testing.assert_allclose(vector, expected, atol=1e-8)
-    assert taken == 100 and sum(steps) == 3
+    assert taken == 100
 
 
 def test_newton_leaves_a_saddle():
@@ -207,7 +156,7 @@ def test_newton_leaves_a_saddle():
         return 0.5 * w[1] ** 2 + 0.25 * w[0] ** 4 - 0.5 * w[0] ** 2
 
     data = (jnp.zeros(1),)
-    result = optimum.newton(loss, jnp.asarray([0.1, 0.5]), data, rounds=20, tolerance=1e-12, advance=lambda n=1: None)
+    result = optimum.newton(loss, jnp.asarray([0.1, 0.5]), data, rounds=20, tolerance=1e-12)
     np.testing.assert_allclose(np.abs(result.vector), [1, 0], atol=1e-12)
     assert result.eigenvalues[0] == pytest.approx(1)
     assert abs(result.eigenvalues[1] - 2) < 7 * result.distance < 0.1  # 3x² − 1 where the last Hessian was taken
@@ -215,26 +164,25 @@ def test_newton_leaves_a_saddle():
 
 def test_weights_come_from_the_cache_and_damage_is_set_aside(tmp_path, monkeypatch):
     monkeypatch.setenv("MPJAX_CACHE", str(tmp_path))
-    settings = digits.Settings(l2=0.5)
     weights = {"dense": {"kernel": np.arange(6.0).reshape(2, 3)}}
     runs = []
 
     def train(command, **options):
         runs.append((command, options))
-        digits._checkpoint(settings).save("digits_cnn", flatten_dict(weights, sep="/"), {"l2": 0.5, "run": len(runs)})
+        digits._checkpoint().save("digits_cnn", flatten_dict(weights, sep="/"), {"l2": 0.5, "run": len(runs)})
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(digits.subprocess, "run", train)
-    first, second = digits.trained(settings), digits.trained(settings)
+    first, second = digits.trained(), digits.trained()
     assert len(runs) == 1 and first.facts == second.facts == {"l2": 0.5, "run": 1}
     command, options = runs[0]
-    assert command[1:3] == ["-m", "experiments.problems.digits"] and command[command.index("--l2") + 1] == "0.5"
+    assert command[1:] == ["-m", "experiments.problems.digits"]
     assert options["env"]["JAX_ENABLE_X64"] == "1"
     np.testing.assert_array_equal(second.params["dense"]["kernel"], weights["dense"]["kernel"])
     (path,) = (tmp_path / "digits").iterdir()
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.warns(UserWarning, match="damaged"):
-        third = digits.trained(settings)
+        third = digits.trained()
     assert len(runs) == 2 and third.facts["run"] == 2
     assert len(list((tmp_path / "digits").glob("*.damaged"))) == 1
 
@@ -375,7 +323,7 @@ def test_pose_benchmark():
     assert len(pose.model.layers) == 72 and pose.examples == 5
     check_batches(pose.batches)
     assert _half_precision_weights(pose) > 0.999
-    assert len(set(pose.facts["crops"])) == 5 and pose.facts["persons"] == 2
+    assert len(set(pose.facts["crops"])) == 5
     outputs = _outputs(pose)
     assert outputs.shape == (5, 66)
     torso = np.concatenate([batch[1] for batch in pose.batches])
@@ -384,8 +332,6 @@ def test_pose_benchmark():
     np.testing.assert_allclose(np.linalg.norm(trunk, axis=1), 1, rtol=1e-4)  # in torso units
     inside = (landmarks * torso[:, None, None] > 0) & (landmarks * torso[:, None, None] < 256)
     assert inside.mean() > 0.95
-    with pytest.raises(ValueError, match="24 calibration crops"):
-        benchmarks.load("pose_landmark_full", 25)
 
 
 @pytest.fixture(scope="module")

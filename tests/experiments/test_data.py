@@ -60,8 +60,8 @@ def test_following_region_points_up():
     assert ahead.angle == pytest.approx(np.pi / 2, abs=1 / 64)
 
 
-def test_split_by_time_with_a_gap_and_whole_blocks(tmp_path):
-    arrays = data._split(_sightings([(0, 59), (10, 40), (56, 59)]), FPS, FRAMES, SETTINGS, tmp_path)
+def test_split_by_time_with_a_gap_and_whole_blocks():
+    arrays = data._split(_sightings([(0, 59), (10, 40), (56, 59)]), FPS, FRAMES, SETTINGS)
     first, second = arrays["calibration_frame"], arrays["evaluation_frame"]
     assert len(first) == 4 and len(second) == 8
     assert first.max() < 22 and second.min() >= 27
@@ -69,17 +69,10 @@ def test_split_by_time_with_a_gap_and_whole_blocks(tmp_path):
     assert not set(arrays["calibration_block"]) & set(arrays["evaluation_block"])
     assert set(arrays["evaluation_person"]) == {0, 1}  # person 2 is seen for less than a block
     np.testing.assert_array_equal(arrays["evaluation_pixels"][:, 0, 0, 0], second)
-    wide = data._split(_sightings([(0, 59)]), FPS, FRAMES, data.CropSettings(calibration=22, evaluation=33), tmp_path)
+    wide = data._split(_sightings([(0, 59)]), FPS, FRAMES, data.CropSettings(calibration=22, evaluation=33))
     for split in ("calibration", "evaluation"):
         for block in set(wide[f"{split}_block"]):
             assert (wide[f"{split}_block"] == block).sum() >= FPS  # at least one second
-
-
-def test_too_few_crops_and_nobody(tmp_path):
-    with pytest.raises(data.DataError, match="0 calibration crops between 0.00 and 2.20 s, 4 wanted"):
-        data._split(_sightings([(30, 59)]), FPS, FRAMES, SETTINGS, tmp_path)
-    with pytest.raises(data.DataError, match="nobody found"):
-        data._split([], FPS, FRAMES, SETTINGS, tmp_path)
 
 
 def test_unreadable_video(tmp_path):
@@ -116,12 +109,6 @@ def video():
         pytest.skip(f"no package registry: {error}")
 
 
-def test_missing_video(tmp_path, monkeypatch):
-    monkeypatch.setattr(assets, "fetch", lambda name: tmp_path / name)
-    with pytest.raises(data.DataError, match="no such video file"):
-        data.pose_crops(video=tmp_path / "none.mp4")
-
-
 @pytest.mark.slow
 def test_default_video(video):
     crops = data.pose_crops()
@@ -133,10 +120,9 @@ def test_default_video(video):
         assert one.images.shape == (count, 256, 256, 3)
         assert one.images.dtype == np.float32
         assert 0 <= one.images.min() and one.images.max() <= 1 and one.images.std() > 0.1
-        assert one.presence.min() > 0.8
         assert len(set(one.person)) >= 2
         np.testing.assert_array_equal(one.images, two.images)
-    assert (crops.evaluation.frame.min() - crops.calibration.frame.max()) / crops.fps > crops.gap
+    assert crops.evaluation.frame.min() - crops.calibration.frame.max() > 12  # more than half a second
     assert not set(crops.calibration.block) & set(crops.evaluation.block)
 
 
@@ -162,7 +148,6 @@ def test_dealt_blocks_are_whole_and_on_one_side_each(video):
         blocks, counts = np.unique(split.block, return_counts=True)
         assert set(counts) == {3}
         np.testing.assert_array_equal(np.sort(split.block[: len(blocks)]), blocks)  # first one crop of each
-        assert split.presence.min() > 0.8
         for block in blocks:
             inside = split.block == block
             assert len(set(split.person[inside])) == 1 and np.ptp(split.frame[inside]) < 60  # within a second
@@ -184,9 +169,3 @@ def test_the_deal_cuts_each_persons_time_and_leaves_out_who_is_seen_too_shortly(
     for person in (0, 1):
         frames = np.concatenate([arrays["calibration_frame"], arrays["evaluation_frame"]])[persons == person]
         assert np.diff(np.sort(frames)).min() >= 2  # no two crops of one moment
-    with pytest.raises(data.DataError, match="10 crops wanted of a block of 5"):
-        data._deal(videos, seconds=0.5, per_block=10, seed=0)
-    with pytest.raises(ValueError, match="at least one crop"):
-        data.dealt_crops(per_block=0)
-    with pytest.raises(data.DataError, match="2 blocks"):
-        data._deal([(_sightings([(0, 9)], 2), 10.0, 10)], seconds=0.5, per_block=2, seed=0)

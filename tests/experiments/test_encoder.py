@@ -81,12 +81,3 @@ def test_bfloat16_is_close(tiny, activations):
         low = jax.jit(applied.call)(applied.params, x)
     assert low.dtype == (jnp.float32 if activations else jnp.bfloat16)
     assert 0 < metrics.relative_error(low, exact) < 0.05
-
-
-def test_bad_input_is_refused(tiny):
-    with pytest.raises(ValueError, match="heads that divide the width"):
-        random_encoder(1, 8, 3, tokens=2, batch=1)
-    with pytest.raises(ValueError, match="at least one token"):
-        random_encoder(1, 8, 2, tokens=0, batch=1)
-    with pytest.raises(ValueError, match=r"expected \(N, T, 8\)"):
-        tiny[0].apply(tiny[1], jnp.zeros((1, 2, 4), jnp.float32))

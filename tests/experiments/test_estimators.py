@@ -195,12 +195,11 @@ def test_a_run_has_its_rows(tiny: Benchmark, ran: tuple[Path, dict[str, Any]]) -
     for name in ("agreement_cost", "layers_lowered", "interactions", "damping"):
         assert (folder / f"estimators/{name}.png").stat().st_size > 10_000
     made = [Row(**row) for row in rows]
-    lines = "\n".join(findings(made, []))
-    assert "Best agreement" in lines and "Zero by construction, as the output loss has no gradient" in lines
+    assert findings(made)[0].startswith("Best agreement")
     few = [
         row for row in made if row.label in ("measured", "depth")
     ]  # as with --quick, which judges fewer on large models
-    assert findings([*made, *(replace(row, model="iris_landmark") for row in few)], [])[0].startswith("Best agreement")
+    assert findings([*made, *(replace(row, model="iris_landmark") for row in few)])[0].startswith("Best agreement")
 
 
 def test_cells_without_a_gradient_are_null(ran: tuple[Path, dict[str, Any]]) -> None:
@@ -217,12 +216,12 @@ def test_the_kept_pieces_are_what_the_library_computes(tiny: Benchmark, ran: tup
     bench = Bench(tiny, SIZES, Run("again", estimators.Config(results=ran[0])), 0)
     alone = np.array([[bench.losses(assignment).mean() for assignment in bench.alone(fmt)] for fmt in FORMATS])
     pieces = ran[0] / "estimators/pieces"
-    kept = {}
+    arrays = {}
     for name in ("measured%2C%20output", "spectra%2C%20output"):
         with np.load(next(path for path in pieces.iterdir() if name in path.name)) as file:
-            kept[name] = {key.removeprefix("array/"): file[key] for key in file.files if key != "note"}
-    np.testing.assert_allclose(alone, kept["measured%2C%20output"]["value"].T, rtol=1e-3)
-    spectra = kept["spectra%2C%20output"]
+            arrays[name] = {key.removeprefix("array/"): file[key] for key in file.files if key != "note"}
+    np.testing.assert_allclose(alone, arrays["measured%2C%20output"]["value"].T, rtol=1e-3)
+    spectra = arrays["spectra%2C%20output"]
     assert {name: len(values) for name, values in spectra.items()} == {"first": 18, "second": 18, "third": 15}
     exact = sensitivity.logdet(max_outputs=18, damping=1e-2)(tiny.model, tiny.batches, FORMATS[:1], jax.random.key(0))
     mean = sum(values.sum() for values in spectra.values()) / sum(map(len, spectra.values()))

@@ -25,6 +25,8 @@ from mpjax.ledger import Ledger
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
+    """A scored layer."""
+
     name: str = column("Name & <kind>", short=True)
     nme: float | None = column("NME", ".3f", short=True)
     nme_low: float | None
@@ -234,15 +236,14 @@ def toy(results: Path, *, fresh: bool = False, value: float = 0.5, calls: list[i
     figure, axis = plt.subplots()
     axis.plot([0, 1])
     assert axis.lines[0].get_color() == BLUE
-    picture = made.save(figure, "line", alt="a line")
-    table = Table("results", Row, [Row(name="a", nme=value, nme_low=None, nme_high=None, ok=True)])
-    more = Table("more", Row, [], "More")
+    made.save(figure, "line", alt="a line")
+    table = Table("results", Row, [Row(name="a", nme=value, nme_low=None, nme_high=None, ok=True)] * 13)
+    more = Table("more_rows", Row, table.rows)
     return made.finish(
         "Toy",
         results=table,
         tables=[more],
         findings=["It is 1."],
-        sections=[Section("Line", picture)],
         facts={"extra": 2},
         show=[more],
     )
@@ -257,14 +258,17 @@ def test_a_run_leaves_everything_and_goes_on_from_its_pieces(
     assert first["ledger"] == second["ledger"] == Ledger(forward=2, vjp=1).as_dict() and second["extra"] == 2
     assert second["pieces_seconds"] == first["pieces_seconds"]
     folder = tmp_path / "toy"
-    assert json.loads((folder / "summary.json").read_text()) == second and second["more"] == []
+    assert json.loads((folder / "summary.json").read_text()) == second and second["more_rows"] == second["rows"]
     files = {path.name for path in folder.iterdir()}
-    tables = {f"{name}.{kind}" for name in ("results", "more") for kind in ("csv", "tex")}
+    tables = {f"{name}.{kind}" for name in ("results", "more_rows") for kind in ("csv", "tex")}
     assert files == {"pieces", "line.png", "line.pdf", *tables, "report.html", "docs.md", "summary.json"}
     assert (folder / "line.pdf").read_bytes().startswith(b"%PDF") and not plt.get_fignums()
     page = (folder / "report.html").read_text()
     assert "It is 1." in page and "data:image/png" in page and second["environment"]["device"] in page
-    assert "[results](toy/results.csv)" in (folder / "docs.md").read_text()
+    assert "<h2>More rows</h2>" in page and "A scored layer." in page
+    docs = (folder / "docs.md").read_text()
+    assert "Tables: [results](toy/results.csv), [more rows](toy/more_rows.csv). Figures: [line](toy/line.png)." in docs
+    assert "12 of 13 rows." in docs and docs.count("| a | ") == run.MOST_ROWS
     assert "finished before, reused" in capsys.readouterr().out
     toy(tmp_path, fresh=True, calls=calls)
     assert len(calls) == 2
@@ -279,8 +283,8 @@ def test_a_run_that_breaks_the_contract_writes_no_summary(tmp_path: Path) -> Non
 
 def test_names_are_checked() -> None:
     run.check_names("--models", ["a"], ("a", "b"))
-    for names, told in ((["c"], "found c"), ([], "found none")):
-        with pytest.raises(SystemExit, match=f"--models: expected some of a, b; {told}"):
+    for names, message in ((["c"], "found c"), ([], "found none")):
+        with pytest.raises(SystemExit, match=f"--models: expected some of a, b; {message}"):
             run.check_names("--models", names, ("a", "b"))
 
 
@@ -294,17 +298,19 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> publish.Config
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "page.md").write_text("before\n<!-- toy -->\nold\n<!-- end of toy -->\nafter ![line](toy/line.png)\n")
-    (tmp_path / "README.md").write_text("see [table](docs/toy/more.csv)\n")
+    (tmp_path / "README.md").write_text("see [table](docs/toy/more_rows.csv)\n")
     return publish.Config("toy", results=tmp_path / "results", docs=docs)
 
 
 def test_publishing_writes_the_block_and_what_pages_link_to(published: publish.Config) -> None:
     before = (published.docs.parent / "README.md").read_text()
+    (published.docs / "toy").mkdir()
+    (published.docs / "toy/targets.csv").write_text("of an earlier edition")
     publish.main(published)
     text = (published.docs / "page.md").read_text()
     block = (published.results / "toy/docs.md").read_text()
     assert text == f"before\n<!-- toy -->\n{block}<!-- end of toy -->\nafter ![line](toy/line.png)\n"
-    assert {path.name for path in (published.docs / "toy").iterdir()} == {"line.png", "more.csv", "results.csv"}
+    assert {path.name for path in (published.docs / "toy").iterdir()} == {"line.png", "more_rows.csv", "results.csv"}
     publish.main(published)
     assert (published.docs / "page.md").read_text() == text and (
         published.docs.parent / "README.md"
@@ -314,7 +320,7 @@ def test_publishing_writes_the_block_and_what_pages_link_to(published: publish.C
 @pytest.mark.parametrize("what", ["commit", "quick", "marker", "file", "run"])
 def test_what_is_not_published(published: publish.Config, what: str) -> None:
     summary = published.results / "toy/summary.json"
-    told = {
+    messages = {
         "commit": "uncommitted",
         "quick": "--quick",
         "marker": "found 0",
@@ -332,6 +338,6 @@ def test_what_is_not_published(published: publish.Config, what: str) -> None:
         change = {"commit": "abc1234+"} if what == "commit" else {"config": {"quick": True}}
         summary.write_text(json.dumps({**content, **change}))
     before = (published.docs / "page.md").read_text()
-    with pytest.raises(SystemExit, match=told[what]):
+    with pytest.raises(SystemExit, match=messages[what]):
         publish.main(published)
     assert (published.docs / "page.md").read_text() == before and not (published.docs / "toy").exists()

@@ -16,7 +16,6 @@ from experiments.peers_curvature import __main__ as peers_curvature
 from experiments.peers_curvature import measure, networks, rows
 from experiments.peers_curvature.networks import Network
 from experiments.peers_curvature.rows import (
-    EXACT,
     JOINT,
     MATRIX,
     PER_LAYER,
@@ -100,18 +99,10 @@ def test_layers_are_kernel_and_bias_of_what_multiplies(mlp: Network) -> None:
 
 def test_training_stops_at_the_loss_it_reports(mlp: Network) -> None:
     module, inputs = mlp.module, np.asarray(mlp.inputs, np.float32)
-    found = networks.network("mlp", module, inputs, {PLAIN: None}, 0, until=0.9)
-    assert found.notes["training_steps"] > 0
-    assert found.notes["loss"] < 0.9
-    assert float(found.loss(found.params)) == pytest.approx(found.notes["loss"], rel=1e-5)
-
-
-def test_the_exact_trace_of_the_head_is_the_dense_one(mlp: Network) -> None:
-    apply = mlp.module.apply
-    features = np.asarray(apply({"params": mlp.params}, mlp.inputs, features=True))
-    logits = np.asarray(apply({"params": mlp.params}, mlp.inputs))
-    exact = np.trace(hessian_of("mlp")["head"])
-    assert networks.head_trace(features, logits) == pytest.approx(exact, rel=1e-10)
+    trained = networks.network("mlp", module, inputs, {PLAIN: None}, 0, until=0.9)
+    assert trained.notes["training_steps"] > 0
+    assert trained.notes["loss"] < 0.9
+    assert float(trained.loss(trained.params)) == pytest.approx(trained.notes["loss"], rel=1e-5)
 
 
 # ---- statistics and rows
@@ -156,12 +147,6 @@ def test_probes_at_a_target_bring_the_error_there() -> None:
     assert rows.probes_at(0.01, 0.1) == 1
 
 
-@pytest.mark.parametrize("knobs", [{"probes": 1}, {"trace_rounds": 1}, {"rounds": 2}, {"depth": 1}, {"products": 8}])
-def test_unusable_knobs_are_refused(knobs: dict[str, int]) -> None:
-    with pytest.raises(SystemExit, match="found"):
-        peers_curvature.Config(**knobs)  # type: ignore[arg-type]
-
-
 def test_missing_peers_are_named_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise ImportError(f"No module named 'torch' ({name})")
@@ -191,8 +176,6 @@ def rows_of_a_run() -> list[Row]:
             apart = None if (tool, method) == (MATRIX, PER_LAYER) else z
             values: dict[str, Any] = {"layer": layer, "value": value, "stderr": 0.25, "z": apart}
             made.append(Row(network="cnn", quantity="layer_trace", tool=tool, method=method, **values))
-    head: dict[str, Any] = {"layer": "head", "value": 5.0, "stderr": 0.0}
-    made.append(Row(network="cnn", quantity="layer_trace", tool=EXACT, method="closed form", **head))
     made.append(Row(network="cnn", quantity="trace", tool=PYHESSIAN, method="hutchinson", value=8.0, z=-0.5))
     return [*made, Row(network="pose", quantity="hvp", tool=PLAIN, method="how", seconds=1.0, gradients=2.2)]
 
@@ -200,16 +183,13 @@ def rows_of_a_run() -> list[Row]:
 def test_the_sentences_and_files_of_a_run(tmp_path: Path) -> None:
     made = rows_of_a_run()
     lines = rows.findings(made)
-    assert len(lines) == 3 and lines[2] == "pose: one HVP costs mpjax 2.20 gradients."
-    assert "costs mpjax 2.00 gradients, and 0.25 times" in lines[0] and "(20x faster)" in lines[0]
-    assert "3.00 times from joint and 0.50 from per-layer" in lines[0] and "12 s for joint" in lines[0]
-    assert (
-        f"{PYHESSIAN}, {PER_LAYER}: 1 of 2 within 2, largest 3.0" in lines[1] and f"{MATRIX}, {JOINT} +2.0" in lines[1]
-    )
+    assert len(lines) == 2 and lines[1] == "pose: one HVP costs mpjax 2.20 gradients."
+    assert "costs mpjax 2.00 gradients, and 0.25 times" in lines[0] and "take 0.050 times" in lines[0]
+    assert "3.00 times from joint and 0.50 from per-layer" in lines[0]
     run = Run("peers_curvature", peers_curvature.Config(results=tmp_path))
     notes = {"layers": 2, "parameters": 9, "batch": "6x8x8x3", "loss": 0.4, "training_steps": 3}
     checks = [Check(network="cnn", what="loss", difference=1e-7)]
-    peers_curvature.finish(run, made, checks, {"cnn": notes}, {"cnn": 1e-2}, {"torch": "2"})
+    peers_curvature.finish(run, made, checks, {"cnn": notes}, {"torch": "2"})
     assert (run.folder / "all_layers.csv").read_text().count("\n") == 4
     assert (run.folder / "times.png").stat().st_size > 10_000
 

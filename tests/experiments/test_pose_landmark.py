@@ -51,7 +51,7 @@ def test_tables_and_sentences() -> None:
         latency_ms=1.0, vs_fp32=0.5,
     )  # fmt: skip
     mixed = dataclasses.replace(row, name="mixed", nme=0.01, layers_low=1)
-    emulated = [dataclasses.replace(each, format=rows.EMULATED, vs_fp32=None) for each in (row, mixed)]
+    emulated = [dataclasses.replace(line, format=rows.EMULATED, vs_fp32=None) for line in (row, mixed)]
     lines = pose_landmark.findings([row, mixed, *emulated], table.rows)
     assert "1 of 3 layers" in lines[1] and "10.0% of the all-low error" in lines[1] and "0.50 times" in lines[1]
     assert "times" not in lines[0] and "Spearman 1.000" in lines[2]

@@ -7,8 +7,7 @@ import pytest
 from flax import nnx
 
 from experiments.lib import assets, metrics
-from experiments.models.tflite_import import load_tflite
-from experiments.models.tflite_operators import ACTIVATIONS, LAYERS, compute
+from experiments.models.tflite_import import ACTIVATIONS, LAYERS, compute, load_tflite
 from experiments.problems import data
 from mpjax import compiled, evaluation, search, sensitivity
 from mpjax.apply import apply

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from toys import linen
 
+from experiments.lib.storage import store as storage
+from experiments.lib.storage import study
+from experiments.lib.storage.rows import Row, comparison
 from experiments.problems import text_data
 from experiments.sentence_encoder import steps as sentence_encoder
-from experiments.storage import store as storage
-from experiments.storage import study
-from experiments.storage.rows import Mix, comparison
 from mpjax import compiled, sensitivity
 from mpjax.apply import apply
 from mpjax.search import Assignment
@@ -32,7 +32,7 @@ def test_bytes_and_numbers_are_those_of_the_compiled_program(subject):
     store, batches = subject
     assignment = Assignment(dict(zip(store.model.names, ("int4_w", "float8_e4m3fn_w", "bfloat16_w"), strict=True)))
     program = compiled.compile(apply(store.model, assignment), batches)
-    assert store.bytes_of(assignment) == program.weight_bytes
+    assert store.bytes_of(assignment) == program.stored_bytes
     for outputs, batch in zip(store.outputs(assignment, batches), batches, strict=True):
         np.testing.assert_allclose(outputs, program(*batch), atol=1e-6)
     assert store.bytes_of({}) == 4 * sum(leaf.size for leaf in jax.tree.leaves(store.model.params))
@@ -78,15 +78,6 @@ def test_mixes_without_scores_fill_the_bytes(subject):
         store.by_depth(sizes["int4_w"] - 1)
 
 
-def test_candidates_take_the_bytes_that_they_are_compared_at(subject):
-    store, batches = subject
-    scores = sensitivity.local_rounding(num_probes=None)(store.model, batches, storage.FORMATS, jax.random.key(0))
-    mixes = storage.candidates(store, scores.value, (1.0, 1.25), mixes=2)
-    assert [mix.method for mix in mixes] == ["uniform"] * 4 + ["mixed"] * 2 + ["random"] * 2 + ["depth"] * 2
-    least = store.bytes_of(Assignment.uniform(store.model.names, "int4_w"))
-    assert all(store.bytes_of(mix.assignment) <= mix.share * least for mix in mixes if mix.share)
-
-
 def test_prose_is_prose_and_topics_are_split():
     calibration, heldout = text_data.prose()
     assert min(len(calibration.text), len(heldout.text)) > 200 and not set(calibration.topic) & set(heldout.topic)
@@ -115,7 +106,7 @@ MIXES = [
 
 def test_mixes_are_compared_at_their_bytes():
     names = ("method", "formats", "bytes", "share", "error")
-    (row,) = comparison([Mix(**dict(zip(names, values, strict=True))) for values in MIXES])
+    (row,) = comparison([Row(model="m", variant="", **dict(zip(names, values, strict=True))) for values in MIXES])
     assert (row.mixed, row.depth, row.random, row.random_low, row.bytes) == (2e-3, 4e-3, 6e-3, 5e-3, 62)
     assert row.vs_best == pytest.approx(0.5)
 

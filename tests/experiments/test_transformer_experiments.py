@@ -9,11 +9,11 @@ from test_minilm import SHAPE, tensors, tokenizer
 from test_smollm2 import write
 
 from experiments.language_model import __main__ as language_model
-from experiments.models.minilm import load_minilm, load_tokenizer
+from experiments.lib.storage import store as storage
+from experiments.models.minilm import load_minilm
 from experiments.problems import text_data
 from experiments.sentence_encoder import __main__ as sentence_encoder
 from experiments.sentence_encoder import steps
-from experiments.storage import store as storage
 
 pytestmark = [pytest.mark.usefixtures("relaxed_promotion"), pytest.mark.slow]
 _ = tokenizer  # a fixture
@@ -73,7 +73,6 @@ def test_a_sentence_encoder(tmp_path, monkeypatch, tokenizer):
     paths = {"minilm": path, "minilm_tokenizer": tokenizer}
     monkeypatch.setattr(steps.assets, "fetch", paths.__getitem__)
     monkeypatch.setattr(steps, "load_minilm", lambda path: load_minilm(path, shape=SHAPE))
-    monkeypatch.setattr(steps, "load_tokenizer", lambda path: load_tokenizer(path, words=10))
     monkeypatch.setattr(text_data, "prose", lambda: texts("abcdefg", 16, 5))
     for name, value in {"LENGTH": LENGTH, "ROUNDS": 2}.items():
         monkeypatch.setattr(steps, name, value)

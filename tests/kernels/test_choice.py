@@ -7,29 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from toys import conv, dot
 
 from mpjax import kernels
 from mpjax.kernels import im2col
-from mpjax.program import Product
 
 pytestmark = pytest.mark.optimised
 
-NHWC = ("NHWC", "HWIO", "NHWC")
 CONVOLUTIONS = ("dot", "im2col", "taps", "terms")
 PADS = st.one_of(
     st.sampled_from(["SAME", "VALID"]), st.tuples(*(st.tuples(st.integers(-1, 3), st.integers(-1, 3)) for _ in "hw"))
 )
-
-
-def conv(**changes):
-    fields = dict(
-        dimension_numbers=NHWC, window_strides=(1, 1), padding="SAME", lhs_dilation=(1, 1), rhs_dilation=(1, 1)
-    )
-    return Product(kind="conv", function=lax.conv_general_dilated, **(fields | changes))
-
-
-def dot(contract, over, batch=(), batch_rhs=()):
-    return Product(kind="dot", function=lax.dot_general, dimension_numbers=((contract, over), (batch, batch_rhs)))
 
 
 def spec(*shape, dtype=jnp.float32):
@@ -71,7 +59,7 @@ def test_any_convolution_equals_a_plain_sum(
     rng = np.random.default_rng(seed)  # numbers that every dtype here holds exactly, so that only sums round
     shapes = (batch, *size, channels), (*((1, 1) if implementation == "dot" else kernel), channels, outputs)
     lhs, rhs = (jnp.asarray(rng.integers(-8, 9, shape) / 8, jnp.float32).astype(dtype) for shape in shapes)
-    product = conv(window_strides=strides, padding=padding, rhs_dilation=dilation)
+    product = conv(strides=strides, padding=padding, dilation=dilation)
     result = "float32" if preferred or dtype.startswith("float8") else None
     out = jax.jit(kernels.implemented(product, implementation).multiply, static_argnames="accumulate")(
         lhs, rhs, accumulate=result
@@ -86,16 +74,16 @@ def test_any_convolution_equals_a_plain_sum(
 def test_on_real_numbers_within_float32_rounding(implementation):
     rng = np.random.default_rng(0)
     lhs, rhs = rng.normal(size=(2, 9, 8, 7)), rng.normal(size=((1, 1) if implementation == "dot" else (3, 3)) + (7, 5))
-    product = conv(window_strides=(2, 1), precision="highest")
+    product = conv(strides=(2, 1), precision="highest")
     assert implementation in kernels.implementations(product, spec(*lhs.shape), spec(*rhs.shape))
     out = kernels.implemented(product, implementation)(jnp.float32(lhs), jnp.float32(rhs))
     np.testing.assert_allclose(out, product(lhs, rhs), atol=2e-6 * np.abs(out).max())
 
 
 UNCOVERED = {
-    "grouped": ((1, 8, 8, 6), (3, 3, 2, 6), dict(feature_group_count=3)),
-    "NCHW": ((1, 6, 8, 8), (4, 6, 3, 3), dict(dimension_numbers=("NCHW", "OIHW", "NCHW"))),
-    "depthwise NCHW": ((1, 6, 8, 8), (6, 1, 3, 3), dict(feature_group_count=6, dimension_numbers=("NCHW", "OIHW", "NCHW"))),
+    "grouped": ((1, 8, 8, 6), (3, 3, 2, 6), dict(groups=3)),
+    "NCHW": ((1, 6, 8, 8), (4, 6, 3, 3), dict(layout=("NCHW", "OIHW", "NCHW"))),
+    "depthwise NCHW": ((1, 6, 8, 8), (6, 1, 3, 3), dict(groups=6, layout=("NCHW", "OIHW", "NCHW"))),
     "dilated input": ((1, 8, 8, 6), (3, 3, 6, 4), dict(lhs_dilation=(2, 2), padding=((0, 0), (0, 0)))),
     "batch groups": ((2, 8, 8, 6), (3, 3, 6, 4), dict(batch_group_count=2)),
     "empty": ((1, 2, 2, 6), (3, 3, 6, 4), dict(padding="VALID")),
@@ -117,11 +105,11 @@ def test_what_is_not_covered_is_laxs(name, dtype):
     ("product", "lhs", "rhs", "expected", "rule"),
     [
         (conv(), (1, 16, 16, 24), (1, 1, 24, 48), ("xla", "dot"), "dot"),
-        (conv(window_strides=(2, 2)), (1, 64, 64, 3), (3, 3, 3, 24), ("xla", "im2col", "terms"), "terms"),
+        (conv(strides=(2, 2)), (1, 64, 64, 3), (3, 3, 3, 24), ("xla", "im2col", "terms"), "terms"),
         (conv(), (1, 64, 64, 8), (3, 3, 8, 1), ("xla", "im2col", "taps"), "taps"),
         (conv(), (1, 16, 16, 64), (3, 3, 64, 64), ("xla", "im2col"), "im2col"),
-        (conv(feature_group_count=24), (1, 16, 16, 24), (3, 3, 1, 24), ("xla", "shift"), "shift"),
-        (conv(feature_group_count=3), (1, 16, 16, 24), (3, 3, 8, 24), ("xla",), "xla"),
+        (conv(groups=24), (1, 16, 16, 24), (3, 3, 1, 24), ("xla", "shift"), "shift"),
+        (conv(groups=3), (1, 16, 16, 24), (3, 3, 8, 24), ("xla",), "xla"),
         (dot((1,), (0,)), (8, 24), (24, 48), ("xla",), "xla"),
         (dot((1,), (0,)), (1, 24), (24, 48), ("xla", "rows"), "xla"),  # float32 has no use for more rows
         (dot((1, 2), (0, 1)), (9, 4, 6), (4, 6, 48), ("xla", "flat"), "xla"),
@@ -163,7 +151,7 @@ def test_any_contraction_equals_numpy(data, seed, shape, extra, dtype, implement
 
 
 def test_suited_and_unknown_names(monkeypatch):
-    depthwise, lhs, rhs = conv(feature_group_count=6), jnp.ones((1, 8, 8, 6)), jnp.ones((3, 3, 1, 6))
+    depthwise, lhs, rhs = conv(groups=6), jnp.ones((1, 8, 8, 6)), jnp.ones((3, 3, 1, 6))
     assert kernels.suited(conv()).function is lax.conv_general_dilated
     assert "conv_general_dilated" not in str(jax.make_jaxpr(kernels.suited(depthwise))(lhs, rhs))
     assert kernels.implemented(depthwise, "xla") is depthwise

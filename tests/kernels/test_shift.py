@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from toys import conv
 
 from mpjax.kernels import implemented, shift
-from mpjax.program import Product
 
 TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 2e-6, "float64": 1e-14}  # relative to max |reference|
 
@@ -23,23 +22,14 @@ def operands(channels=6, multiplier=1, kernel=(3, 3), size=(9, 8), batch=2, dtyp
 
 def depthwise(channels=6, strides=(1, 1), padding="SAME", dilation=(1, 1)):
     """By lax, and by the kernel."""
-    product = Product(
-        kind="conv",
-        function=lax.conv_general_dilated,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        window_strides=strides,
-        padding=padding,
-        lhs_dilation=(1, 1),
-        rhs_dilation=dilation,
-        feature_group_count=channels,
-    )
+    product = conv(strides, padding, dilation, channels)
     return product, implemented(product, "shift")
 
 
-def assert_close(value, reference, dtype, slack=1):
+def assert_close(value, reference, dtype):
     assert value.dtype == reference.dtype and value.shape == reference.shape
     value, reference = np.asarray(value, "float64"), np.asarray(reference, "float64")
-    assert np.abs(value - reference).max() <= slack * TOLERANCE[dtype] * np.abs(reference).max()
+    assert np.abs(value - reference).max() <= TOLERANCE[dtype] * np.abs(reference).max()
 
 
 @pytest.mark.parametrize(
@@ -65,39 +55,6 @@ def test_dtypes(dtype, accumulate):
         exact.multiply(*arrays, accumulate=accumulate),
         accumulate or dtype,
     )
-
-
-@pytest.mark.parametrize(
-    ("dtype", "strides", "dilation"),
-    [
-        ("float32", (2, 2), (1, 1)),
-        ("float64", (1, 1), (1, 1)),
-        ("float64", (2, 3), (1, 1)),
-        ("float64", (1, 1), (2, 2)),
-    ],
-)
-def test_derivatives_and_vmap(dtype, strides, dilation):
-    lhs, rhs = operands(dtype=dtype, multiplier=2)
-
-    def functions(conv):
-        def f(lhs, rhs):
-            return jnp.tanh(conv(lhs, rhs))
-
-        def loss(lhs, rhs):
-            return jnp.sum(f(lhs, rhs))
-
-        stacked = jnp.stack([lhs, lhs * lhs]), jnp.stack([rhs, rhs * rhs])
-        return (
-            *jax.grad(loss, (0, 1))(lhs, rhs),
-            jax.jvp(f, (lhs, rhs), (lhs, rhs))[1],
-            jax.jvp(lambda rhs: jax.grad(loss, 1)(lhs, rhs), (rhs,), (rhs,))[1],
-            jax.vmap(f)(*stacked),
-            jax.vmap(jax.grad(loss, 1), in_axes=(0, None))(stacked[0], rhs),
-        )
-
-    exact, fast = (jax.jit(functions, static_argnums=0)(conv) for conv in depthwise(strides=strides, dilation=dilation))
-    for value, reference in zip(fast, exact, strict=True):
-        assert_close(value, reference, dtype, slack=20)  # sums of about a hundred terms, some of them cancelling
 
 
 @pytest.mark.parametrize(("channels", "multiplier", "blocks"), [(250, 1, 2), (200, 3, 2), (208, 1, 2), (96, 1, 1)])

@@ -1,5 +1,7 @@
 """Products that read their weights as stored: against float64, at all magnitudes, through programs, and where they step aside."""
 
+from dataclasses import replace
+
 import chex
 import flax.linen as nn
 import jax
@@ -7,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from toys import linen
+from toys import dot, linen
 
-from mpjax import compiled
+from mpjax import compiled, emulation
 from mpjax.apply import apply
 from mpjax.cost import measuring
 from mpjax.formats import parse, storage
 from mpjax.kernels import stored
-from mpjax.program import from_linen, graph
-from mpjax.program.product import Move, Product
+from mpjax.program import graph
+from mpjax.program.product import Move
+from mpjax.xla import profile
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -41,14 +44,34 @@ def test_a_program_reads_them_and_is_exact_to_float32(fmt, rows):
         x = jax.random.normal(jax.random.key(seed), (rows, 512), jnp.float32)
         error = np.abs(float64(program(x)) - float64(x) @ kernel - bias)
         assert (error <= 1e-6 * np.abs(float64(x)) @ np.abs(kernel) + 1e-6 * np.abs(bias)).all()
-    if rows == 1:
-        above, batches = linen(nn.Dense(96), 300, 512)
-        (row,) = compiled.compile(apply(above, {"Dense": fmt}), batches).report().rows
-        assert row["executed"] == "float32" and row["full_copy"]  # more rows than it pays for
 
 
-def dot(contract=((1,), (0,)), **more):
-    return Product(kind="dot", function=lax.dot_general, dimension_numbers=(contract, ((), ())), **more)
+@pytest.mark.parametrize("fmt", ["int8_w", "bfloat16_w", "int4_w", "bfloat16", "float16"])
+def test_what_this_device_computes_slowly_is_stored_small_and_kept_wide(fmt, monkeypatch, tmp_path):
+    """In float32's time, in the numbers of the format's definition; a file holds the small weights."""
+    model, batches = linen(nn.Dense(96), 4, 512)
+    mixed = apply(model, {"Dense": fmt})
+    small = compiled.compile(mixed, batches, weights="small")
+    monkeypatch.setattr(profile, "compared", lambda programs: {name: 2.0 - (name == "wide") for name in programs})
+    slow = {dtype: (1.0 if dtype == "float32" else 2.0,) * 4 for dtype in profile.DTYPES}
+    stored._timed.cache_clear()
+    with profile.assumed(replace(profile.device_profile(), seconds=slow)):
+        program = compiled.compile(mixed, batches)
+        kept = compiled.compile(mixed, batches, weights="small")
+    stored._timed.cache_clear()
+    assert program.wide == ("Dense",) and not small.wide and not kept.wide
+    (row,) = program.report().rows
+    assert row["executed"] == "float32" and row["wide"] and row["full_copy"] is None
+    assert "kept wide" in str(program.report())
+    assert program.weight_bytes == 4 * (512 * 96 + 96) > small.weight_bytes
+    expected = emulation.in_format({"Dense": parse(fmt)})
+    for batch in batches:
+        np.testing.assert_allclose(
+            program(*batch), model.call(model.params, *batch, override=expected), rtol=2e-5, atol=2e-5
+        )
+    file = program.export(tmp_path / "wide.mpjax")
+    assert file.stat().st_size < small.weight_bytes + 40_000
+    np.testing.assert_array_equal(compiled.load(file)(*batches[0]), program(*batches[0]))
 
 
 def rounded(model, formats):
@@ -62,8 +85,10 @@ def rounded(model, formats):
 def product_of(x, weights, fmt, product=None):
     product = product or dot()
     small = storage.Stored(*storage.quantize(weights, fmt, product.summed))
-    assert stored.covers(product, x, small)
-    return stored.compute(product, x, small), float64(storage.stands_for(small, fmt, weights.shape, product.summed))
+    (form,) = stored.forms(product, x, small, fmt, weights.shape)
+    return stored.compute(form, product, x, small, weights.shape), float64(
+        storage.stands_for(small, fmt, weights.shape, product.summed)
+    )
 
 
 @pytest.mark.parametrize("name", ["int8_w", "bfloat16_w"])
@@ -98,7 +123,7 @@ def test_any_axes_in_any_order():
     x = jax.random.normal(KEY, (2, 8, 6, 3), jnp.float32)
     for contract, equation in ((((1, 3), (1, 0)), "aibj,jicd->abcd"), (((3, 1), (0, 1)), "aibj,jicd->abcd")):
         for name in ("int8_w", "bfloat16_w"):
-            out, truth = product_of(x, weights, parse(name), dot(contract))
+            out, truth = product_of(x, weights, parse(name), dot(*contract))
             np.testing.assert_allclose(out, np.einsum(equation, float64(x), truth), rtol=1e-5, atol=1e-5)
 
 
@@ -125,48 +150,51 @@ def test_what_is_not_read_as_stored():
     }
     grouped = storage.Stored(small["int8_w"].numbers, jnp.ones((2, 1, 32), jnp.bfloat16))  # two scales a channel
     transposed = Move(lax.transpose_p, {"permutation": (1, 0)})
-    assert stored.covers(dot(), x, small["int8_w"])
-    assert stored.covers(dot(view=(transposed,), shared=((1,), ())), x, small["int8_w"])
-    assert stored.covers(dot(), jnp.ones((256, 32), jnp.float32), small["bfloat16_w"])
-    for weights in (small["int4_w"], small["float8_e4m3fn_w"], grouped):
-        assert not stored.covers(dot(), x, weights)
+
+    def forms(product, x, name, weights=None):
+        return stored.forms(product, x, weights or small[name], parse(name), (32, 32))
+
+    assert forms(dot(), x, "int8_w") == ("digits",)
+    assert forms(dot(view=(transposed,), shared=((1,), ())), x, "int8_w")
+    assert forms(dot(), jnp.ones((1024, 32), jnp.float32), "bfloat16_w") == ("parts",)
+    assert not forms(dot(), x, "int4_w") and not forms(dot(), x, "float8_e4m3fn_w")
+    assert not forms(dot(), x, "int8_w", grouped)
     for product in (dot(shared=((1,), ())), dot(view=(transposed,), shared=((0,), ())), dot(shared=(None, ()))):
-        assert not stored.covers(product, x, small["int8_w"])
-    for rows in (0, 129):
-        assert not stored.covers(dot(), jnp.ones((rows, 32), jnp.float32), small["int8_w"])
+        assert not forms(product, x, "int8_w")
+    for rows in (0, 1025):
+        assert not forms(dot(), jnp.ones((rows, 32), jnp.float32), "int8_w")
 
 
-class Both(nn.Module):
-    """A square kernel, used as it is and transposed."""
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.normal(1.0), (32, 32), jnp.float32)
-        return jnp.tanh(x @ kernel) @ kernel.T
-
-
-class Tied(nn.Module):
-    """A table that is looked up, and multiplied as output."""
-
-    @nn.compact
-    def __call__(self, ids):
-        table = nn.Embed(16, 32)
-        return table.attend(table(ids))
+@pytest.mark.parametrize("name", ["int8_w", "float8_e4m3fn_w", "bfloat16_w", "int4_w"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_forms_for_a_gpu(name, rows):
+    """The same numbers as in float64, whichever form; the kernel as it is interpreted."""
+    weights = jax.random.normal(KEY, (128, 64), jnp.float32)
+    x = jax.random.normal(jax.random.key(1), (rows, 128), jnp.float32)
+    fmt, small = parse(name), storage.Stored(*storage.quantize(weights, parse(name), (0,)))
+    exact = float64(x) @ float64(storage.stands_for(small, fmt, weights.shape, (0,)))
+    for form in {"int4_w": ("reduce", "kernel"), "bfloat16_w": ("parts", "reduce")}.get(
+        name, ("parts", "reduce", "kernel")
+    ):
+        out = stored.compute(form, dot(), x, small, weights.shape)
+        np.testing.assert_allclose(out, exact, rtol=2e-6, atol=2e-6 * np.abs(exact).max(), err_msg=form)
 
 
-@pytest.mark.parametrize(
-    ("module", "fmt"),
-    [(Both(), "int8_w"), (Tied(), "bfloat16_w"), (Tied(), "int8_w"), (nn.remat(nn.Dense)(32), "int8_w")],
-)
-def test_outputs_are_those_of_the_numbers_that_the_weights_stand_for(module, fmt):
-    """However the weights reach their products: a transposed kernel is multiplied out, the other is read as stored."""
-    x = jnp.array([[1, 2, 3]]) if isinstance(module, Tied) else jax.random.normal(KEY, (2, 32), jnp.float32)
-    model = from_linen(module, module.init(KEY, x), x)
-    mixed = apply(model, dict.fromkeys(model.names, fmt))
-    expected = model.call(rounded(model, dict.fromkeys(model.names, fmt)), x)
-    np.testing.assert_allclose(mixed.call(mixed.params, x), expected, rtol=1e-5, atol=1e-5)
-    program = compiled.compile(mixed, [(x,), (x[..., ::-1],)])
-    np.testing.assert_allclose(program(x), expected, rtol=1e-5, atol=1e-5)
+def test_the_device_is_asked_once_for_products_of_a_size(monkeypatch):
+    asked = []
+    times = {"digits": 2.0, "multiplied out": 1.0, "wide": 3.0}
+    monkeypatch.setattr(profile, "compared", lambda programs: asked.append(programs) or {n: times[n] for n in programs})
+    stored._timed.cache_clear()
+    weights, fmt = jnp.ones((32, 16), jnp.float32), parse("int8_w")
+    small = storage.Stored(*storage.quantize(weights, fmt, (0,)))
+    for rows in (3, 4):
+        x = jnp.ones((rows, 32), jnp.float32)
+        assert stored.choice(dot(), x, small, fmt, weights.shape) == "multiplied out"
+        assert stored.seconds(dot(), x, small, fmt, weights.shape)["wide"] == 3.0 / profile.copies(4 * 32 * 16)
+    assert len(asked) == 1
+    for function, arguments in asked[0].values():  # what would be timed runs, and gives the product
+        np.testing.assert_allclose(jax.jit(function)(*arguments).shape, (4, 16))
+    stored._timed.cache_clear()
 
 
 def test_they_are_read_as_stored_by_any_implementation_and_handed_on_in_any_dtype():
@@ -204,7 +232,8 @@ def test_derivatives_are_those_of_the_product(fmt):
     numbers, scale = storage.quantize(weights, parse(fmt), (0,))
 
     def loss(x, scale):
-        return jnp.sum(stored.compute(dot(), x, storage.Stored(numbers, scale)) ** 2)
+        form = {"int8_w": "digits", "bfloat16_w": "parts"}[fmt]
+        return jnp.sum(stored.compute(form, dot(), x, storage.Stored(numbers, scale), weights.shape) ** 2)
 
     def plain(x, scale):
         return jnp.sum((x @ storage.stands_for((numbers, scale), parse(fmt), weights.shape, (0,))) ** 2)

@@ -12,7 +12,9 @@ from jax import lax
 
 from mpjax import compiled, cost, emulation, evaluation, search, sensitivity
 from mpjax.apply import apply
+from mpjax.partition import Block
 from mpjax.program import ModelError, Product, check_batches, from_function, graph, with_output
+from mpjax.sensitivity import from_loss
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
 
@@ -83,6 +85,13 @@ def test_code_of_other_frameworks(make):
     scores = sensitivity.local_rounding(num_probes=None)(model, [(X,)], ("bfloat16",), KEY)
     truth = sensitivity.measured()(model, [(X,)], ("bfloat16",), KEY)
     np.testing.assert_allclose(scores.value, truth.value, rtol=0.2)
+
+    def loss(p):
+        return 0.5 * jnp.mean(jnp.sum((function(p, X) - model.call(model.params, X)) ** 2, axis=1))
+
+    blocks = [Block(name=layer.name, paths=layer.sources) for layer in model.layers]
+    plain = from_loss.quadratic()(loss, params, blocks, ("bfloat16",), KEY)
+    np.testing.assert_allclose(plain.value, sensitivity.quadratic()(model, [(X,)], ("bfloat16",), KEY).value, rtol=1e-3)
 
 
 # --- inputs and outputs of all kinds ----------------------------------------------------------------------------------

@@ -385,10 +385,6 @@ def test_matrices_that_are_looked_up_have_a_scale_each():
 
 
 def test_names_that_collide():
-    twice = {"a/b": {"w": W}, "a": {"b": {"w": 2 * W}}}
-    with pytest.raises(ValueError, match="share one slash path"):
-        from_function(lambda p, x: x @ p["a/b"]["w"] @ p["a"]["b"]["w"], twice, X)
-
     def attend(params, x):
         q, k, v = (x @ params["att"][name] for name in "qkv")
         return jax.nn.softmax(q @ k.T) @ v @ params["att"]["values"]
@@ -396,23 +392,6 @@ def test_names_that_collide():
     model = from_function(attend, {"att": {n: normal(i, 6, 6) for i, n in enumerate([*"qkv", "values"])}}, X)
     assert "att/values" in model.names
     assert [layer.name for layer in model.activation_products] == ["att/scores", "att/values_1"]
-
-
-def test_weights_named_otherwise_are_reached():
-    class Recurrent(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            w = self.param("wh", nn.initializers.normal(1.0), (6, 6))
-            return lax.scan(lambda h, u: (jnp.tanh(u + h @ w), None), x, jnp.ones((3, 1, 6)))[0]
-
-    class Scaled(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return x @ (0.1 * self.param("weight", nn.initializers.normal(1.0), (6, 6)))
-
-    net = nn.Sequential([nn.Dense(6), Scaled(), Recurrent()])
-    model = from_linen(net, variables(net, X), X)
-    assert model.names == ("layers_0", "layers_1", "layers_2/wh") and model.layers[2].calls == 3
 
 
 def test_one_odd_weight_never_refuses_the_model():

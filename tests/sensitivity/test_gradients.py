@@ -1,37 +1,20 @@
 """The override changes no value and no derivative, only the programs that compute the gradients of weights."""
 
+from dataclasses import replace
+from functools import partial
+
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from toys import conv, dot
 
 from mpjax.kernels import implemented
-from mpjax.program import Product, from_linen
 from mpjax.sensitivity.gradients import matrix_gradients
 
-pytestmark = pytest.mark.usefixtures("relaxed_promotion")
-
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
-
-
-def conv(spatial, strides=1, padding="SAME", dilation=1, groups=1, function=lax.conv_general_dilated, **more):
-    """A convolution in Flax's layout."""
-    axes = "DHW"[-spatial:]
-    spread = lambda value: (value,) * spatial if isinstance(value, int) else value  # noqa: E731
-    return Product(
-        kind="conv",
-        function=function,
-        dimension_numbers=more.pop("layout", (f"N{axes}C", f"{axes}IO", f"N{axes}C")),
-        window_strides=spread(strides),
-        padding=padding,
-        lhs_dilation=spread(more.pop("lhs_dilation", 1)),
-        rhs_dilation=spread(dilation),
-        feature_group_count=groups,
-        **more,
-    )
 
 
 def arrays(seed, *shapes, dtype=jnp.float64):
@@ -44,40 +27,32 @@ def override(product):
 
 
 CASES = {
-    "1x1": (conv(2), (2, 5, 4, 3), (1, 1, 3, 6)),
-    "1x1 strided": (conv(2, strides=2, padding="VALID"), (2, 5, 6, 3), (1, 1, 3, 4)),
-    "1x1 padded": (conv(2, padding=((1, 0), (0, 2))), (1, 4, 4, 3), (1, 1, 3, 4)),
-    "1x1 padded to the size it had": (conv(2, 2, padding=((2, 1), (1, 2))), (1, 3, 3, 2), (1, 1, 2, 4)),
-    "1x1 one dimension": (conv(1), (3, 7, 2), (1, 2, 5)),
-    "3x3": (conv(2), (2, 6, 5, 3), (3, 3, 3, 4)),
-    "3x2 strided": (conv(2, strides=(2, 3), padding="VALID"), (2, 7, 8, 3), (3, 2, 3, 4)),
-    "3x3 dilated": (conv(2, padding=((2, 2), (1, 3)), dilation=(2, 1)), (1, 7, 6, 2), (3, 3, 2, 3)),
-    "3x3 cut": (conv(2, padding=((-1, 2), (0, -2))), (1, 7, 8, 2), (3, 3, 2, 3)),
-    "three dimensions": (conv(3), (1, 3, 4, 3, 2), (2, 2, 3, 2, 3)),
-    "depthwise": (conv(2, groups=4), (2, 6, 5, 4), (3, 3, 1, 4)),
-    "depthwise fast, strided": (implemented(conv(2, 2, "VALID", groups=3), "shift"), (1, 8, 9, 3), (3, 2, 1, 3)),
-    "depthwise dilated": (conv(2, (1, 2), "SAME", (2, 1), groups=3), (2, 7, 9, 3), (3, 3, 1, 3)),
-    "depthwise multiplied": (implemented(conv(2, groups=2), "shift"), (2, 5, 5, 2), (3, 3, 1, 6)),
-    "depthwise long": (conv(1, 2, padding="VALID", groups=2), (1, 101, 2), (3, 1, 2)),
-    "depthwise wide": (conv(2, groups=2), (1, 2, 49, 2), (3, 3, 1, 2)),
-    "depthwise three dimensions": (conv(3, groups=2), (1, 3, 5, 4, 2), (2, 3, 2, 1, 2)),
+    "1x1": (conv(), (2, 5, 4, 3), (1, 1, 3, 6)),
+    "1x1 strided": (conv(strides=2, padding="VALID"), (2, 5, 6, 3), (1, 1, 3, 4)),
+    "1x1 padded": (conv(padding=((1, 0), (0, 2))), (1, 4, 4, 3), (1, 1, 3, 4)),
+    "1x1 padded to the size it had": (conv(2, padding=((2, 1), (1, 2))), (1, 3, 3, 2), (1, 1, 2, 4)),
+    "1x1 one dimension": (conv(spatial=1), (3, 7, 2), (1, 2, 5)),
+    "3x3": (conv(), (2, 6, 5, 3), (3, 3, 3, 4)),
+    "3x2 strided": (conv(strides=(2, 3), padding="VALID"), (2, 7, 8, 3), (3, 2, 3, 4)),
+    "3x3 dilated": (conv(padding=((2, 2), (1, 3)), dilation=(2, 1)), (1, 7, 6, 2), (3, 3, 2, 3)),
+    "3x3 cut": (conv(padding=((-1, 2), (0, -2))), (1, 7, 8, 2), (3, 3, 2, 3)),
+    "three dimensions": (conv(spatial=3), (1, 3, 4, 3, 2), (2, 2, 3, 2, 3)),
+    "depthwise": (conv(groups=4), (2, 6, 5, 4), (3, 3, 1, 4)),
+    "depthwise fast, strided": (implemented(conv(2, "VALID", groups=3), "shift"), (1, 8, 9, 3), (3, 2, 1, 3)),
+    "depthwise dilated": (conv((1, 2), "SAME", (2, 1), groups=3), (2, 7, 9, 3), (3, 3, 1, 3)),
+    "depthwise multiplied": (implemented(conv(groups=2), "shift"), (2, 5, 5, 2), (3, 3, 1, 6)),
+    "depthwise long": (conv(2, padding="VALID", spatial=1, groups=2), (1, 101, 2), (3, 1, 2)),
+    "depthwise wide": (conv(groups=2), (1, 2, 49, 2), (3, 3, 1, 2)),
+    "depthwise three dimensions": (conv(spatial=3, groups=2), (1, 3, 5, 4, 2), (2, 3, 2, 1, 2)),
 }
 UNCOVERED = {
-    "groups": (conv(2, groups=2), (2, 5, 5, 4), (3, 3, 2, 6)),
-    "other layout": (conv(2, layout=("NCHW", "HWIO", "NCHW")), (1, 3, 5, 5), (3, 3, 3, 2)),
-    "transposed": (conv(2, lhs_dilation=2, padding=((1, 1), (1, 1))), (1, 4, 4, 3), (3, 3, 3, 2)),
-    "accumulation asked for": (conv(2, extra={"preferred_element_type": jnp.float64}), (1, 4, 4, 3), (3, 3, 3, 2)),
-    "another function": (
-        conv(2, function=lambda *a, **k: 2 * lax.conv_general_dilated(*a, **k)),
-        (1, 4, 4, 3),
-        (3, 3, 3, 2),
-    ),
-    "nothing to sum": (conv(2, padding="VALID"), (1, 2, 2, 3), (3, 3, 3, 2)),
-    "dot": (
-        Product(kind="dot", function=lax.dot_general, dimension_numbers=(((2,), (0,)), ((), ()))),
-        (2, 5, 3),
-        (3, 4),
-    ),
+    "groups": (conv(groups=2), (2, 5, 5, 4), (3, 3, 2, 6)),
+    "other layout": (conv(layout=("NCHW", "HWIO", "NCHW")), (1, 3, 5, 5), (3, 3, 3, 2)),
+    "transposed": (conv(lhs_dilation=2, padding=((1, 1), (1, 1))), (1, 4, 4, 3), (3, 3, 3, 2)),
+    "accumulation asked for": (conv(extra={"preferred_element_type": jnp.float64}), (1, 4, 4, 3), (3, 3, 3, 2)),
+    "another function": (conv(function=partial(lax.conv_general_dilated)), (1, 4, 4, 3), (3, 3, 3, 2)),
+    "nothing to sum": (conv(padding="VALID"), (1, 2, 2, 3), (3, 3, 3, 2)),
+    "dot": (dot((2,)), (2, 5, 3), (3, 4)),
 }
 FULLY = ("1x1", "3x3", "depthwise")  # one for each way to compute a gradient; the others with less
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiles four times as fast
@@ -120,33 +95,24 @@ def derivatives(multiply, everything, lhs, rhs, cotangents, dlhs, drhs, examples
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_derivative_is_the_products_own(name: str) -> None:
+def test_every_derivative_is_that_of_lax(name: str) -> None:
     product, *shapes = CASES[name]
     lhs, rhs, dlhs, drhs, first, second = arrays(len(name), *shapes, *shapes, shapes[0], shapes[0])
     out = jax.eval_shape(product.multiply, lhs, rhs).shape
     operands = lhs, rhs, jnp.stack(arrays(1, out, out)), dlhs, drhs, jnp.stack([first, second])
-    expected = compiled(lambda *args: derivatives(product.multiply, name in FULLY, *args), *operands)
-    results = compiled(lambda *args: derivatives(override(product), name in FULLY, *args), *operands)
-    np.testing.assert_array_equal(results.pop("value"), expected.pop("value"))
-    chex.assert_trees_all_close(results, expected, **TIGHT)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_gradient_of_a_convolution_in_numpy(seed: int) -> None:
-    """∂/∂w[i, j] of Σ g · conv(x, w), position by position; op by op, without jit."""
-    x, g = arrays(seed, (6, 7, 2), (2, 3, 3))
-    product = conv(2, strides=2, padding="VALID")
-    gradient = jax.grad(lambda w: jnp.sum(g * override(product)(x[None], w)[0]))(jnp.zeros((3, 2, 2, 3)))
-    expected = np.zeros((3, 2, 2, 3))
-    for p in range(2):
-        for q in range(3):
-            patch = np.asarray(x[2 * p : 2 * p + 3, 2 * q : 2 * q + 2])
-            expected += patch[..., None] * np.asarray(g[p, q])
-    np.testing.assert_allclose(gradient, expected, **TIGHT)
+    plain = replace(product, function=lax.conv_general_dilated)
+    expected = compiled(lambda *args: derivatives(plain.multiply, name in FULLY, *args), *operands)
+    for multiply in (override(product), product.multiply)[: 1 + (plain != product)]:
+        results = compiled(lambda *args, by=multiply: derivatives(by, name in FULLY, *args), *operands)
+        if plain == product:
+            np.testing.assert_array_equal(results["value"], expected["value"])
+        chex.assert_trees_all_close(results, expected, **TIGHT)
 
 
 def test_inputs_that_the_product_never_reads_do_not_reach_the_gradient() -> None:
-    product = conv(1, 2, padding="VALID", groups=2)  # 50 outputs, in steps that do not divide them; the last is unread
+    product = conv(
+        2, padding="VALID", spatial=1, groups=2
+    )  # 50 outputs, in steps that do not divide them; the last is unread
     lhs, rhs = arrays(0, (1, 102, 2), (3, 1, 2))
     spoilt = jax.grad(lambda w: jnp.sum(override(product)(lhs.at[:, 101].set(jnp.inf), w)))(rhs)
     np.testing.assert_allclose(spoilt, jax.grad(lambda w: jnp.sum(product(lhs, w)))(rhs), **TIGHT)
@@ -168,8 +134,7 @@ def test_no_slow_convolution_computes_a_gradient(name: str) -> None:
         return [text.count("stablehlo.convolution") for text in texts]
 
     assert convolutions(override(product)) == ([1, 0] if name == "3x3" else [0, 0])
-    plain = Product(**{**vars(product), "function": lax.conv_general_dilated})
-    assert convolutions(plain.multiply) == [1, 1]
+    assert convolutions(replace(product, function=lax.conv_general_dilated).multiply) == [1, 1]
 
 
 @pytest.mark.parametrize("name", UNCOVERED)
@@ -181,54 +146,23 @@ def test_other_products_are_left_alone(name: str) -> None:
 
 def test_narrow_floats_are_left_alone() -> None:
     for dtype in (jnp.float64, jnp.bfloat16, jnp.float16):
-        traced = jax.make_jaxpr(override(conv(2)))(*arrays(0, (1, 4, 4, 3), (3, 3, 3, 2), dtype=dtype))
+        traced = jax.make_jaxpr(override(conv()))(*arrays(0, (1, 4, 4, 3), (3, 3, 3, 2), dtype=dtype))
         assert ("matrix_gradients" in str(traced)) == (dtype == jnp.float64)
 
 
-class Block(nn.Module):
-    """A residual block: 1x1, depthwise, 1x1."""
+def test_under_scan_and_remat() -> None:
+    """Gradients, Hessian-vector products and gradients per example of a product that is repeated and computed again."""
+    x, kernels, vector = arrays(0, (2, 5, 5, 4), (3, 3, 3, 1, 4), (3, 3, 3, 1, 4))
 
-    @nn.compact
-    def __call__(self, x, _):
-        h = nn.relu(nn.Conv(8, (1, 1), name="expand")(x))
-        h = nn.Conv(8, (3, 3), feature_group_count=8, name="depthwise")(h)
-        return x + nn.tanh(nn.Conv(4, (1, 1), use_bias=False, name="project")(h)), None
+    def all_derivatives(multiply):
+        step = jax.checkpoint(lambda x, kernel: (jnp.tanh(multiply(x, kernel)), None))
+        gradient = jax.grad(lambda kernels, x: jnp.sum(lax.scan(step, x, kernels)[0]))
 
+        def derivatives(kernels, vector):
+            value, hvp = jax.jvp(lambda k: gradient(k, x), (kernels,), (vector,))
+            return value, hvp, jax.vmap(lambda example: gradient(kernels, example[None]))(x)
 
-class Cnn(nn.Module):
-    """Stem, two scanned and rematerialised blocks, grouped convolution, Dense on rank 4 and rank 2."""
+        return compiled(derivatives, kernels, vector)
 
-    @nn.compact
-    def __call__(self, x):
-        x = nn.tanh(nn.Conv(4, (3, 3), strides=2, name="stem")(x))
-        blocks = nn.scan(nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
-        x, _ = blocks(name="blocks")(x, None)
-        x = nn.Conv(4, (2, 2), feature_group_count=2, padding="VALID", name="grouped")(x)
-        x = nn.tanh(nn.Dense(5, name="mix")(x))
-        return nn.Dense(3, name="head")(x.mean((1, 2)))
-
-
-def test_a_whole_model() -> None:
-    """Values bit for bit in float32; gradients, Hessian-vector products and gradients per example in float64."""
-    (x,) = arrays(0, (2, 5, 5, 3), dtype=jnp.float32)
-    model = from_linen(Cnn(), jax.jit(Cnn().init)(jax.random.key(0), x), x)
-    fast = jax.jit(lambda p, x: model.call(p, x, override=matrix_gradients))(model.params, x)
-    np.testing.assert_array_equal(fast, jax.jit(model.call)(model.params, x))
-    wide, x = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (model.params, x))
-    vector = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), wide)
-
-    def all_derivatives(override):
-        def loss(params, x):
-            outputs = model.call(params, x, override=override)
-            assert outputs.dtype == jnp.float64
-            return jnp.sum(jnp.sin(outputs))
-
-        gradient = jax.grad(loss)
-
-        def derivatives(p, v):
-            value, hvp = jax.jvp(lambda q: gradient(q, x), (p,), (v,))
-            return value, hvp, jax.vmap(lambda example: gradient(p, example[None]))(x)
-
-        return compiled(derivatives, wide, vector)
-
-    chex.assert_trees_all_close(all_derivatives(matrix_gradients), all_derivatives(None), **TIGHT)
+    product = conv(groups=4)
+    chex.assert_trees_all_close(all_derivatives(override(product)), all_derivatives(product), **TIGHT)

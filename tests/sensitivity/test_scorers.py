@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import refused
+from toys import linen, with_params
 
 from experiments.lib.scores import pack, unpack
 from mpjax import emulation, formats, losses, sensitivity
 from mpjax.formats import storage
-from mpjax.program import from_linen
 from mpjax.sensitivity import Status
 
 pytestmark = pytest.mark.usefixtures("relaxed_promotion")
@@ -45,16 +46,10 @@ class Classifier(nn.Module):
         return nn.Dense(4, name="head")(x.reshape(x.shape[0], -1))
 
 
-def build(module, shape, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
-    batches = [(jax.random.normal(key, shape, jnp.float32),) for key in keys[1:]]
-    return from_linen(module, module.init(keys[0], *batches[0]), *batches[0]), batches
-
-
 @cache
 def classifier(loss=losses.OUTPUT):
     """The model, and two batches of three examples, with labels where the loss takes some."""
-    model, batches = build(Classifier(), (3, 6, 6, 2))
+    model, batches = linen(Classifier(), 3, 6, 6, 2)
     if not loss.num_targets:
         return model, batches
     labels = jax.random.randint(KEY, (2, 3), 0, 4)
@@ -68,10 +63,6 @@ def truth():
 
 def score(scorer, model, batches, fmts=("bfloat16",)):
     return scorer(model, batches, fmts, KEY)
-
-
-def with_weight(model, path, change):
-    return dataclasses.replace(model, params=model.params | {path: change(model.params[path])})
 
 
 def kernel_only(model, layer):
@@ -154,20 +145,9 @@ def test_local_rounding_agrees_with_measured():
 
 @pytest.mark.parametrize("seed", range(2))
 def test_exact_local_rounding_of_a_linear_layer_is_exact(seed):
-    problem = build(Linear(), (5, 7), seed)
+    problem = linen(Linear(), 5, 7, seed=seed)
     exact = score(sensitivity.local_rounding(num_probes=None), *problem, ALL).value
     np.testing.assert_allclose(exact, score(sensitivity.measured(), *problem, ALL).value, rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_local_rounding_probes_are_unbiased_and_their_errors_calibrated():
-    exact = score(sensitivity.local_rounding(num_probes=None), *classifier(), TWO)
-    z = []
-    for seed in range(8):
-        probed = sensitivity.local_rounding(num_probes=32)(*classifier(), TWO, jax.random.key(seed))
-        z.append((probed.value - exact.value) / np.maximum(probed.stderr, 1e-4 * exact.value))
-    assert abs(np.mean(z)) < 0.7  # 48 correlated draws
-    assert 0.5 < np.sqrt(np.mean(np.square(z))) < 1.5
 
 
 def test_the_vjps_of_local_rounding_do_not_grow_with_formats_and_one_probe_has_no_error():
@@ -180,7 +160,7 @@ def test_the_vjps_of_local_rounding_do_not_grow_with_formats_and_one_probe_has_n
 
 def test_an_overflow_is_reported_for_its_layer_and_spoils_no_other():
     model, batches = classifier()
-    loud = with_weight(model, "head/kernel", lambda w: w.at[0, 0].set(1e6))
+    loud = with_params(model, {"head/kernel": model.params["head/kernel"].at[0, 0].set(1e6)})
     for scorer in (sensitivity.measured(), sensitivity.local_rounding(), sensitivity.quadratic()):
         scores = score(scorer, loud, batches, ("float16", "bfloat16"))
         assert scores.status[2, 0] == Status.OVERFLOW and np.isinf(scores.value[2, 0]), scores.estimator
@@ -194,8 +174,8 @@ def test_an_overflow_that_a_clamp_hides_is_reported():
         def __call__(self, x):
             return nn.Dense(3, name="last")(jnp.clip(nn.Dense(4, name="first")(x), -1, 1))
 
-    model, batches = build(Clamped(), (5, 7))
-    loud = with_weight(model, "first/kernel", lambda w: w * 1e5)
+    model, batches = linen(Clamped(), 5, 7)
+    loud = with_params(model, {"first/kernel": model.params["first/kernel"] * 1e5})
     scores = score(sensitivity.measured(), loud, batches, ("float16", "bfloat16"))
     assert scores.status[0, 0] == Status.OVERFLOW and np.isinf(scores.value[0, 0])
     assert (scores.status[:, 1] == "ok").all() and scores.status[1, 0] == "ok"
@@ -205,7 +185,7 @@ def test_an_overflow_that_a_clamp_hides_is_reported():
 
 
 def test_quadratic_with_a_loss_of_the_users_is_the_true_hessian():
-    model, batches = build(Linear(), (6, 5))
+    model, batches = linen(Linear(), 6, 5)
     target = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)
     half = losses.Loss(name="half", value=lambda o, reference, y: jnp.sum((o - y) ** 2, -1) / 2, num_targets=1)
     labelled = [(x, target) for (x,) in batches]
@@ -222,7 +202,7 @@ def test_quadratic_with_a_loss_of_the_users_is_the_true_hessian():
 def test_weights_that_do_not_change_are_zero_by_construction():
     model, batches = classifier()
     params = jax.tree.map(lambda w: w.astype(jnp.float16).astype(jnp.float32), model.params)
-    stored = dataclasses.replace(model, params=params)
+    stored = with_params(model, params)
     scores = score(sensitivity.quadratic(), stored, batches, ("float16", "bfloat16"))
     np.testing.assert_array_equal(scores.column("float16"), 0)
     assert (scores.statuses("float16") == Status.ZERO).all() and (scores.statuses("bfloat16") == "ok").all()
@@ -329,20 +309,6 @@ def test_hessian_scores_of_a_labelled_loss_are_those_of_the_dense_hessian():
     np.testing.assert_array_equal(empirical.stderr, 0)
 
 
-def test_under_the_output_loss_the_true_hessian_is_gauss_newton():
-    one, two = (score(sensitivity.quadratic(hessian=h), *classifier()) for h in ("gauss_newton", "true"))
-    np.testing.assert_allclose(one.value, two.value, rtol=1e-3)
-
-
-@pytest.mark.slow
-def test_joint_traces_cost_one_product_per_probe():
-    exact = np.array([np.trace(h) for h in dense_gauss_newton(losses.OUTPUT)])
-    for probes, count, products in (("joint", 200, 200), ("per_layer", 50, 150)):
-        scores = score(sensitivity.trace(num_probes=count, probes=probes, scale="none"), *classifier())
-        assert scores.ledger.hvp == products * 6
-        assert (np.abs(scores.value[:, 0] - exact) < 4 * scores.stderr[:, 0] + 1e-4 * exact).all()
-
-
 def test_slq_agrees_with_the_exact_log_determinant():
     exact = score(sensitivity.logdet(damping=1.0, max_outputs=24), *classifier())
     slq = score(sensitivity.logdet(method="slq", damping=1.0, num_probes=60, depth=25), *classifier())
@@ -423,59 +389,45 @@ def test_every_scorer_takes_the_same_problem():
 def test_bad_problems_are_refused_by_every_kind_of_scorer():
     model, batches = classifier()
     ragged = [batches[0], (batches[1][0][:2],)]
-    for factory in (
-        sensitivity.local_rounding,
-        sensitivity.measured,
-        sensitivity.quadratic,
-        sensitivity.trace,
-        sensitivity.gauss_newton,
-        sensitivity.logdet,
-        sensitivity.depth,
-    ):
-        for data, fmt, message in (
-            (ragged, "bfloat16", "equal shape"),
-            ([], "bfloat16", "non-empty"),
-            (batches, "bf16", "Unknown format"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                factory()(model, data, (fmt,), KEY)
-    with pytest.raises(ValueError, match="leaves the model no input"):
-        sensitivity.first_order(loss=losses.CROSS_ENTROPY)(model, batches, ("bfloat16",), KEY)
-    with pytest.raises(ValueError, match="more than max_outputs"):
-        sensitivity.logdet(max_outputs=2)(model, batches, ("bfloat16",), KEY)
-    with pytest.raises(ValueError, match="No scores for format"):
-        truth().column("float32")
-
-
-def test_spectra_of_another_problem_are_refused():
-    exact = sensitivity.spectra(*build(Linear(), (2, 3)))
-    with pytest.raises(ValueError, match="layers: compute them"):
-        score(sensitivity.logdet(spectra=exact), *classifier())
+    for name in ("local_rounding", "measured", "quadratic", "trace", "gauss_newton", "logdet", "depth"):
+        scorer = getattr(sensitivity, name)()
+        refused(
+            ("equal shape", scorer, model, ragged, ("bfloat16",), KEY),
+            ("non-empty", scorer, model, [], ("bfloat16",), KEY),
+            ("Unknown format", scorer, model, batches, ("bf16",), KEY),
+        )
     loss = losses.CROSS_ENTROPY
-    with pytest.raises(ValueError, match="holds the loss 'output'"):
-        score(sensitivity.trace(method="exact", loss=loss, spectra=exact), *classifier(loss))
-    with pytest.raises(ValueError, match="is for method='exact'"):
-        sensitivity.trace(spectra=exact)
+    exact = sensitivity.spectra(*linen(Linear(), 2, 3))
+    refused(
+        ("leaves the model no input", score, sensitivity.first_order(loss=loss), model, batches),
+        ("more than max_outputs", score, sensitivity.logdet(max_outputs=2), model, batches),
+        ("No scores for format", truth().column, "float32"),
+        ("layers: compute them", score, sensitivity.logdet(spectra=exact), *classifier()),
+        (
+            "holds the loss 'output'",
+            score,
+            sensitivity.trace(method="exact", loss=loss, spectra=exact),
+            *classifier(loss),
+        ),
+        ("is for method='exact'", lambda: sensitivity.trace(spectra=exact)),
+    )
 
 
 def test_bad_knobs_are_refused_when_the_scorer_is_made():
-    for loss in (losses.OUTPUT, losses.KL):
-        with pytest.raises(ValueError, match="zero by construction"):
-            sensitivity.first_order(loss=loss)
-        with pytest.raises(ValueError, match="zero by construction"):
-            sensitivity.fisher(kind="empirical", loss=loss)
-    with pytest.raises(TypeError, match=r"losses\.Loss"):
-        sensitivity.quadratic(loss=lambda o, x: 0.0)  # type: ignore[arg-type]
     silent = losses.Loss(name="silent", value=losses.OUTPUT.value)
-    for factory in (sensitivity.gauss_newton, sensitivity.fisher, sensitivity.local_rounding):
-        with pytest.raises(ValueError, match="cotangents"):
-            factory(loss=silent)
-    for make, message in (
-        (lambda: sensitivity.trace(num_probes=0), "num_probes"),
-        (lambda: sensitivity.local_rounding(num_probes=0), "num_probes"),
-        (lambda: sensitivity.trace(num_probes=3, method="xtrace", probes="per_layer"), "even num_probes"),
-        (lambda: sensitivity.logdet(method="dense"), "method"),  # type: ignore[arg-type]
-        (lambda: sensitivity.logdet(damping=0), "damping"),
+    for factory, knobs, message in (
+        *((sensitivity.first_order, {"loss": loss}, "zero by construction") for loss in (losses.OUTPUT, losses.KL)),
+        *((sensitivity.fisher, {"kind": "empirical", "loss": loss}, "zero by") for loss in (losses.OUTPUT, losses.KL)),
+        (sensitivity.gauss_newton, {"loss": silent}, "cotangents"),
+        (sensitivity.fisher, {"loss": silent}, "cotangents"),
+        (sensitivity.local_rounding, {"loss": silent}, "cotangents"),
+        (sensitivity.trace, {"num_probes": 0}, "num_probes"),
+        (sensitivity.local_rounding, {"num_probes": 0}, "num_probes"),
+        (sensitivity.trace, {"num_probes": 3, "method": "xtrace", "probes": "per_layer"}, "even num_probes"),
+        (sensitivity.logdet, {"method": "dense"}, "method"),
+        (sensitivity.logdet, {"damping": 0}, "damping"),
     ):
         with pytest.raises(ValueError, match=message):
-            make()
+            factory(**knobs)
+    with pytest.raises(TypeError, match=r"losses\.Loss"):
+        sensitivity.quadratic(loss=lambda o, x: 0.0)  # type: ignore[arg-type]

@@ -20,61 +20,47 @@ def programs(*names):
     }
 
 
-@pytest.fixture
-def made(monkeypatch):
-    """Makes timing instant: program n takes n ms in round 1, n + 1 in 2, …; the number of programs that were timed."""
-    made = {"timed": 0}
-
-    def in_turns(runs, rounds):
-        made["timed"] += len(runs)
-        return [[1e-3 * (number + 1 + turn) for turn in range(rounds)] for number in range(len(runs))]
-
-    monkeypatch.setattr(timing, "_ready", lambda function, arguments, options: lambda: None)
-    monkeypatch.setattr(timing, "in_turns", in_turns)
-    return made
-
-
 def measure(folder, *names, rounds=2, options=None):
     return timing.Timings(folder, rounds=rounds, options=options or {}).measure(programs(*names))
 
 
-def test_entries_are_cached_by_program_options_and_rounds(made, tmp_path):
+def test_entries_are_cached_by_program_options_and_rounds(instant, tmp_path):
     folder = tmp_path / "made" / "here"
     first = measure(folder, "a", "b")
-    assert made["timed"] == 3 and first["a"].seconds == (1e-3, 2e-3) and first["b"].product_seconds == (3e-3, 4e-3)
-    assert measure(folder, "a", "b") == first and made["timed"] == 3
-    assert measure(folder, "renamed", "b", rounds=1)["renamed"] == first["a"] and made["timed"] == 3
-    assert measure(folder, "a", "b", "c")["c"].seconds == (1e-3, 2e-3) and made["timed"] == 4
+    assert instant["timed"] == 3 and first["a"].seconds == (1e-3, 2e-3) and first["b"].product_seconds == (3e-3, 4e-3)
+    assert measure(folder, "a", "b") == first and instant["timed"] == 3
+    assert measure(folder, "renamed", "b", rounds=1)["renamed"] == first["a"] and instant["timed"] == 3
+    assert measure(folder, "a", "b", "c")["c"].seconds == (1e-3, 2e-3) and instant["timed"] == 4
     measure(folder, "a", "b", rounds=3)  # more rounds than are in the cache
-    assert made["timed"] == 7
+    assert instant["timed"] == 7
     measure(folder, "a", "b", options={"xla_allow_excess_precision": True})
-    assert made["timed"] == 10
+    assert instant["timed"] == 10
     measure(None, "a")
-    assert made["timed"] == 11
+    assert instant["timed"] == 11
 
 
-def test_a_damaged_entry_is_set_aside(made, tmp_path):
+def test_a_damaged_entry_is_set_aside(instant, tmp_path):
     first = measure(tmp_path, "a")
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.warns(UserWarning, match="is damaged .* set aside"):
         assert measure(tmp_path, "a") == first
-    assert made["timed"] == 2 and path.with_name(path.name + ".damaged").exists()
-    assert measure(tmp_path, "a") == first and made["timed"] == 2
+    assert instant["timed"] == 2 and path.with_name(path.name + ".damaged").exists()
+    assert measure(tmp_path, "a") == first and instant["timed"] == 2
 
 
-def test_a_cache_that_cannot_be_written_warns_once(made, tmp_path):
+def test_a_cache_that_cannot_be_written_warns_once(instant, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.warns(UserWarning, match="timings are not kept") as warnings:
         assert len(measure(tmp_path / "file", "a", "b")) == 2
     assert len(warnings) == 1
 
 
-def test_a_program_that_does_not_compile_is_a_text(made, monkeypatch, tmp_path):
+def test_a_program_that_does_not_compile_is_a_text(instant, monkeypatch, tmp_path):
     def refuse(function, arguments, options):
         raise NotImplementedError("no such product\nat all")
 
-    monkeypatch.setattr(timing, "_ready", refuse)
+    monkeypatch.setattr(timing, "ready", refuse)
     assert measure(tmp_path, "a") == {"a": "it does not compile here (no such product)"}
     assert not list(tmp_path.iterdir())
 

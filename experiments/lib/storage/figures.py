@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
 
-from experiments.lib.plots import BLUE, GREEN, Figure, plt
-from experiments.storage.rows import Assigned, Mix, Score, Search, Speed
+from experiments.lib.plots import BLUE, GREEN, Axes, Figure, plt
+from experiments.lib.storage.rows import Assigned, Row, Score, Search, Speed
 
 FORMAT_COLOURS = {
     "int4_w": "#D55E00",
@@ -30,8 +31,9 @@ VARIANTS = {
 }
 
 
-def front(mixes: Sequence[Mix], searches: Sequence[Search], error_name: str, source_bytes: int | None) -> Figure:
+def front(rows: Sequence[Row], searches: Sequence[Search], error_name: str, source_bytes: int | None) -> Figure:
     """Error against bytes: by scores, by depth and at random; uniform formats; what the searches chose."""
+    mixes = [row for row in rows if row.share is not None or row.method == "uniform"]
     figure, axis = plt.subplots(figsize=(9, 5.5))
     for method, (colour, marker, label) in METHODS.items():
         group = sorted((mix for mix in mixes if mix.method == method), key=lambda mix: mix.bytes)
@@ -54,13 +56,12 @@ def front(mixes: Sequence[Mix], searches: Sequence[Search], error_name: str, sou
 def by_kind(scores: Sequence[Score]) -> Figure:
     """Heat maps of the predicted loss, kinds by blocks (a table all along its row), one per weight-only format."""
     formats = [fmt for fmt in dict.fromkeys(row.format for row in scores) if fmt.endswith("_w")]
-    figure, axes, kinds = _panels(scores, len(formats))
-    for axis, fmt in zip(axes, formats, strict=True):
-        values = {row.layer: row.score or np.nan for row in scores if row.format == fmt}
-        grid = _grid(values, kinds)
-        norm = LogNorm(np.nanmin(grid), np.nanmax(grid)) if np.isfinite(grid).any() else None
-        figure.colorbar(axis.imshow(grid, norm=norm, cmap="viridis", aspect="auto"), ax=axis)
-        axis.set_title(fmt, fontsize=11)
+    grids = [_grid([row for row in scores if row.format == fmt], "score") for fmt in formats]
+    figure, axes = _panels(grids, formats)
+    for axis, grid in zip(axes, grids, strict=True):
+        values = grid.where(grid > 0).to_numpy(np.float64)
+        norm = LogNorm(np.nanmin(values), np.nanmax(values)) if np.isfinite(values).any() else None
+        figure.colorbar(axis.imshow(values, norm=norm, cmap="viridis", aspect="auto"), ax=axis)
     axes[-1].set_xlabel("block; colours: predicted loss of the layer alone")
     return figure
 
@@ -69,12 +70,11 @@ def chosen(assigned: Sequence[Assigned]) -> Figure:
     """Formats that the integer program chose, kinds by blocks (a table all along its row)."""
     names = list(FORMAT_COLOURS)
     titles = ("at the bytes of uniform int4 plus a quarter", "no worse than uniform int8, fewest bytes")
-    figure, axes, kinds = _panels(assigned, 2)
-    for axis, field, title in zip(axes, ("as_int4", "as_int8"), titles, strict=True):
-        grid = _grid({row.layer: names.index(getattr(row, field)) for row in assigned}, kinds)
+    grids = [_grid(assigned, field).map(names.index) for field in ("as_int4", "as_int8")]
+    figure, axes = _panels(grids, titles)
+    for axis, grid in zip(axes, grids, strict=True):
         norm = BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names))
-        axis.imshow(grid, norm=norm, cmap=ListedColormap(list(FORMAT_COLOURS.values())), aspect="auto")
-        axis.set_title(title, fontsize=11)
+        axis.imshow(grid.to_numpy(int), norm=norm, cmap=ListedColormap(list(FORMAT_COLOURS.values())), aspect="auto")
     axes[-1].set_xlabel("block")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in FORMAT_COLOURS.values()]
     figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=9)
@@ -99,31 +99,23 @@ def times(speed: Sequence[Speed]) -> Figure:
     return figure
 
 
-def _panels(rows: Sequence[Score] | Sequence[Assigned], count: int):  # type: ignore[no-untyped-def]
-    """A figure of panels under each other with the kinds of layer as rows; its axes; layer's kind -> row."""
-    kinds = {row.layer: row.kind for row in rows}
-    names = list(dict.fromkeys(kinds.values()))
-    width, height = 4 + 0.35 * max(_blocks(kinds), 12), 0.28 * len(names) + 0.9
-    figure, axes = plt.subplots(count, 1, figsize=(width, height * count), squeeze=False)
-    for axis in axes[:, 0]:
-        axis.set_yticks(range(len(names)), names, fontsize=9)
-        axis.grid(visible=False)
-    return figure, axes[:, 0], {layer: names.index(kind) for layer, kind in kinds.items()}
-
-
-def _grid(values: dict[str, float], kinds: dict[str, int]) -> np.ndarray:
-    """(kinds, blocks); a layer outside of blocks has its whole row."""
-    grid = np.full((max(kinds.values()) + 1, _blocks(values)), np.nan)
-    for layer, value in values.items():
-        block = _block(layer)
-        grid[kinds[layer], slice(None) if block is None else block] = value
+def _grid(rows: Sequence[Score] | Sequence[Assigned], field: str) -> pd.DataFrame:
+    """Kinds by blocks; a layer outside of blocks has its whole row."""
+    frame = pd.DataFrame(map(vars, rows))
+    frame["block"] = frame.layer.str.extract(r"(?:^|/)(\d+)(?:/|$)", expand=False).astype(float)
+    grid = frame.fillna({"block": 0}).pivot(index="kind", columns="block", values=field).loc[frame.kind.unique()]
+    for layer in frame[frame.block.isna()].itertuples():
+        grid.loc[layer.kind] = getattr(layer, field)
     return grid
 
 
-def _blocks(layers: dict) -> int:  # type: ignore[type-arg]
-    return 1 + max(_block(layer) or 0 for layer in layers)
-
-
-def _block(layer: str) -> int | None:
-    """The number of a layer's block; None outside of blocks."""
-    return next((int(part) for part in layer.split("/") if part.isdigit()), None)
+def _panels(grids: Sequence[pd.DataFrame], titles: Sequence[str]) -> tuple[Figure, Sequence[Axes]]:
+    """A panel for each grid, under each other, kinds of layer as rows."""
+    kinds, blocks = grids[0].shape
+    size = (4 + 0.35 * max(blocks, 12), (0.28 * kinds + 0.9) * len(grids))
+    figure, axes = plt.subplots(len(grids), 1, figsize=size, squeeze=False)
+    for axis, grid, title in zip(axes[:, 0], grids, titles, strict=True):
+        axis.set_yticks(range(kinds), grid.index, fontsize=9)
+        axis.set_title(title, fontsize=11)
+        axis.grid(visible=False)
+    return figure, list(axes[:, 0])

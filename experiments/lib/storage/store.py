@@ -6,7 +6,6 @@ program serves all assignments: its arguments are the rounded weights.
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -139,36 +138,3 @@ def _rounded(weights: Array, fmt: str, summed: tuple[int, ...] | None, stacked: 
 def formats_of(assignment: Mapping[str, str]) -> str:
     """The formats in it, sorted and joined by "+"."""
     return "+".join(sorted(set(assignment.values())))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A storage that is measured once: `method` as in result files; `share`: its bytes at most, in those of uniform int4."""
-
-    method: str
-    assignment: Assignment
-    share: float | None = None
-
-    @property
-    def variant(self) -> str:
-        """What it is called where it is timed; "" where it is not."""
-        if self.method == "uniform":
-            return next(iter(self.assignment.values()))
-        return "mixed_w" if (self.method, self.share) == ("mixed", HEADLINE) else ""
-
-
-def candidates(
-    store: Store, penalty: np.ndarray, shares: Sequence[float], *, mixes: int, seed: int = 0
-) -> list[Candidate]:
-    """The uniform formats; at each number of bytes the mix by scores, `mixes` random ones and two by depth."""
-    names = store.model.names
-    storages = [Candidate(method="uniform", assignment=Assignment.uniform(names, fmt)) for fmt in store.formats]
-    least = store.bytes_of(Assignment.uniform(names, "int4_w"))
-    for share in shares:
-        most = int(share * least)
-        mixed = [("mixed", store.by_scores(penalty, most))]
-        if share > 1:
-            mixed += [("random", store.at_random((seed, number), most)) for number in range(mixes)]
-            mixed += [("depth", assignment) for assignment in store.by_depth(most)]
-        storages += [Candidate(method=method, assignment=mix, share=share) for method, mix in mixed]
-    return storages

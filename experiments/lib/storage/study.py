@@ -7,15 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.lib.page import Section
-from experiments.lib.rows import Table
+from experiments.lib.rows import Table, fill
 from experiments.lib.run import Run
-from experiments.lib.times import interleaved
-from experiments.storage import figures
-from experiments.storage.rows import (
+from experiments.lib.storage import figures
+from experiments.lib.storage.rows import (
     Assigned,
     Comparison,
-    Mix,
     Row,
     Score,
     Search,
@@ -24,7 +21,8 @@ from experiments.storage.rows import (
     kind_of,
     score_rows,
 )
-from experiments.storage.store import CONFIDENCE, HEADLINE, Store, candidates, formats_of, measured
+from experiments.lib.storage.store import CONFIDENCE, HEADLINE, Store, formats_of, measured
+from experiments.lib.times import interleaved
 from mpjax import compiled, search
 from mpjax.ledger import Ledger
 from mpjax.program import Batches, Model
@@ -63,9 +61,7 @@ class Study:
     ) -> None:
         self.run, self.model, self.store, self.scores = run, model, store, scores
         self.penalty = np.stack([scores.column(fmt) for fmt in store.formats], axis=1)
-        self.rows: list[tuple[Row, str]] = []  # with the name under which it is timed
-        self.mixes: list[Mix] = []
-        self.searches: list[Search] = []
+        self.rows, self.searches = list[Row](), list[Search]()
         self._measure, self._drifts = measure, dict[tuple[Assignment, str], Drift]()
 
     def drift(self, assignment: Assignment, part: str = "heldout") -> Drift:
@@ -75,26 +71,35 @@ class Study:
             self.run.ledger += Ledger(evaluations=1, forward=len(drift.errors))
         return self._drifts[assignment, part]
 
-    def add(self, method: str, formats: str, size: int, fields: Mapping[str, float], variant: str = "") -> Row:
-        """A row of the results, timed under the name `variant`."""
-        row = Row(model=self.model, method=method, formats=formats, bytes=size, **fields)
-        self.rows.append((row, variant))
-        return row
+    def add(
+        self, method: str, formats: str, size: int, drift: Drift, *, variant: str = "", share: float | None = None
+    ) -> Row:
+        """A row of the results, timed under the name `variant`; `share`: its bytes at most, in those of uniform int4."""
+        facts = {"formats": formats, "bytes": size, "variant": variant, "share": share}
+        self.rows.append(fill(Row, drift.fields, model=self.model, method=method, error=drift.mean, **facts))
+        return self.rows[-1]
 
-    def store_as(self, method: str, assignment: Assignment, variant: str = "") -> Row:
+    def store_as(self, method: str, assignment: Assignment, **more: Any) -> Row:
         """The row of a storage."""
         size = self.store.bytes_of(assignment)
-        return self.add(method, formats_of(assignment), size, self.drift(assignment).fields, variant)
+        return self.add(method, formats_of(assignment), size, self.drift(assignment), **more)
 
     def compare(self, shares: Sequence[float], mixes: int, seed: int) -> None:
-        """Uniform formats, and at each number of bytes mixes by scores, by depth and at random."""
-        for storage in candidates(self.store, self.penalty, shares, mixes=mixes, seed=seed):
-            if storage.variant == "mixed_w":
-                self.headline = storage.assignment
-            row = self.store_as(storage.method, storage.assignment, storage.variant)
-            error, share = self.drift(storage.assignment).mean, storage.share
-            mix = Mix(method=row.method, formats=row.formats, bytes=row.bytes, share=share, error=error)
-            self.mixes.append(mix)
+        """Uniform formats; at each number of bytes the mix by scores, `mixes` random ones and two by depth."""
+        store, names = self.store, self.store.model.names
+        for fmt in store.formats:
+            self.store_as("uniform", Assignment.uniform(names, fmt), variant=fmt)
+        for share in shares:
+            most = int(share * store.bytes_of(Assignment.uniform(names, "int4_w")))
+            mix = store.by_scores(self.penalty, most)
+            if share == HEADLINE:
+                self.headline = mix
+            self.store_as("mixed", mix, variant="mixed_w" if share == HEADLINE else "", share=share)
+            if share > 1:
+                for number in range(mixes):
+                    self.store_as("random", store.at_random((seed, number), most), share=share)
+                for mix in store.by_depth(most):
+                    self.store_as("depth", mix, share=share)
 
     def fewest_bytes(self, purpose: str, strategy: search.Strategy, limit: float | None = None) -> Assignment:
         """The smallest storage whose mean error is within `limit`, or within that of uniform int8 where it is None."""
@@ -118,16 +123,16 @@ class Study:
     def searched(self, purpose: str, limit: float, result: search.Result, error: float, row: Row) -> None:
         """A row of the searches; `limit` holds for the held-out `error`."""
         self.searches.append(
-            Search(
+            fill(
+                Search,
+                row,
+                result.ledger,
                 purpose=purpose,
-                formats=row.formats,
-                bytes=row.bytes,
                 layers_low=len(result.assignment.lowered),
                 error_calibration=result.measurement.value,
                 error_heldout=error,
                 tolerance_value=limit,
                 within_tolerance=error <= limit,
-                evaluations=result.ledger.evaluations,
             )
         )
 
@@ -136,7 +141,6 @@ class Study:
         title: str,
         *,
         lead: str,
-        how: str,
         error_name: str,
         as_int8: Assignment,
         speed: Sequence[Speed],
@@ -147,7 +151,7 @@ class Study:
         """Tables, figures, page and summary.
 
         Args:
-            title, lead, how: of the page.
+            title, lead: of the page.
             error_name: axis label.
             as_int8: the storage that is no worse than uniform int8.
             speed: of all variants.
@@ -157,64 +161,44 @@ class Study:
         """
         timed = {(row.batch, row.variant): row for row in speed}
         rows = []
-        for row, variant in self.rows:
-            prefill, decode = (timed.get((phase or "", variant)) for phase in phases)
-            last = decode if phases[1] else prefill
+        for row in self.rows:
+            prefill, decode = (timed.get((phase or "", row.variant)) for phase in phases)
             times: dict[str, Any] = {
-                "prefill_ms": getattr(prefill, "ms", None),
-                "decode_ms": getattr(decode, "ms", None),
+                "prefill_ms": prefill.ms if prefill else None,
+                "decode_ms": decode.ms if decode else None,
             }
-            rows.append(replace(row, **times, vs_fp32=getattr(last, "vs_fp32", None)))
+            last = decode if phases[1] else prefill
+            rows.append(replace(row, **times, vs_fp32=last.vs_fp32 if last else None))
         rows.sort(key=lambda row: (ORDER.index(row.method), row.bytes))
         assigned = [
             Assigned(layer=layer, kind=kind_of(layer), as_int4=self.headline[layer], as_int8=as_int8[layer])
             for layer in self.store.model.names
         ]
-        scores, compared = score_rows(self.scores), comparison(self.mixes)
-        results = Table("rows", Row, rows)
-        tables = {
-            "comparison": Table("comparison", Comparison, compared),
-            "searches": Table("searches", Search, self.searches),
-            "speed": Table("speed", Speed, speed),
-            "scores": Table("scores", Score, scores),
-            "mixes": Table("mixes", Mix, self.mixes),
-            "assignments": Table("assignments", Assigned, assigned),
-        }
-        save = self.run.save
-        front = figures.front(self.mixes, self.searches, error_name, source_bytes)
-        kinds = save(figures.by_kind(scores), "sensitivity_by_kind", alt="Predicted loss per layer, block and format")
+        scores, compared = score_rows(self.scores), comparison(rows)
+        save, front = self.run.save, figures.front(rows, self.searches, error_name, source_bytes)
+        save(front, "error_against_bytes", alt="Error against bytes: mixes and uniform formats")
+        save(figures.by_kind(scores), "sensitivity_by_kind", alt="Predicted loss per layer, block and format")
+        save(figures.chosen(assigned), "chosen_formats", alt="Format of each layer in two mixes")
+        save(figures.times(speed), "times", alt="Milliseconds by variant")
         return self.run.finish(
             title,
             lead=lead,
-            results=results,
+            results=Table("rows", Row, rows),
             overview=Table("overview", Row, [row for row in rows if row.method not in ("random", "depth")]),
-            tables=list(tables.values()),
-            findings=findings(scores, self.mixes, compared, self.searches, error_name),
-            sections=[
-                Section(
-                    "Error against bytes",
-                    how,
-                    save(front, "error_against_bytes", alt="Error against bytes: mixes and uniform formats"),
-                    tables["comparison"],
-                ),
-                Section("Searches within a tolerance", tables["searches"]),
-                Section(
-                    "Which layers are sensitive",
-                    kinds,
-                    save(figures.chosen(assigned), "chosen_formats", alt="Format of each layer in two mixes"),
-                ),
-                Section(
-                    "How fast", save(figures.times(speed), "times", alt="Milliseconds by variant"), tables["speed"]
-                ),
-                Section("All rows", results),
-                Section("All scores", tables["scores"]),
+            tables=[
+                Table("comparison", Comparison, compared),
+                Table("searches", Search, self.searches),
+                Table("speed", Speed, speed),
+                Table("scores", Score, scores),
+                Table("assignments", Assigned, assigned),
             ],
+            findings=findings(scores, rows, compared, self.searches, error_name),
             facts={"facts": {**facts, "other_bytes": self.store.other_bytes, "source_bytes": source_bytes}},
         )
 
 
 def findings(
-    scores: Sequence[Score], mixes: Sequence[Mix], compared: Sequence[Comparison], searches: Sequence[Search], name: str
+    scores: Sequence[Score], rows: Sequence[Row], compared: Sequence[Comparison], searches: Sequence[Search], name: str
 ) -> list[str]:
     """What is sensitive, what the mixes gain, what the searches chose."""
     kinds = dict.fromkeys((row.kind for row in scores), 0.0)
@@ -223,7 +207,7 @@ def findings(
             kinds[score.kind] += score.score
     total = sum(kinds.values()) or 1.0
     shares = ", ".join(f"{kind} {loss / total:.0%}" for kind, loss in sorted(kinds.items(), key=lambda item: -item[1]))
-    uniform = "; ".join(f"{m.formats} {m.bytes:,} bytes, {m.error:.2g}" for m in mixes if m.method == "uniform")
+    uniform = "; ".join(f"{m.formats} {m.bytes:,} bytes, {m.error:.2g}" for m in rows if m.method == "uniform")
     (row,) = (row for row in compared if row.share == HEADLINE)
     chosen = "; ".join(
         f"{s.purpose}: {s.bytes:,} bytes, {s.error_heldout:.2g} on held-out text (limit {s.tolerance_value:.2g})"
@@ -256,25 +240,13 @@ def timed(
     for name, model in programs.items():
         runs[name] = program = compiled.compile(model, inputs.get(name, inputs[""]), implementation="rule")
         copies = [row["full_copy"] for row in program.report().rows if row["full_copy"] is not None]
-        sizes[name] = (program.weight_bytes, f"{sum(copies)} of {len(copies)}" if copies else None)
+        sizes[name] = (program.stored_bytes, f"{sum(copies)} of {len(copies)}" if copies else None)
     placed = {name: jax.device_put(inputs.get(name, inputs[""])[0]) for name in runs}
     calls = {name: lambda run=run, name=name: run(*placed[name]) for name, run in runs.items()}
     times = interleaved(calls, rounds=rounds, shortest=timing.WHOLE)
     rows = []
     for name in runs:
-        quartiles = times.quartiles(name)
         size, copied = sizes.get(name, (float32_bytes, None))
-        rows.append(
-            Speed(
-                batch=phase,
-                variant=name,
-                ms=quartiles.median,
-                ms_q1=quartiles.low,
-                ms_q3=quartiles.high,
-                vs_fp32=times.ratio(name, "jit").median,
-                vs_plain=times.ratio(name, "plain").median,
-                weight_bytes=size,
-                full_copies=copied,
-            )
-        )
+        columns = times.columns(name, vs_fp32="jit", vs_plain="plain")
+        rows.append(fill(Speed, columns, batch=phase, variant=name, weight_bytes=size, full_copies=copied))
     return rows

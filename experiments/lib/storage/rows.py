@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
+import pandas as pd
 
 from experiments.lib.rows import column
 from mpjax.sensitivity import Scores
@@ -11,7 +11,8 @@ from mpjax.sensitivity import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A model on the held-out texts: drift of its outputs from float32's, bytes, and time where it is timed."""
+    """A model on the held-out texts: drift of its outputs from float32's (`error`: what storages are judged by), bytes, and time
+    where it is timed, as `variant`; `share`: its bytes at most, in those of uniform int4."""
 
     model: str
     method: str = column("method", short=True)
@@ -24,17 +25,9 @@ class Row:
     prefill_ms: float | None = column("prefill, ms", ".1f", short=True, default=None)
     decode_ms: float | None = column("decode, ms", ".1f", short=True, default=None)
     vs_fp32: float | None = column("time / float32", ".2f", short=True, default=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mix:
-    """A storage; `share`: its bytes at most, in those of uniform int4, None of a uniform format."""
-
-    method: str = column("method")
-    formats: str = column("formats")
-    bytes: int = column("bytes", ",d")
-    share: float | None = column("bytes / uniform int4", "g")
-    error: float = column("error", ".3g")
+    error: float
+    share: float | None
+    variant: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,24 +117,22 @@ def score_rows(scores: Scores) -> list[Score]:
     ]
 
 
-def comparison(mixes: Sequence[Mix]) -> list[Comparison]:
+def comparison(rows: Sequence[Row]) -> list[Comparison]:
     """One row per number of bytes above uniform int4's."""
-    rows = []
-    for share in sorted({mix.share for mix in mixes if mix.share is not None and mix.share > 1}):
-        group = [mix for mix in mixes if mix.share == share]
-        (mixed,), depth, random = (
-            [mix.error for mix in group if mix.method == method] for method in ("mixed", "depth", "random")
-        )
-        rows.append(
+    mixes = pd.DataFrame(map(vars, rows)).query("share > 1")
+    compared = []
+    for share, group in mixes.groupby("share"):
+        mixed, depth, random = (group[group.method == method].error for method in ("mixed", "depth", "random"))
+        compared.append(
             Comparison(
-                share=share,
-                bytes=max(mix.bytes for mix in group),
-                mixed=mixed,
-                depth=min(depth),
-                random=float(np.median(random)),
-                random_low=min(random),
-                random_high=max(random),
-                vs_best=mixed / min(*depth, *random),
+                share=float(share),
+                bytes=int(group.bytes.max()),
+                mixed=mixed.item(),
+                depth=depth.min(),
+                random=random.median(),
+                random_low=random.min(),
+                random_high=random.max(),
+                vs_best=mixed.item() / min(depth.min(), random.min()),
             )
         )
-    return rows
+    return compared

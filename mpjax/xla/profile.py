@@ -1,0 +1,276 @@
+"""What this device is fast at: micro-benchmarks of a few seconds, once per device and versions, cached.
+
+    print(mp.xla.device_profile())
+
+The rules that choose without timing the model itself (`kernels.rule`, `executable.option_sets`, `kernels.stored`) ask here; none
+knows a processor by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mpjax.files import Checkpoint
+from mpjax.xla import executable, timing
+from mpjax.xla.environment import environment, instruction_sets
+
+ROWS = (1, 4, 16, 256)
+CONVOLVED = ("bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
+_ROUNDS = 7
+_BYTES = 2**25  # of float32 weights that one run reads: more than a cache holds, as a model's are
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceProfile:
+    """What a device is fast at; `print(profile)` is a table.
+
+    Attributes:
+        device, backend, cores, jax: what it holds for.
+        instructions: sets that a CPU has, of those that matter here.
+        seconds: operand dtype -> of a product (R, W) x (W, W), for R in `ROWS`, its operand's conversion from float32 included;
+            NaN where it does not compile. On a CPU by the faster set of kernels.
+        ynn: operand dtype -> time with YNN's kernels over the time without, for R in `ROWS`; empty where there are none.
+        convolution: operand dtype -> time of XLA's own 3x3 convolution over float32's.
+        grouped: time of XLA's depthwise convolution over that of shifted multiply-adds.
+        start: seconds of starting a program.
+        bandwidth: bytes a second, read and written by a copy.
+        cast: dtype -> seconds of converting a million float32 numbers.
+    """
+
+    device: str
+    backend: str
+    cores: int
+    jax: str
+    instructions: tuple[str, ...]
+    seconds: Mapping[str, tuple[float, ...]]
+    ynn: Mapping[str, tuple[float, ...]]
+    convolution: Mapping[str, float]
+    grouped: float
+    start: float
+    bandwidth: float
+    cast: Mapping[str, float]
+
+    def ratio(self, dtype: str, rows: int) -> float:
+        """Time of a product with operands of `dtype` over float32's, at the nearest number of rows.
+
+        Infinite where it fails, and for a dtype that is none of `DTYPES`, such as a user's own format may have.
+        """
+        at = int(np.argmin([abs(np.log(rows / known)) for known in ROWS]))
+        ratio = self.seconds.get(dtype, (np.inf,) * len(ROWS))[at] / self.seconds["float32"][at]
+        return float(ratio) if np.isfinite(ratio) else float("inf")
+
+    def __str__(self) -> str:
+        sets = f" ({', '.join(self.instructions)})" if self.instructions else ""
+        lines = [
+            f"{self.device}{sets}, {self.cores} cores, jax {self.jax}",
+            f"product, time / float32    {'':10}"
+            + "".join(f"{rows:>5} row{'s' if rows > 1 else ' '}" for rows in ROWS),
+        ]
+        for dtype in self.seconds:
+            cells = "".join(f"{self.ratio(dtype, rows):>10.2f}" for rows in ROWS)
+            ynn = "".join(f"{ratio:>7.2f}" for ratio in self.ynn.get(dtype, ()))
+            lines.append(f"  {dtype:<34}{cells}" + (f"   YNN / without:{ynn}" if ynn else ""))
+        casts = ", ".join(f"{dtype} {1e6 * seconds:.0f}" for dtype, seconds in self.cast.items())
+        lines += [
+            "convolution, time / float32: "
+            + ", ".join(f"{dtype} {ratio:.2f}" for dtype, ratio in self.convolution.items()),
+            f"depthwise convolution, XLA's over shifted multiply-adds: {self.grouped:.1f}",
+            f"copying {self.bandwidth / 1e9:.1f} GB/s; starting a program {1e6 * self.start:.0f} µs; "
+            f"a million conversions, µs: {casts}",
+        ]
+        return "\n".join(lines)
+
+
+_assumed: DeviceProfile | None = None
+_lock = threading.RLock()
+
+
+def device_profile() -> DeviceProfile:
+    """The profile of the default device: assumed, in the cache, or measured now (a few seconds)."""
+    if _assumed is not None:
+        return _assumed
+    with _lock:
+        return _profile(cache_folder(), tuple(sorted(timing.here().items())))
+
+
+@contextlib.contextmanager
+def assumed(profile: DeviceProfile) -> Iterator[None]:
+    """Within the context rules decide as on another device: its profile was measured there, or is made up."""
+    global _assumed
+    before, _assumed = _assumed, profile
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+def compared(programs: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]]) -> dict[str, float]:
+    """Name -> seconds of a program (function, arguments) on this device, from the cache or timed now, in turns.
+
+    It may be called while jax traces. Infinite where a program does not compile.
+    """
+    wanted = {
+        name: timing.Programs(name=name, whole=(function, tuple(arguments)), product=None)
+        for name, (function, arguments) in programs.items()
+    }
+    timings = timing.Timings(cache_folder(), rounds=_ROUNDS, options=executable.EXACT)
+    entries = outside_trace(lambda: timings.measure(wanted))
+    return {name: entry.median if isinstance(entry, timing.Entry) else np.inf for name, entry in entries.items()}
+
+
+def cache_folder() -> Path:
+    """Of timings that hold for this device: $MPJAX_CACHE, or mpjax in the user's cache folder."""
+    if folder := os.environ.get("MPJAX_CACHE"):
+        return Path(folder) / "device"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpjax" / "device"
+
+
+def outside_trace(function: Callable[[], Any]) -> Any:
+    """The function's result, computed in a thread: what jax traces there is no part of a trace that is under way here."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def chained(product: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """A program of several products, one after the other, of the same activations: (R, K), weights, … -> (R, N).
+
+    As in a model no product can start before the one ahead of it ends, and the weights come from memory.
+    """
+
+    def program(x: jax.Array, *weights: Any) -> jax.Array:
+        for w in weights:
+            out = product(x, w)
+            x = x + 1e-30 * jnp.max(out, axis=-1, keepdims=True).astype(x.dtype)
+        return out
+
+    return program
+
+
+def copies(bytes_each: int) -> int:
+    """How many different weights of that size a chain needs, for them to come from memory."""
+    return int(np.clip(_BYTES // bytes_each, 2, 4))
+
+
+@functools.cache
+def _profile(folder: Path, here: tuple[tuple[str, Any], ...]) -> DeviceProfile:
+    checkpoint = Checkpoint(folder, {"fields": [field.name for field in fields(DeviceProfile)], **dict(here)})
+    try:
+        piece = checkpoint.load("device_profile")
+    except OSError:
+        piece = None
+    if piece is not None:
+        return _from_json(dict(piece.meta))
+    print("mpjax: measuring what this device is fast at (some ten seconds, once)", file=sys.stderr, flush=True)
+    profile: DeviceProfile = outside_trace(_measured)
+    with contextlib.suppress(OSError):
+        checkpoint.save("device_profile", {}, asdict(profile))
+    return profile
+
+
+def _from_json(meta: dict[str, Any]) -> DeviceProfile:
+    def numbers(values: Sequence[float | None]) -> tuple[float, ...]:
+        return tuple(np.nan if value is None else value for value in values)
+
+    by_dtype = {name: {dtype: numbers(values) for dtype, values in meta[name].items()} for name in ("seconds", "ynn")}
+    return DeviceProfile(**meta | by_dtype | {"instructions": tuple(meta["instructions"])})
+
+
+def _measured() -> DeviceProfile:
+    now, backend = environment(), jax.default_backend()
+    width = 1024 if backend == "cpu" else 4096
+    sets = {"": executable.EXACT} | ({"no YNN": executable.EXACT | executable.NO_YNN} if backend == "cpu" else {})
+    by_set = {name: _product_seconds(width, options) for name, options in sets.items()}
+    others = _others()
+    return DeviceProfile(
+        **{name: now[name] for name in ("device", "cores", "jax")},
+        backend=backend,
+        instructions=instruction_sets(),
+        seconds={dtype: tuple(np.fmin.reduce([times[dtype] for times in by_set.values()])) for dtype in DTYPES},
+        ynn={dtype: tuple(by_set[""][dtype] / by_set["no YNN"][dtype]) for dtype in DTYPES} if len(sets) > 1 else {},
+        convolution={dtype: others[f"conv {dtype}"] / others["conv float32"] for dtype in CONVOLVED},
+        grouped=others["grouped"] / others["shifted"],
+        start=others["start"],
+        bandwidth=2 * 4 * _MANY / others["copy"],
+        cast={dtype: others[dtype] * 1e6 / _MANY for dtype in DTYPES[1:]},
+    )
+
+
+def _product_seconds(width: int, options: executable.Options) -> dict[str, np.ndarray]:
+    """Operand dtype -> seconds for R in `ROWS`."""
+    rng = np.random.default_rng(0)
+    weights = [rng.uniform(-1, 1, (width, width)).astype(np.float32) for _ in range(copies(4 * width**2))]
+    result = {dtype: np.full(len(ROWS), np.nan) for dtype in DTYPES}
+    runs, places = [], []
+    for dtype in DTYPES:
+        narrow = [jnp.asarray(w * (100 if dtype == "int8" else 1)).astype(dtype) for w in weights]
+        for at, rows in enumerate(ROWS):
+            x = jnp.asarray(rng.uniform(-1, 1, (rows, width)), jnp.float32)
+            try:
+                runs.append(timing.ready(chained(functools.partial(_product, dtype)), (x, *narrow), options))
+                places.append((dtype, at))
+            except (jax.errors.JaxRuntimeError, NotImplementedError):
+                continue
+    for (dtype, at), samples in zip(places, timing.in_turns(runs, _ROUNDS), strict=True):
+        result[dtype][at] = np.median(samples) / len(weights)
+    return result
+
+
+def _product(dtype: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    accumulate = jnp.int32 if dtype == "int8" else jnp.float32
+    narrow = (100 * x if dtype == "int8" else x).astype(dtype)
+    return jnp.dot(narrow, w, preferred_element_type=accumulate)
+
+
+_MANY = 2**22
+
+
+def _others() -> dict[str, float]:
+    """Seconds of the remaining programs."""
+    rng = np.random.default_rng(0)
+    many = jnp.asarray(rng.uniform(-1, 1, _MANY), jnp.float32)
+    image = jnp.asarray(rng.uniform(-1, 1, (1, 32, 32, 128)), jnp.float32)
+    kernel = jnp.asarray(rng.uniform(-1, 1, (3, 3, 1, 128)), jnp.float32)
+
+    def grouped(x: jax.Array, w: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=128)
+
+    def shifted(x: jax.Array, w: jax.Array) -> jax.Array:
+        padded = jax.lax.optimization_barrier(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
+        taps = [padded[:, i : i + 32, j : j + 32] * w[i, j, 0] for i in range(3) for j in range(3)]
+        return functools.reduce(jnp.add, taps)
+
+    programs: dict[str, tuple[Callable[..., Any], tuple]] = {
+        "start": timing.start_only().whole,
+        "copy": (lambda x: x + 1, (many,)),
+        "grouped": (grouped, (image, kernel)),
+        "shifted": (shifted, (image, kernel)),
+    }
+
+    def convolved(dtype: str, x: jax.Array, w: jax.Array) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x.astype(dtype), w, (1, 1), "SAME", dimension_numbers=numbers, preferred_element_type=jnp.float32
+        )
+
+    full = jnp.asarray(rng.uniform(-1, 1, (3, 3, 128, 64)), jnp.float32)
+    for dtype in ("float32", *CONVOLVED):
+        programs[f"conv {dtype}"] = (functools.partial(convolved, dtype), (image, full.astype(dtype)))
+    for dtype in DTYPES[1:]:
+        programs[dtype] = (lambda x, dtype=dtype: x.astype(dtype), (many,))
+    runs = [timing.ready(function, arguments, executable.EXACT) for function, arguments in programs.values()]
+    return dict(zip(programs, map(float, map(np.median, timing.in_turns(runs, _ROUNDS))), strict=True))
