@@ -144,9 +144,9 @@ def main(config: Config) -> None:
                 with contextlib.redirect_stdout(io.StringIO()):
                     bench.leave()
             bench.collect()
+        bench.leave()
     finally:
         bench.builders.close()
-    bench.leave()
 
 
 def check_device(config: Config) -> None:
@@ -208,6 +208,7 @@ class Bench:
         def compute() -> Computed:
             if (row.model, row.variant) not in self.verdicts:
                 self._verify(row.model)
+            self.builders.finish()
             return {}, {"refused": self.verdicts[row.model, row.variant].result()}, Ledger(compilations=1)
 
         try:

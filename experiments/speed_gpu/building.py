@@ -20,12 +20,13 @@ from mpjax.kernels import stored
 from mpjax.xla import executable, profile, timing
 
 ROUNDS = 7  # of a product that the device is asked for
+GRACE = 45.0  # seconds that a task may take beyond the deadline
 _form: ContextVar[str | None] = ContextVar("form", default=None)
 _forms: ContextVar[Counter[str] | None] = ContextVar("forms", default=None)
 
 
 class OutOfTime(Exception):
-    """The run's minutes were over before it was begun."""
+    """The run's minutes were over before something was begun, or long before it was finished."""
 
 
 class Gate:
@@ -103,8 +104,13 @@ class Builders:
         return self._tasks[-1]
 
     def finish(self) -> None:
-        """Waits for all tasks: afterwards nothing is built."""
-        wait(self._tasks)
+        """Waits for all tasks: afterwards nothing is built.
+
+        Raises:
+            OutOfTime: some that were begun before the deadline go on long after it.
+        """
+        if wait(self._tasks, timeout=max(self.deadline - time.monotonic(), 0.0) + GRACE).not_done:
+            raise OutOfTime
         self._tasks.clear()
 
     def close(self) -> None:

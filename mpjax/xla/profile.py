@@ -167,7 +167,8 @@ def copies(bytes_each: int) -> int:
 
 @functools.cache
 def _profile(folder: Path, here: tuple[tuple[str, Any], ...]) -> DeviceProfile:
-    checkpoint = Checkpoint(folder, {"fields": [field.name for field in fields(DeviceProfile)], **dict(here)})
+    asked = {"fields": [field.name for field in fields(DeviceProfile)], "rows": ROWS, "dtypes": (DTYPES, CONVOLVED)}
+    checkpoint = Checkpoint(folder, asked | dict(here))
     try:
         piece = checkpoint.load("device_profile")
     except OSError:

@@ -148,20 +148,14 @@ def test_an_overflow_of_the_format_alone_loosens_nothing(two):
 
 
 def test_a_program_that_overflows_is_named(cheap):
-    class FeedForward(nn.Module):
-        """Numbers between the layers beyond float16's largest."""
-
-        @nn.compact
-        def __call__(self, x):
-            y = nn.Dense(8, name="up")(x) * 3e5
-            return nn.Dense(3, name="head")(nn.LayerNorm()(nn.Dense(8, name="down")(y)))
-
-    model, batches = linen(FeedForward(), 8, 16)
+    """Numbers between the layers are beyond float16's largest."""
+    layers = nn.Dense(8), lambda x: 3e5 * x, nn.Dense(8), nn.LayerNorm(), nn.Dense(3)
+    model, batches = linen(nn.Sequential(layers), 8, 16)
     with pytest.warns(UserWarning, match="output numbers are not finite, though float32's are"):
-        program = compiled.compile(apply(model, {"down": "float16"}), batches)
+        program = compiled.compile(apply(model, {"layers_2": "float16"}), batches)
     report = program.report()
     assert report.program["not_finite"] == 1.0 and "are not finite" in str(report)
-    calm = compiled.compile(apply(model, {"up": "float16"}), batches).report()
+    calm = compiled.compile(apply(model, {"layers_0": "float16"}), batches).report()
     assert calm.program["not_finite"] == 0 and "finite" not in str(calm)
 
 

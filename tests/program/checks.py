@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax import emulation
+from mpjax import emulation, sensitivity
 from mpjax.apply import apply
 from mpjax.formats import parse
 
@@ -52,3 +52,11 @@ def agree(model, inputs, formats=FORMATS, names=None, least=0.0, most=0.6, apart
     """What is scored is what runs: they differ by no more than flipped roundings explain."""
     for fmt, (emulated, difference) in errors(model, inputs, formats, names).items():
         assert least < emulated < most and difference <= apart * emulated + 2e-6, (fmt, emulated, difference)
+
+
+def scored_as_measured(model, batches, formats=("bfloat16",), rtol=0.2):
+    """Compares exact local rounding with the measured losses; both."""
+    problem = model, batches, formats, jax.random.key(0)
+    scores, truth = sensitivity.local_rounding(num_probes=None)(*problem), sensitivity.measured()(*problem)
+    np.testing.assert_allclose(scores.value, truth.value, rtol=rtol, atol=1e-12)
+    return scores, truth

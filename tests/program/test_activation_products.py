@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checks import agree, normal
+from checks import agree, normal, scored_as_measured
 from flax import nnx
 from toys import drawn
 
@@ -111,9 +111,7 @@ def test_they_are_scored_searched_evaluated_and_costed_like_layers():
     attention = [f"attention/{part}" for part in ("query", "key", "value", "scores", "values", "out")]
     assert model.names == (*attention, "head")
     batches = [(TOKENS,), (2 * TOKENS,)]
-    truth = sensitivity.measured()(model, batches, formats, KEY)
-    scores = sensitivity.local_rounding(num_probes=None)(model, batches, formats, KEY)
-    np.testing.assert_allclose(scores.value, truth.value, rtol=0.1, atol=1e-12)
+    scores, truth = scored_as_measured(model, batches, formats, rtol=0.1)
     rows = [model.names.index(name) for name in FREE]
     assert (truth.value[rows, 0] > 0).all() and (truth.value[rows, 1] == 0).all()  # they have no weights to store
     weights = sensitivity.fisher()(model, batches, formats, KEY)

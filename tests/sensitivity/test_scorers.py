@@ -28,14 +28,6 @@ BOTH = pytest.mark.parametrize(
 )
 
 
-class Linear(nn.Module):
-    """One layer: its output is the product, so scores have closed forms."""
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(4, name="only")(x)
-
-
 class Classifier(nn.Module):
     """Smooth, so that second order is nearly all there is."""
 
@@ -145,7 +137,7 @@ def test_local_rounding_agrees_with_measured():
 
 @pytest.mark.parametrize("seed", range(2))
 def test_exact_local_rounding_of_a_linear_layer_is_exact(seed):
-    problem = linen(Linear(), 5, 7, seed=seed)
+    problem = linen(nn.Dense(4), 5, 7, seed=seed)
     exact = score(sensitivity.local_rounding(num_probes=None), *problem, ALL).value
     np.testing.assert_allclose(exact, score(sensitivity.measured(), *problem, ALL).value, rtol=1e-3)
 
@@ -169,13 +161,8 @@ def test_an_overflow_is_reported_for_its_layer_and_spoils_no_other():
 
 
 def test_an_overflow_that_a_clamp_hides_is_reported():
-    class Clamped(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return nn.Dense(3, name="last")(jnp.clip(nn.Dense(4, name="first")(x), -1, 1))
-
-    model, batches = linen(Clamped(), 5, 7)
-    loud = with_params(model, {"first/kernel": model.params["first/kernel"] * 1e5})
+    model, batches = linen(nn.Sequential([nn.Dense(4), lambda x: jnp.clip(x, -1, 1), nn.Dense(3)]), 5, 7)
+    loud = with_params(model, {"layers_0/kernel": model.params["layers_0/kernel"] * 1e5})
     scores = score(sensitivity.measured(), loud, batches, ("float16", "bfloat16"))
     assert scores.status[0, 0] == Status.OVERFLOW and np.isinf(scores.value[0, 0])
     assert (scores.status[:, 1] == "ok").all() and scores.status[1, 0] == "ok"
@@ -185,11 +172,11 @@ def test_an_overflow_that_a_clamp_hides_is_reported():
 
 
 def test_quadratic_with_a_loss_of_the_users_is_the_true_hessian():
-    model, batches = linen(Linear(), 6, 5)
+    model, batches = linen(nn.Dense(4), 6, 5)
     target = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)
     half = losses.Loss(name="half", value=lambda o, reference, y: jnp.sum((o - y) ** 2, -1) / 2, num_targets=1)
     labelled = [(x, target) for (x,) in batches]
-    kernel = model.params["only/kernel"]
+    kernel = model.params["kernel"]
     delta = np.float64(storage.round_weights(kernel, formats.parse("bfloat16")) - kernel)
     # linear regression: H = XᵀX / n for each output, whatever the targets are
     expected = np.mean([0.5 * np.sum((np.float64(x) @ delta) ** 2) / 6 for (x,) in batches])
@@ -397,7 +384,7 @@ def test_bad_problems_are_refused_by_every_kind_of_scorer():
             ("Unknown format", scorer, model, batches, ("bf16",), KEY),
         )
     loss = losses.CROSS_ENTROPY
-    exact = sensitivity.spectra(*linen(Linear(), 2, 3))
+    exact = sensitivity.spectra(*linen(nn.Dense(4), 2, 3))
     refused(
         ("leaves the model no input", score, sensitivity.first_order(loss=loss), model, batches),
         ("more than max_outputs", score, sensitivity.logdet(max_outputs=2), model, batches),
