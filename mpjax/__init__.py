@@ -6,33 +6,18 @@ result = mp.search.solve(problem, mp.search.ilp(), evaluate=error, tolerance=0.0
 program = mp.compile(mp.apply(model, result.assignment), batches)
 """
 
-from mpjax import (
-    compiled,
-    cost,
-    curvature,
-    formats,
-    losses,
-    metrics,
-    partition,
-    plan,
-    program,
-    search,
-    sensitivity,
-    xla,
-)
-from mpjax.apply import MixedModel, apply, with_implementation
+from mpjax import compiled, cost, curvature, formats, losses, partition, plan, program, search, sensitivity, xla
+from mpjax.apply import apply
 from mpjax.compiled import compile, load
 from mpjax.emulation import calibrate
 from mpjax.evaluation import Evaluation
-from mpjax.optimize import Optimized, optimize
+from mpjax.optimize import optimize
 from mpjax.program import from_function, from_linen, from_nnx
 
 __version__ = "0.2.0"
 
 __all__ = [
     "Evaluation",
-    "MixedModel",
-    "Optimized",
     "apply",
     "calibrate",
     "compile",
@@ -45,13 +30,11 @@ __all__ = [
     "from_nnx",
     "load",
     "losses",
-    "metrics",
     "optimize",
     "partition",
     "plan",
     "program",
     "search",
     "sensitivity",
-    "with_implementation",
     "xla",
 ]

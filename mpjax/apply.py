@@ -81,7 +81,7 @@ def apply(
         model: a float32 model.
         assignment: layer name -> format name; layers that it does not name stay float32. It may name products of two
             activations (`model.activation_products`), which weight-only formats leave as they are.
-        calibration: layer name -> largest activation magnitude, for scaled formats (`emulation.calibrate`).
+        calibration: layer name -> largest activation magnitude, for scaled formats (`mp.calibrate`).
         implementation: how products are computed: "xla", as the program does; "rule", a good choice without timing; "auto", the
             rule until `compile` times the implementations; or layer -> implementation (`kernels.IMPLEMENTATIONS`; "xla" where
             that one does not cover the product).

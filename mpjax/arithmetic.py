@@ -50,7 +50,7 @@ def check_ranges(wanted: Iterable[tuple[Layer, Format]], calibration: Calibratio
             both = "" if layer.kernel else " of both operands (calibrate with_activation_products(model))"
             raise ValueError(
                 f"Layer {layer.name!r} in {fmt.name} needs its activation range{both}: pass "
-                "calibration=emulation.calibrate(model, batches)."
+                "calibration=mp.calibrate(model, batches)."
             )
 
 
@@ -192,7 +192,7 @@ def _range_scale(fmt: Format, amax: float | None) -> Array:
     if amax is None:
         raise ValueError(
             f"Format {fmt.name} needs the activations' largest magnitude: pass "
-            "calibration=emulation.calibrate(model, batches)."
+            "calibration=mp.calibrate(model, batches)."
         )
     return amax_scale(jnp.float32(amax), fmt)
 

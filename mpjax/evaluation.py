@@ -54,7 +54,7 @@ class Evaluation:
             formats: the low formats that assignments may use.
             error: (low (N, K), reference (N, K)) -> (N,): how far the flattened outputs of each example are from those in
                 float32, in the user's unit; lower is better.
-            calibration: for scaled formats (`emulation.calibrate`).
+            calibration: for scaled formats (`mp.calibrate`).
             blocks: (N,) which examples depend on each other (`metrics.mean_interval`); None gives no interval.
             confidence: of the interval.
 

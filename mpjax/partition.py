@@ -5,7 +5,6 @@ A partition need not cover every leaf: the estimators hold the others fixed.
 """
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,7 +12,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Block", "by_leaf", "by_module", "by_rules"]
+__all__ = ["Block", "by_module"]
 
 Params: TypeAlias = Any  # a pytree of arrays
 
@@ -51,41 +50,12 @@ def paths(params: Params) -> tuple[str, ...]:
     return tuple(_known_leaves(params))
 
 
-def by_leaf(params: Params) -> Partition:
-    """One block per leaf, named by its path."""
-    return tuple(Block(name=path, paths=(path,)) for path in paths(params))
-
-
 def by_module(params: Params) -> Partition:
     """One block per parent path: `dense/kernel` and `dense/bias` form the block `dense`."""
     groups: dict[str, list[str]] = {}
     for path in paths(params):
         groups.setdefault(path.rpartition("/")[0] or ".", []).append(path)
     return tuple(Block(name=name, paths=tuple(members)) for name, members in groups.items())
-
-
-def by_rules(params: Params, rules: Mapping[str, str]) -> Partition:
-    """One block per rule, in the order of the rules: block name -> regular expression over slash paths.
-
-    A rule must match the full path; the first rule that matches takes the leaf; a leaf that no rule matches
-    is left out.
-
-    Raises:
-        ValueError: a rule that takes no leaf, or that is not a regular expression.
-    """
-    left, blocks = list(paths(params)), []
-    for name, rule in rules.items():
-        try:
-            matched = [path for path in paths(params) if re.fullmatch(rule, path)]
-        except re.error as error:
-            raise ValueError(f"rule {name!r} = {rule!r} is not a regular expression: {error}") from error
-        members = [path for path in left if path in matched]
-        if not members:
-            why = "matches only leaves that earlier rules took" if matched else "matches no leaf"
-            raise ValueError(f"rule {name!r} = {rule!r} {why}; leaves are {_some(paths(params))}")
-        left = [path for path in left if path not in matched]
-        blocks.append(Block(name=name, paths=tuple(members)))
-    return tuple(blocks)
 
 
 def select(params: Params, block: Block) -> dict[str, jax.Array]:
@@ -134,7 +104,7 @@ def named_leaves(params: Params) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(params)
     named = {jax.tree_util.keystr(path, simple=True, separator="/") or ".": leaf for path, leaf in leaves}
     if len(named) != len(leaves):
-        raise ValueError(f"two leaves share one slash path (a key contains '/'?); paths are {_some(named)}")
+        raise ValueError(f"two leaves share one slash path (a key contains '/'?); leaves: {list(named)[:8]}")
     return named
 
 
@@ -148,8 +118,3 @@ def _known_leaves(params: Params, names: Iterable[str] = ()) -> dict[str, Any]:
             (near,) = difflib.get_close_matches(name, leaves, n=1, cutoff=0.0)
             raise ValueError(f"unknown path {name!r}; the nearest is {near!r}, of {len(leaves)} leaves")
     return leaves
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")

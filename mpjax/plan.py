@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from mpjax.files import jsonable, write_json
 from mpjax.search.problem import Assignment
 
-__all__ = ["Plan", "PlanError", "load", "save"]
+__all__ = ["Plan", "PlanError", "diff", "load", "save"]
 
 SCHEMA = 2
 

@@ -21,12 +21,6 @@ def finite_difference_hessian(loss: Callable[[Floats], float], x: Floats, step: 
     return hessian
 
 
-def finite_difference_jacobian(function: Callable[[Floats], Floats], x: Floats, step: float = 1e-6) -> Floats:
-    """(k, n) by central differences."""
-    columns = [(function(x + step * e) - function(x - step * e)) / (2 * step) for e in np.eye(len(x))]
-    return np.stack(columns, axis=1)
-
-
 def linear_regression_hessian(x: Floats) -> Floats:
     """Of ½‖Xw - y‖²: XᵀX."""
     return x.T @ x

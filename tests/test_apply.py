@@ -72,7 +72,7 @@ def test_clear_errors(small):
     for error, match, assignment, options in (
         (KeyError, "depthwise", {"deptwise": "bfloat16"}, {}),
         (ValueError, "Did you mean 'bfloat16'", {"head": "bfloat"}, {}),
-        (ValueError, "calibration=emulation.calibrate", {"head": "float8_e5m2"}, {}),
+        (ValueError, "calibration=mp.calibrate", {"head": "float8_e5m2"}, {}),
         (ValueError, 'activations must be "float32"', {}, {"activations": "int8"}),
         (ValueError, '"xla", "rule", "auto" or layer -> implementation', {}, {"implementation": "fast"}),
         (KeyError, "Unknown layer 'stam'", {}, {"implementation": {"stam": "dot"}}),

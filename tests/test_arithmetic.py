@@ -88,5 +88,5 @@ def test_other_formats_round_both_operands_and_nothing_else(name):
         expected = rounded(x, amax) @ rounded(w, np.abs(w).max())
         np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
     if fmt.scaled:
-        with pytest.raises(ValueError, match="calibration=emulation.calibrate"):
+        with pytest.raises(ValueError, match="calibration=mp.calibrate"):
             arithmetic.emulated(fmt, dot(), jnp.ones((1, 2)), jnp.ones((2, 1)))

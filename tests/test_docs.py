@@ -4,9 +4,12 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+
+import mpjax as mp
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
@@ -64,3 +67,13 @@ def test_index_names_every_page():
     index = PAGES["docs/README.md"].read_text("utf-8")
     pages = {page.removeprefix("docs/") for page in PAGES} - {"README.md"}
     assert {page for page in pages if f"]({page})" not in index} == set()
+
+
+def test_reference_has_a_line_for_every_public_name_and_for_no_other():
+    lines = re.findall(r"^- ([^:]*):", PAGES["docs/reference.md"].read_text("utf-8"), re.MULTILINE)
+    names = re.findall(r"`([\w.]+)`", " ".join(lines))
+    public = set()
+    for name in mp.__all__:
+        inside = getattr(mp, name)
+        public |= {f"{name}.{x}" for x in inside.__all__} if isinstance(inside, types.ModuleType) else {name}
+    assert sorted(names) == sorted(public)

@@ -27,21 +27,8 @@ def test_paths_follow_the_order_of_the_leaves_of_any_tree() -> None:
     tree = (Dense(kernel=jnp.ones(2), bias=jnp.ones(1)), {"x": jnp.ones(1)})
     assert partition.paths(tree) == ("0/kernel", "0/bias", "1/x")
     assert partition.paths(jnp.ones(3)) == (".",)
-    assert partition.by_leaf(PARAMS) == tuple(Block(name=p, paths=(p,)) for p in PATHS)
     blocks = {block.name: block.paths for block in partition.by_module(PARAMS)}
     assert blocks == {"encoder/0": PATHS[:2], "encoder/1": PATHS[2:3], ".": ("scale",)}
-
-
-def test_by_rules_first_match_wins_on_the_full_path() -> None:
-    rules = {"first": r"encoder/0/.*", "kernels": r".*/kernel", "kernel_only": r"scal."}
-    with pytest.raises(ValueError, match="'rest'.*earlier rules took"):
-        partition.by_rules(PARAMS, rules | {"rest": r".*kern|encoder/1.*"})
-    blocks = {block.name: block.paths for block in partition.by_rules(PARAMS, rules)}
-    assert blocks == {"first": PATHS[:2], "kernels": PATHS[2:3], "kernel_only": ("scale",)}
-    assert partition.by_rules(PARAMS, {"scale": "scale"}) == (Block(name="scale", paths=("scale",)),)
-    for rule, message in (("kernel", "'bad' = 'kernel' matches no leaf"), ("(", "not a regular expression")):
-        with pytest.raises(ValueError, match=message):
-            partition.by_rules(PARAMS, {"all": "scale", "bad": rule})
 
 
 def test_select_and_replace_are_inverse() -> None:
@@ -67,7 +54,7 @@ def test_unknown_paths_and_trees_and_blocks_without_a_meaning_are_refused() -> N
     refused(
         (nearest, partition.select, PARAMS, wrong),
         ("nearest is 'scale'", partition.replace, PARAMS, {"scales": jnp.ones(())}),
-        ("no leaves", partition.by_leaf, {}),
+        ("no leaves", partition.by_module, {}),
         ("share one slash path", partition.paths, {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}),
         *(("distinct paths", lambda paths=paths: Block(name="b", paths=paths)) for paths in ((), ("scale", "scale"))),
     )

@@ -35,7 +35,8 @@ from experiments.lib.rows import Table
 from experiments.lib.run import Options, Run
 from experiments.models.efficientnet import CLASSES
 from experiments.problems import classifier_data
-from mpjax import metrics, plan
+from mpjax import plan
+from mpjax.metrics import relative_error
 from mpjax.search import Assignment
 
 
@@ -87,7 +88,7 @@ def main(config: Config) -> None:
     folded, unfolded = (form.outputs(form.baseline)["heldout"] for form in forms)
     facts = image_facts(data, size)
     facts |= {
-        "folding_error": metrics.relative_error(folded, unfolded),
+        "folding_error": relative_error(folded, unfolded),
         "top_probability": float(np.median(softmax(folded, axis=1).max(axis=1))),
     }
     results = Table("results", Row, rows, "EfficientNet-Lite0 against its float32 output")

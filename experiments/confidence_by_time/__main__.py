@@ -5,7 +5,7 @@
 experiments/searches deals calibration and held-out data from one population, as an interval assumes. Here the 48 held-out
 crops come later in the video than the 24 calibration crops (`data.pose_crops`), which lie in 3 blocks of a person × a second.
 Searches with `ilp` at a confidence of 95 %, the same formats and tolerances (shares of the error with all layers low on the
-calibration crops), once by the interval of `metrics.mean_interval` and once by a percentile bootstrap over blocks.
+calibration crops), once by the interval of `mean_interval` and once by a percentile bootstrap over blocks.
 Expected: fewer than half of the results are within the tolerance on the later crops, by either interval.
 """
 
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import jax
 import tyro
 
+from experiments.lib import metrics
 from experiments.lib.rows import Table, column
 from experiments.lib.run import Options, Run
 from experiments.problems import benchmarks, data, pose, searches_tasks
 from experiments.problems.searches_tasks import FORMATS, SETS, TOLERANCES, Predicted, Task
-from mpjax import cost, metrics, search
+from mpjax import cost, search
 from mpjax.evaluation import Evaluation
 from mpjax.search.problem import Assignment, Measurement
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from experiments.estimators.rows import FORMATS, Cost, Damping, Interaction, Quadrature
 from experiments.estimators.steps import Bench
+from experiments.lib import metrics
 from experiments.lib.run import Computed
-from mpjax import metrics, sensitivity
+from mpjax import sensitivity
 from mpjax.losses import OUTPUT
 from mpjax.program import Batches, Params
 from mpjax.search import Assignment

@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from experiments.estimators.rows import TOLERANCES
-from mpjax import metrics, search
+from experiments.lib import metrics
+from mpjax import search
 from mpjax.sensitivity import Status
 
 

@@ -13,15 +13,17 @@ import numpy as np
 from experiments.estimators.judge import agreement, layers_low, row_status
 from experiments.estimators.plan import Case, Sizes, cases
 from experiments.estimators.rows import FORMATS, TOLERANCES, Row
+from experiments.lib import metrics
 from experiments.lib.run import Computed, Run
+from experiments.lib.scores import pack, unpack
 from experiments.problems.benchmarks import Benchmark, first
-from mpjax import emulation, losses, metrics, sensitivity
+from mpjax import emulation, losses, sensitivity
 from mpjax.evaluation import Evaluation
 from mpjax.files import Piece
 from mpjax.ledger import Ledger
 from mpjax.losses import Loss
 from mpjax.search import Assignment, Measurement
-from mpjax.sensitivity import Scores, Status, pack, unpack
+from mpjax.sensitivity import Scores, Status
 from mpjax.sensitivity.output_probes import output_size
 from mpjax.sensitivity.timed import Timed
 

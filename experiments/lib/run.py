@@ -28,6 +28,7 @@ from experiments.lib.contract import SCHEMA, validate
 from experiments.lib.page import Code, Picture, Section, render
 from experiments.lib.plots import Figure, plt
 from experiments.lib.rows import Table, schema
+from experiments.lib.scores import pack, unpack
 from mpjax import sensitivity, xla
 from mpjax.files import Checkpoint, Piece, jsonable, source_digest, write_bytes, write_json
 from mpjax.ledger import Ledger
@@ -107,10 +108,10 @@ class Run:
 
         def compute() -> Computed:
             scores = scorer(model, batches, formats, key)
-            return *sensitivity.pack(scores), scores.ledger
+            return *pack(scores), scores.ledger
 
         piece = self.piece(name, compute, formats=list(formats), **more)
-        return sensitivity.unpack(piece.arrays, piece.meta)
+        return unpack(piece.arrays, piece.meta)
 
     def save(self, figure: Figure, name: str, *, alt: str, caption: str = "") -> Picture:
         """Writes `<name>.png` and `<name>.pdf` and closes the figure."""

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from experiments.lib import metrics
 from experiments.lib.page import Section
 from experiments.lib.plots import PALETTE, Figure, plt
 from experiments.lib.progress import progress
@@ -26,7 +27,7 @@ from experiments.lib.rows import Table, column
 from experiments.lib.run import Options, Run, check_names
 from experiments.problems import benchmarks
 from experiments.problems.benchmarks import Benchmark
-from mpjax import emulation, metrics, sensitivity
+from mpjax import emulation, sensitivity
 from mpjax.losses import flat
 from mpjax.sensitivity.gradients import scored
 from mpjax.sensitivity.scores import Scores

@@ -18,7 +18,7 @@ import numpy as np
 import tflite
 
 from experiments.lib import assets
-from mpjax.kernels.resize import doubled
+from experiments.models.resize import doubled
 from mpjax.program import Model, from_linen
 
 LAYERS = {"CONV_2D": "conv", "DEPTHWISE_CONV_2D": "depthwise"}

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.lib import assets
+from experiments.lib import assets, metrics
 from experiments.lib.rows import Table
 from experiments.lib.run import Options, Run
 from experiments.pose_landmark import figures, steps
@@ -39,7 +39,7 @@ from experiments.pose_landmark.rows import (
     layers,
 )
 from experiments.problems import data, pose
-from mpjax import metrics, plan
+from mpjax import plan
 from mpjax.ledger import Ledger
 from mpjax.program import with_output
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, make_dataclass
 from typing import Any
 
+from experiments.lib import metrics
 from experiments.lib.rows import Table, column, fill
-from mpjax import metrics
 from mpjax.program import Model
 from mpjax.search import Assignment
 from mpjax.sensitivity import Scores

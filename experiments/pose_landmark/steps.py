@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lib import assets
+from experiments.lib import assets, metrics
 from experiments.lib.progress import progress
 from experiments.lib.rows import fill
 from experiments.lib.run import Computed, Run
@@ -19,10 +19,11 @@ from experiments.pose_landmark.rows import EXECUTED, FORMATS, Executed, Program,
 from experiments.problems import data, pose
 from experiments.problems.benchmarks import landmark_error
 from experiments.problems.pose import Split
-from mpjax import compiled, metrics, search, sensitivity
+from mpjax import compiled, search, sensitivity
 from mpjax.apply import apply
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
+from mpjax.metrics import relative_error
 from mpjax.program import Model
 
 CURVATURE_CROPS = 8  # of the calibration crops, for the two scores whose cost per crop is large
@@ -35,7 +36,7 @@ def litert_parity(base: Model, split: Split) -> Computed:
     errors = []
     for image in split.crops.images[:: len(split.torso) // 4][:4]:
         identity = base.call(base.params, jnp.asarray(image[None]))["Identity"]
-        errors.append(metrics.relative_error(np.asarray(identity), peer(image[None])["Identity"]))
+        errors.append(relative_error(np.asarray(identity), peer(image[None])["Identity"]))
     return {}, {"parity": max(errors)}, Ledger(forward=len(errors))
 
 

@@ -60,7 +60,7 @@ def entrants(formats: Sequence[str], seed: int) -> list[Entrant]:
         Entrant(name="ilp", scorer=PREDICTED, strategy=ilp, confidence=0.95),
         Entrant(name="iqp", scorer=CROSSED, strategy=iqp),
         Entrant(name="last_first", scorer=NONE, strategy=search.last_first()),
-        Entrant(name="random", scorer=NONE, strategy=search.random(seed=seed)),
+        Entrant(name="random", scorer=NONE, strategy=search.random_order(seed=seed)),
         Entrant(name="segments", scorer=NONE, strategy=search.segments()),
         Entrant(name="bisect_precision", scorer=NONE, strategy=search.bisect_precision()),
     ]
@@ -324,10 +324,20 @@ class Model:
             "bytes of the weights": "weight_bytes",
             "predicted ms": "predicted_ms",
         }
-        rows: list[dict[str, Any]] = [
-            {fields.get(name, name): row[name] for name in row} for row in pareto.rows(points)
+        rows = [
+            Point(
+                model=self.task.name,
+                layers_low=len(point.assignment.lowered),
+                penalty=point.penalty,
+                loss=point.measurement.value,
+                loss_low=point.measurement.low,
+                loss_high=point.measurement.high,
+                **{fields[name]: value for name, value in point.axes.items()},
+                best_on=", ".join(point.best_on),
+            )
+            for point in points
         ]
-        return points, [Point(model=self.task.name, **row) for row in rows]
+        return points, rows
 
     def latency(self, mixed: Assignment) -> list[Latency]:
         """Additive predictions against compiled programs: all float32, all bfloat16, and what `ilp` chose at 10 %."""

@@ -24,8 +24,9 @@ from jax import lax  # noqa: E402
 from experiments.lib.rows import Table, column  # noqa: E402
 from experiments.lib.run import Options, Run  # noqa: E402
 from experiments.lib.times import interleaved  # noqa: E402
+from experiments.models import resize
 from mpjax import formats, kernels
-from mpjax.kernels import resize, shift
+from mpjax.kernels import shift
 from mpjax.program import Product
 from mpjax.xla import executable, timing
 

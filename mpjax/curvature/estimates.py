@@ -1,4 +1,4 @@
-"""Stochastic estimates of an operator's trace, log-determinant, top eigenvalue, diagonal and spectral density.
+"""Stochastic estimates of an operator's trace, log-determinant and top eigenvalue.
 
 A factory takes the knobs and returns the function that takes the problem and the key:
 
@@ -50,24 +50,6 @@ class Estimate:
     ledger: Ledger
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["grid", "density", "stderr"], meta_fields=["ledger"])
-@dataclass(frozen=True, kw_only=True)
-class Density:
-    """A smoothed spectral density, as points of a curve.
-
-    Attributes:
-        grid: equidistant eigenvalues, in the operator's unit.
-        density: at the grid; its integral over the grid is 1.
-        stderr: of `density`; NaN with one probe.
-        ledger: as in `Estimate`.
-    """
-
-    grid: Float[Array, " points"]
-    density: Float[Array, " points"]
-    stderr: Float[Array, " points"]
-    ledger: Ledger
-
-
 Estimator: TypeAlias = Callable[[Operator, Key], Estimate]
 
 
@@ -88,11 +70,14 @@ def trace(
     """
     if method not in ("hutchinson", "xtrace"):
         raise ValueError(f"method must be 'hutchinson' or 'xtrace'; got {method!r}")
-    hutchinson = _monte_carlo(stochtrace.monte_carlo_trace(), num_probes, batch_size)
-    if method == "hutchinson":
-        return hutchinson
-    if num_probes % 2:
+    _check_at_least(1, num_probes=num_probes, batch_size=batch_size)
+    if method == "xtrace" and num_probes % 2:
         raise ValueError(f"xtrace takes two products per probe: num_probes must be even; got {num_probes}")
+
+    def hutchinson(operator: Operator, key: Key) -> Estimate:
+        matvec, integrand = matvec_of(operator), stochtrace.monte_carlo_trace()
+        mean, stderr = _mean_and_stderr(lambda k: integrand(matvec, signs(operator, k)), key, num_probes, batch_size)
+        return _estimate(operator, mean, stderr, num_probes)
 
     def xtrace(operator: Operator, key: Key) -> Estimate:
         if operator.size <= num_probes:
@@ -102,21 +87,12 @@ def trace(
         values = _xtrace(operator, key, num_probes // 2, batch_size)
         return _estimate(operator, jnp.mean(values), _stderr(values), num_probes)
 
-    return xtrace
+    return hutchinson if method == "hutchinson" else xtrace
 
 
-def diagonal(*, num_probes: int, batch_size: int | None = None) -> Estimator:
-    """Diagonal, (n,), unbiased: mean of z ⊙ Az over sign probes z, one product each (Bekas, Kokiopoulou, Saad 2007,
-    doi 10.1016/j.apnum.2007.01.003). Without variance on a diagonal matrix; 0 in the padding.
-
-    Memory: 2b + 3 vectors, whatever the number of probes.
-    """
-    return _monte_carlo(stochtrace.monte_carlo_diagonal(), num_probes, batch_size)
-
-
-def abs_logdet(*, num_probes: int, depth: int, damping: float | Array, batch_size: int | None = None) -> Estimator:
-    """Σ log(|λ| + damping) over the eigenvalues, by stochastic Lanczos quadrature. Finite on an indefinite or singular
-    operator; not log |det(A + damping · I)|, which is another number where A is indefinite.
+def logdet_score(*, num_probes: int, depth: int, damping: float | Array, batch_size: int | None = None) -> Estimator:
+    """Σ log(1 + |λ| / damping) over the eigenvalues, by stochastic Lanczos quadrature. Finite on an indefinite operator; for a
+    positive semi-definite A it is log det(A + damping · I) - n log damping, to which zero eigenvalues add nothing.
 
     Sign probes z, and Gauss quadrature of zᵀf(A)z from `depth` Lanczos steps (Ubaru, Chen, Saad 2017, doi 10.1137/16M1104974).
     `residual` is |value at depth - value at depth // 2| from the same products; a probe whose Krylov space is exhausted is
@@ -131,108 +107,9 @@ def abs_logdet(*, num_probes: int, depth: int, damping: float | Array, batch_siz
         damping: > 0, in the unit of A; may be traced.
         batch_size: probes at a time.
     """
-    return _slq(lambda x, d: jnp.log(jnp.abs(x) + d), num_probes, depth, damping, batch_size)
-
-
-def logdet_score(*, num_probes: int, depth: int, damping: float | Array, batch_size: int | None = None) -> Estimator:
-    """Σ log(1 + |λ| / damping): for a positive semi-definite A log det(A + damping · I) - n log damping, which does not grow
-    with the number of zero eigenvalues. All else as in `abs_logdet`."""
-    return _slq(lambda x, d: jnp.log1p(jnp.abs(x) / d), num_probes, depth, damping, batch_size)
-
-
-def top_eigenvalue(*, depth: int, num_starts: int = 1) -> Estimator:
-    """Eigenvalue of largest magnitude, with its sign, by Lanczos with full reorthogonalisation (Golub, Van Loan 2013, Matrix
-    Computations, chapter 10) from a normal random vector.
-
-    The value θ is a Ritz value: it never exceeds the true one in magnitude. `residual` is ‖Av - θv‖ of its Ritz vector v: some
-    eigenvalue lies within it of θ, up to rounding (about eps |θ|); that it is the largest one is likely, not proven. With
-    num_starts > 1 the value of largest magnitude is taken, and `stderr` is the standard deviation of |θ| over the starts, an
-    indication of how much one start depends on luck; the error is one-sided, so it makes no interval. With one start it is NaN.
-
-    Products: num_starts · min(depth, n). Memory: depth + 4 vectors.
-    """
-    _check_at_least(1, depth=depth, num_starts=num_starts)
-
-    def estimator(operator: Operator, key: Key) -> Estimate:
-        steps = min(depth, operator.size)
-
-        def one_start(k: Key) -> tuple[Array, Array]:
-            alphas, betas, _ = lanczos(operator, normals(1, operator, k)[0], steps)
-            thetas, vectors = ritz(alphas, betas)
-            i = jnp.argmax(jnp.abs(thetas))
-            return thetas[i], jnp.abs(betas[-1] * vectors[-1, i])
-
-        thetas, residuals = lax.map(one_start, jax.random.split(key, num_starts))
-        i = jnp.argmax(jnp.abs(thetas))
-        spread = jnp.std(jnp.abs(thetas), ddof=1) if num_starts > 1 else jnp.full_like(thetas[0], jnp.nan)
-        return _estimate(operator, thetas[i], spread, num_starts * steps, residuals[i])
-
-    return estimator
-
-
-def spectral_density(
-    *, num_probes: int, depth: int, num_points: int = 1000, width: float = 0.01, batch_size: int | None = None
-) -> Callable[[Operator, Key], Density]:
-    """Density of the eigenvalues for plots: stochastic Lanczos quadrature, each node a Gaussian (Ghorbani, Krishnan, Xiao 2019,
-    arXiv 1901.10159).
-
-    The grid spans the Ritz values of all probes and five widths beyond. Outliers stand where they are; the bulk follows the
-    eigenvalues only as finely as `depth` and `width` allow. Products and memory as `abs_logdet`, and num_probes × num_points
-    numbers.
-
-    Args:
-        num_probes, depth, batch_size: as in `abs_logdet`, depth at least 1.
-        num_points: of the grid; its spacing is at most one width.
-        width: standard deviation of the Gaussians, as a fraction of the range of the Ritz values (where all are equal, of their
-            magnitude).
-    """
-    _check_at_least(1, num_probes=num_probes, depth=depth, batch_size=batch_size)
-    if not (math.isfinite(width) and width > 0):
-        raise ValueError(f"width must be finite and > 0; got {width}")
-    _check_at_least(math.ceil(11 + 1 / width), num_points=num_points)  # span / width = 1 / width + 2 · 5
-
-    def estimator(operator: Operator, key: Key) -> Density:
-        steps = min(depth, operator.size)
-
-        def nodes_and_weights(k: Key) -> tuple[Array, Array]:
-            alphas, betas, _ = lanczos(operator, signs(operator, k), steps)
-            nodes, vectors = ritz(alphas, betas)
-            return nodes, vectors[0] ** 2
-
-        nodes, weights = lax.map(nodes_and_weights, jax.random.split(key, num_probes), batch_size=batch_size)
-        low, high, largest = jnp.min(nodes), jnp.max(nodes), jnp.max(jnp.abs(nodes))
-        span = jnp.where(high - low > 8 * jnp.finfo(nodes.dtype).eps * largest, high - low, largest)
-        sigma = width * jnp.where(span == 0, 1, span)
-        grid = jnp.linspace(low - 5 * sigma, high + 5 * sigma, num_points)
-
-        def smooth(pair: tuple[Array, Array]) -> Array:
-            scaled = (grid[:, None] - pair[0][None, :]) / sigma
-            return dot(jnp.exp(-(scaled**2) / 2), pair[1]) / (sigma * math.sqrt(2 * math.pi))
-
-        curves = lax.map(smooth, (nodes, weights))
-        ledger = operator.matvec_cost * (num_probes * steps)
-        return Density(grid=grid, density=jnp.mean(curves, axis=0), stderr=_stderr(curves), ledger=ledger)
-
-    return estimator
-
-
-def _monte_carlo(integrand: Callable, num_probes: int, batch_size: int | None) -> Estimator:
-    """Mean of a matfree integrand over sign probes."""
-    _check_at_least(1, num_probes=num_probes, batch_size=batch_size)
-
-    def estimator(operator: Operator, key: Key) -> Estimate:
-        matvec = matvec_of(operator)
-        mean, stderr = _mean_and_stderr(lambda k: integrand(matvec, signs(operator, k)), key, num_probes, batch_size)
-        return _estimate(operator, mean, stderr, num_probes)
-
-    return estimator
-
-
-def _slq(function: Callable, num_probes: int, depth: int, damping: float | Array, batch_size: int | None) -> Estimator:
-    """tr f(A) by stochastic Lanczos quadrature; function(eigenvalues, damping), element-wise."""
     _check_at_least(1, num_probes=num_probes, batch_size=batch_size)
     _check_at_least(2, depth=depth)
-    check_damping(damping, positive=True)
+    check_damping(damping)
 
     def estimator(operator: Operator, key: Key) -> Estimate:
         steps = min(depth, operator.size)
@@ -242,7 +119,7 @@ def _slq(function: Callable, num_probes: int, depth: int, damping: float | Array
 
             def quadrature(size: int) -> Array:
                 nodes, vectors = ritz(alphas[:size], betas[:size])
-                return jnp.sum(function(nodes, jnp.asarray(damping, dtype=nodes.dtype)) * vectors[0] ** 2)
+                return jnp.sum(jnp.log1p(jnp.abs(nodes) / jnp.asarray(damping, nodes.dtype)) * vectors[0] ** 2)
 
             full, half = quadrature(steps), quadrature(max(steps // 2, 1))
             change = jnp.where(exhausted, 0, full - half)
@@ -250,6 +127,29 @@ def _slq(function: Callable, num_probes: int, depth: int, damping: float | Array
 
         (value, change), (stderr, _) = _mean_and_stderr(value_and_change, key, num_probes, batch_size)
         return _estimate(operator, value, stderr, num_probes * steps, jnp.abs(change))
+
+    return estimator
+
+
+def top_eigenvalue(*, depth: int) -> Estimator:
+    """Eigenvalue of largest magnitude, with its sign, by Lanczos with full reorthogonalisation (Golub, Van Loan 2013, Matrix
+    Computations, chapter 10) from a normal random vector.
+
+    The value θ is a Ritz value: it never exceeds the true one in magnitude. `residual` is ‖Av - θv‖ of its Ritz vector v: some
+    eigenvalue lies within it of θ, up to rounding (about eps |θ|); that it is the largest one is likely, not proven.
+    `stderr` is NaN.
+
+    Products: min(depth, n). Memory: depth + 4 vectors.
+    """
+    _check_at_least(1, depth=depth)
+
+    def estimator(operator: Operator, key: Key) -> Estimate:
+        steps = min(depth, operator.size)
+        alphas, betas, _ = lanczos(operator, normals(1, operator, jax.random.split(key, 1)[0])[0], steps)
+        thetas, vectors = ritz(alphas, betas)
+        i = jnp.argmax(jnp.abs(thetas))
+        residual = jnp.abs(betas[-1] * vectors[-1, i])
+        return _estimate(operator, thetas[i], jnp.full_like(residual, jnp.nan), steps, residual)
 
     return estimator
 

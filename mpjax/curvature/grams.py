@@ -104,7 +104,7 @@ def logdet_score(eigenvalues: Floats, *, damping: float) -> float:
 
     Eigenvalues 0 add nothing, so the score of JᵀJ (d × d) is that of J Jᵀ (k × k), whatever the sizes, and
     log det(εI_d + JᵀJ) is the score + d log ε. Eigenvalues that are negative only by rounding count as 0; a matrix
-    that is really indefinite gives NaN (`curvature.logdet` is for those).
+    that is really indefinite gives NaN.
 
     Args:
         eigenvalues: (n,) of A, in any order.
@@ -113,7 +113,7 @@ def logdet_score(eigenvalues: Floats, *, damping: float) -> float:
     Raises:
         ValueError: eigenvalues that are not a vector of floats, a damping that is not positive and finite.
     """
-    check_damping(damping, positive=True)
+    check_damping(damping)
     if np.ndim(eigenvalues) != 1 or np.size(eigenvalues) == 0:
         raise ValueError(f"expected eigenvalues (n,) with n > 0; got shape {np.shape(eigenvalues)}")
     check_floating(eigenvalues, "eigenvalues")

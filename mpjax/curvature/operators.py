@@ -1,4 +1,4 @@
-"""Exact second-order products and log-determinants of a loss with respect to blocks of its parameters.
+"""Exact second-order products of a loss with respect to blocks of its parameters.
 
 All functions take a plain `loss(params) -> scalar`, or `function(params) -> outputs`, with the data closed over. Hessians by
 forward-over-reverse products (Pearlmutter 1994, doi 10.1162/neco.1994.6.1.147), Gauss-Newton matrices JᵀHJ by J and its
@@ -51,24 +51,6 @@ class Operator:
     active: Int[Array, ""] | None = None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["sign", "logabsdet", "num_negative"], meta_fields=["size"])
-@dataclass(frozen=True, kw_only=True)
-class LogDet:
-    """log |det A| of a symmetric n × n matrix A, natural logarithm.
-
-    Attributes:
-        sign: of the determinant, -1, 0 or 1; NaN where A is not finite.
-        logabsdet: log |det A|; -inf where A is singular, NaN where A is not finite.
-        num_negative: number of negative eigenvalues; -1 where A is not finite.
-        size: n.
-    """
-
-    sign: Float[Array, ""]
-    logabsdet: Float[Array, ""]
-    num_negative: Int[Array, ""]
-    size: int
-
-
 def hvp(loss: Loss, params: Params, vector: Params) -> Params:
     """Hessian of `loss` times `vector`, forward over reverse; about two gradients of work.
 
@@ -82,29 +64,6 @@ def hvp(loss: Loss, params: Params, vector: Params) -> Params:
     """
     _check_pair(params, vector)
     return jax.jvp(jax.grad(_checked(loss, scalar=True)), (params,), (vector,))[1]
-
-
-def ggn_vp(
-    function: Callable[[Params], Outputs],
-    params: Params,
-    vector: Params,
-    *,
-    loss_hessian_vp: LossHessianVp | None = None,
-) -> Params:
-    """Gauss-Newton product JᵀHJ · vector; J is the Jacobian of `function` at `params`.
-
-    Args:
-        function: params -> outputs, a pytree of floating-point arrays.
-        params, vector: as in `hvp`.
-        loss_hessian_vp: (outputs, tangent) -> H · tangent, H the Hessian of the loss with respect to the outputs. None: the
-            identity, for JᵀJ, the Hessian of the output loss ½‖·‖².
-
-    Raises:
-        ValueError: an empty or integer tree (parameters or outputs), a vector that does not match.
-    """
-    _check_pair(params, vector)
-    outputs, jvp = jax.linearize(_checked(function, scalar=False), params)
-    return _gauss_newton(loss_hessian_vp, jvp, outputs, vector)
 
 
 def block_hessian(loss: Loss, params: Params, block: Block) -> Operator:
@@ -129,7 +88,12 @@ def block_ggn(
 ) -> Operator:
     """Gauss-Newton matrix JᵀHJ of one block, all other parameters held fixed; linearised once.
 
-    Arguments as in `ggn_vp`, vectors and errors as in `block_hessian`.
+    Vectors and errors as in `block_hessian`.
+
+    Args:
+        function: params -> outputs, a pytree of floating-point arrays; J is its Jacobian.
+        loss_hessian_vp: (outputs, tangent) -> H · tangent, H the Hessian of the loss with respect to the outputs. None: the
+            identity, for JᵀJ, the Hessian of the output loss ½‖·‖².
     """
     flat, restricted = _restricted(function, params, block)
     outputs, jvp = jax.linearize(_checked(restricted, scalar=False), flat)
@@ -186,29 +150,6 @@ def eigenvalues(matrix: Float[Array, "n n"]) -> Float[Array, " n"]:
         )
     values = jnp.linalg.eigvalsh(jnp.where(good, (matrix + matrix.T) / 2, 0))
     return jnp.where(good, values, jnp.nan)
-
-
-def logdet(matrix: Float[Array, "n n"], *, damping: float | Array) -> LogDet:
-    """Exact log |det(H + damping · I)| of a symmetric, possibly indefinite matrix, by its eigenvalues.
-
-    Not Σ log(|λ| + damping) (`estimates.abs_logdet`), which is another number where H is indefinite.
-
-    Args:
-        matrix: H, (n, n). A matrix that is not finite gives NaN.
-        damping: ≥ 0, in the unit of H.
-
-    Raises:
-        ValueError: as `eigenvalues`, or a damping that is negative or not finite.
-    """
-    check_damping(damping, positive=False)
-    values = eigenvalues(matrix)
-    values = values + jnp.asarray(damping, values.dtype)
-    return LogDet(
-        sign=jnp.prod(jnp.sign(values)),
-        logabsdet=jnp.sum(jnp.log(jnp.abs(values))),
-        num_negative=jnp.where(jnp.isnan(values).any(), -1, jnp.sum(values < 0)),
-        size=matrix.shape[0],
-    )
 
 
 def _gauss_newton(loss_hessian_vp: LossHessianVp | None, jvp: Callable, outputs: Outputs, vector: Params) -> Params:
@@ -301,11 +242,11 @@ def check_batch_size(batch_size: int | None) -> None:
         raise ValueError(f"batch_size must be at least 1, or None for all at once; got {batch_size}")
 
 
-def check_damping(damping: float | Array, *, positive: bool) -> None:
-    """Refuse a damping that is no finite scalar, or negative (or 0, where it must be positive); one that is traced passes."""
+def check_damping(damping: float | Array) -> None:
+    """Refuse a damping that is no positive finite scalar; one that is traced passes."""
     if jnp.ndim(damping) != 0:
         raise ValueError(f"damping must be a scalar; got shape {jnp.shape(damping)}")
     if isinstance(damping, jax.core.Tracer):
         return
-    if not math.isfinite(damping) or damping < 0 or (positive and damping == 0):
-        raise ValueError(f"damping must be a finite scalar {'> 0' if positive else '>= 0'}; got {damping}")
+    if not (math.isfinite(damping) and damping > 0):
+        raise ValueError(f"damping must be a finite scalar > 0; got {damping}")

@@ -1,16 +1,10 @@
 """Weights as a format stores them, and the float32 numbers that they stand for.
 
-| format | stored | scale |
-| --- | --- | --- |
-| `bfloat16`, `float16` | the dtype | none |
-| `float8_e4m3fn`, `float8_e5m2` | the dtype | one for all weights (of each in a stack), float32 |
-| `bfloat16_w` | the dtype, output channels first | none |
-| `float8_e4m3fn_w`, `int8_w` | the dtype, output channels first | one for each output channel, float32 |
-| `int4_w` | two in a byte, output channels first | one for each 32 weights along the input axis (or each channel), bfloat16 |
-
-A scale is the largest magnitude that shares it, divided by the format's largest number; integers are symmetric (±127, ±7). An
-output channel is what is left of the weights' axes when those are taken away that the product sums over (`summed`); these are
-stored last, so that a product reads its weights from one end to the other (`kernels.stored`).
+docs/formats.md has the table. Weight-only formats are stored with output channels first, `int4_w` two in a byte, with a scale
+for each 32 weights along the input axis (or each channel, where these do not fit). A scale is the largest magnitude that shares
+it, divided by the format's largest number; integers are symmetric (±127, ±7). An output channel is what is left of the weights'
+axes when those are taken away that the product sums over (`summed`); these are stored last, so that a product reads its weights
+from one end to the other (`kernels.stored`).
 
 Sources: Dettmers et al., "LLM.int8()", arXiv 2208.07339 (scales per row); Frantar et al., "GPTQ", arXiv 2210.17323 (groups of
 4-bit weights).

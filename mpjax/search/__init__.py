@@ -17,17 +17,18 @@ from mpjax.search.pareto import sweep
 from mpjax.search.problem import REFERENCE as REFERENCE
 from mpjax.search.problem import Assignment, Measurement, Problem
 from mpjax.search.problem import Evaluate as Evaluate
-from mpjax.search.solve import Result, SearchInterrupted, ToleranceError, solve
+from mpjax.search.solve import Result as Result
+from mpjax.search.solve import SearchInterrupted, ToleranceError, solve
 from mpjax.search.solve import UnsteadyMetricError as UnsteadyMetricError
 from mpjax.search.strategies.binary import binary
-from mpjax.search.strategies.bisect_precision import bisect_precision as bisect_precision
+from mpjax.search.strategies.bisect_precision import bisect_precision
 from mpjax.search.strategies.exhaustive import exhaustive
 from mpjax.search.strategies.greedy import greedy
 from mpjax.search.strategies.ilp import ilp
 from mpjax.search.strategies.iqp import iqp
-from mpjax.search.strategies.last_first import last_first as last_first
-from mpjax.search.strategies.random import random as random
-from mpjax.search.strategies.segments import segments as segments
+from mpjax.search.strategies.last_first import last_first
+from mpjax.search.strategies.random_order import random_order
+from mpjax.search.strategies.segments import segments
 from mpjax.search.strategies.strategy import Probe as Probe
 from mpjax.search.strategies.strategy import Step as Step
 from mpjax.search.strategies.strategy import Strategy as Strategy
@@ -36,15 +37,18 @@ __all__ = [
     "Assignment",
     "Measurement",
     "Problem",
-    "Result",
     "SearchInterrupted",
     "ToleranceError",
     "binary",
+    "bisect_precision",
     "exhaustive",
     "greedy",
     "ilp",
     "iqp",
+    "last_first",
     "optimum",
+    "random_order",
+    "segments",
     "solve",
     "sweep",
 ]

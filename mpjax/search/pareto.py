@@ -5,7 +5,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,22 +92,6 @@ def non_dominated(a: ArrayLike, b: ArrayLike) -> NDArray[np.bool_]:
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     better = (x[None] <= x[:, None]) & (y[None] <= y[:, None]) & ((x[None] < x[:, None]) | (y[None] < y[:, None]))
     return np.asarray(~better.any(axis=1) & np.isfinite(x) & np.isfinite(y))
-
-
-def rows(points: Sequence[Point]) -> list[dict[str, float | int | str | None]]:
-    """One flat row per point, for a table."""
-    return [
-        {
-            "layers_low": len(point.assignment.lowered),
-            "penalty": point.penalty,
-            "loss": point.measurement.value,
-            "loss_low": point.measurement.low,
-            "loss_high": point.measurement.high,
-            **point.axes,
-            "best_on": ", ".join(point.best_on),
-        }
-        for point in points
-    ]
 
 
 def _limits(problem: Problem, solver: optimum.Solver, count: int) -> list[float]:

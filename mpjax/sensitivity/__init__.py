@@ -18,26 +18,23 @@ from mpjax.sensitivity.depth import depth
 from mpjax.sensitivity.first_order import first_order
 from mpjax.sensitivity.fisher import fisher
 from mpjax.sensitivity.gauss_newton import gauss_newton
-from mpjax.sensitivity.interactions import Interactions, interactions
+from mpjax.sensitivity.interactions import Interactions as Interactions
+from mpjax.sensitivity.interactions import interactions
 from mpjax.sensitivity.local_rounding import local_rounding
 from mpjax.sensitivity.logdet import logdet
 from mpjax.sensitivity.measured import measured
 from mpjax.sensitivity.quadratic import quadratic
 from mpjax.sensitivity.random import random
 from mpjax.sensitivity.rounding_norm import rounding_norm
-from mpjax.sensitivity.scores import Scorer, Scores, Status
-from mpjax.sensitivity.scores import pack as pack
-from mpjax.sensitivity.scores import unpack as unpack
+from mpjax.sensitivity.scores import Scorer as Scorer
+from mpjax.sensitivity.scores import Scores as Scores
+from mpjax.sensitivity.scores import Status as Status
 from mpjax.sensitivity.spectra import Spectra as Spectra
 from mpjax.sensitivity.spectra import spectra
 from mpjax.sensitivity.top_eigenvalue import top_eigenvalue
 from mpjax.sensitivity.trace import trace
 
 __all__ = [
-    "Interactions",
-    "Scorer",
-    "Scores",
-    "Status",
     "depth",
     "first_order",
     "fisher",

@@ -84,7 +84,6 @@ def hessian_logdet(
     per_parameter: bool = False,
     num_probes: int = 8,
     depth: int = 20,
-    max_bytes: int = 2**31,
 ) -> Callable[[Task], Scores]:
     """Log-determinant of each block of the Hessian, over absolute eigenvalues: finite on an indefinite Hessian, too.
 
@@ -95,7 +94,7 @@ def hessian_logdet(
 
     Args:
         damping: ε > 0, in the unit of H.
-        method: "exact" by the dense block (d² numbers, at most max_bytes), "slq" by `num_probes` probes of `depth` products.
+        method: "exact" by the dense block (d² numbers, at most 2 GiB), "slq" by `num_probes` probes of `depth` products.
         per_parameter: divide by d.
     """
     _check(damping, method, form)
@@ -104,7 +103,7 @@ def hessian_logdet(
     def exact(task: Task) -> Scores:
         def spectrum(block: Block, params: Params) -> Array:
             operator = block_hessian(task.total, params, block)
-            return eigenvalues(dense(operator, batch_size=16, max_bytes=max_bytes))
+            return eigenvalues(dense(operator, batch_size=16))
 
         spectra = [np.abs(np.float64(task.timed.jit(partial(spectrum, block))(task.params))) for block in task.blocks]
         value = np.array([np.sum(np.log1p(values / damping)) for values in spectra])

@@ -6,10 +6,10 @@ format. A score of kind "ranking" only orders layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -20,8 +20,6 @@ from mpjax.program import Array, Batches, Model
 Key: TypeAlias = Array
 Scorer: TypeAlias = Callable[[Model, Batches, Sequence[str | Format], Key], "Scores"]
 Kind = Literal["loss", "ranking"]
-
-_ARRAYS = ("value", "stderr", "residual", "status")
 
 
 class Status(StrEnum):
@@ -92,23 +90,6 @@ class Scores:
         if fmt not in self.formats:
             raise ValueError(f"No scores for format {fmt!r}; these are for {', '.join(self.formats)}.")
         return self.formats.index(fmt)
-
-
-def pack(scores: Scores) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Scores as (arrays, plain-JSON notes), for a checkpoint."""
-    notes = {field.name: getattr(scores, field.name) for field in fields(scores)}
-    arrays = {name: notes.pop(name) for name in _ARRAYS}
-    lists = {"layers": list(scores.layers), "formats": list(scores.formats)}
-    return arrays, notes | lists | {"ledger": scores.ledger.as_dict()}
-
-
-def unpack(arrays: Mapping[str, np.ndarray], notes: Mapping[str, Any]) -> Scores:
-    """The inverse of `pack`; further notes are ignored."""
-    values: dict[str, Any] = {
-        field.name: (arrays if field.name in _ARRAYS else notes)[field.name] for field in fields(Scores)
-    }
-    values |= {"layers": tuple(notes["layers"]), "formats": tuple(notes["formats"])}
-    return Scores(**values | {"ledger": Ledger(**notes["ledger"])})
 
 
 def label(estimator: str, *knobs: str) -> str:

@@ -93,7 +93,8 @@ def test_memory_is_bounded() -> None:
         records = []
         jit = recorded(records, lambda compiled: compiled.memory_analysis().temp_size_in_bytes)
         x = jnp.ones((2, n), jnp.float32)
-        grams.output_grams(function, params, partition.by_leaf(params), x, batch_size=4, max_bytes=max_bytes, jit=jit)
+        blocks = tuple(Block(name=name, paths=(name,)) for name in params)
+        grams.output_grams(function, params, blocks, x, batch_size=4, max_bytes=max_bytes, jit=jit)
         return records
 
     (all_at_once,) = temporary_bytes(2**31)

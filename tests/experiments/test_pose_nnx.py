@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.lib import assets
+from experiments.lib import assets, metrics
 from experiments.models.tflite_import import ACTIVATIONS, LAYERS, compute, load_tflite
 from experiments.problems import data
-from mpjax import compiled, evaluation, metrics, search, sensitivity
+from mpjax import compiled, evaluation, search, sensitivity
 from mpjax.apply import apply
 from mpjax.program import from_linen, from_nnx, with_output
 

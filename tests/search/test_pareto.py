@@ -38,8 +38,6 @@ def test_the_sweep_runs_from_nothing_to_everything(solver) -> None:
     assert points[0].axes == {"layers in float32": 12.0, "cost": 12.0, "bytes": 4.0}
     if solver is optimum.linear:  # the metric grows with the prediction, so that every optimum is on the front
         assert all("cost" in point.best_on for point in points)
-    row = pareto.rows(points)[-1]
-    assert row["layers_low"] == 12 and row["loss"] == points[-1].measurement.value and "cost" in row["best_on"]
     with pytest.raises(ValueError, match="count must be at least 2"):
         pareto.sweep(p, evaluate=metric, count=1)
 

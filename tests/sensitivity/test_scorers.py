@@ -11,6 +11,7 @@ import pytest
 from refusals import refused
 from toys import linen, with_params
 
+from experiments.lib.scores import pack, unpack
 from mpjax import emulation, formats, losses, sensitivity
 from mpjax.formats import storage
 from mpjax.sensitivity import Status
@@ -335,7 +336,7 @@ def test_baselines():
 
 
 def test_scores_survive_a_checkpoint():
-    again = sensitivity.unpack(*sensitivity.pack(truth()))
+    again = unpack(*pack(truth()))
     for field in dataclasses.fields(again):
         np.testing.assert_array_equal(getattr(again, field.name), getattr(truth(), field.name))
 

@@ -1,14 +1,8 @@
 """Maximise a linear gain of 0-1 variables within a convex quadratic limit: branch and bound with bounds from boxes.
 
-maximise aᵀx subject to ½ xᵀGx ≤ t, x in {0, 1}ⁿ, at most one of a group. Each node asks: can more be gained than the best so far
-within t? The least ½ xᵀGx of its box with aᵀx ≥ that is bounded from below, and a node whose bound is beyond t is closed. Three
-techniques make that fast where errors cancel:
-
-- dᵀx + xᵀRx in place of xᵀGx, equal for 0-1 vectors, with d as large as R ⪰ 0 allows (`split`);
-- before branching, every variable is probed: where x_i = 1 (or 0) leads beyond t, x_i is fixed, and d is chosen anew for the
-  variables that are left;
-- the bound of a node needs no exact minimum: any point gives one, by the tangent there and a multiplier for aᵀx, so that all
-  probes, or hundreds of nodes, go through a few sweeps of coordinate descent at once.
+maximise aᵀx subject to ½ xᵀGx ≤ t, x in {0, 1}ⁿ, at most one of a group. A node whose least ½ xᵀGx with more gain than the best
+so far is proved to be beyond t is closed. docs/search.md describes what makes it fast: `split`, probes before branching, and
+bounds of many boxes at once from inexact minima.
 
 Sources: d: Billionnet and Elloumi, Mathematical Programming 109 (2007); probing: Savelsbergh, doi 10.1287/ijoc.6.4.445.
 """

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpjax.kernels import resize
+from experiments.models import resize
 
 
 def by_hand(x):

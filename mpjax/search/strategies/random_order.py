@@ -6,10 +6,10 @@ from mpjax.search.problem import Index, Problem
 from mpjax.search.strategies.strategy import Strategy, by_ranking
 
 
-def random(*, seed: int) -> Strategy:
+def random_order(*, seed: int) -> Strategy:
     """Baseline: lowers layers in a random order, their number bisected. Needs one low format, and no penalties."""
 
     def order(problem: Problem) -> Index:
         return np.random.default_rng(seed).permutation(len(problem.layers))
 
-    return by_ranking("random", order, "{} random layers in {}")
+    return by_ranking("random_order", order, "{} random layers in {}")

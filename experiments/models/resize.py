@@ -1,8 +1,8 @@
 """Twice the size by bilinear interpolation, in two ways that XLA:CPU runs at very different speeds.
 
 `xla` is `jax.image.resize`. In `blend` each new pixel is 3/4 of its pixel and 1/4 of that pixel's neighbour: two sums,
-interleaved; on a 128 x 128 x 8 map it takes a seventh of the time (docs/speed.md). Half-pixel centres, edges repeated
-(TFLite's RESIZE_BILINEAR with half_pixel_centers, `jax.image.resize(..., "bilinear")`).
+interleaved; on a 128 x 128 x 8 map it takes a fifth of the time (docs/speed_examples/examples.csv). Half-pixel centres, edges
+repeated (TFLite's RESIZE_BILINEAR with half_pixel_centers, `jax.image.resize(..., "bilinear")`).
 """
 
 import jax
