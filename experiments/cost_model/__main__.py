@@ -5,9 +5,9 @@
 
 `attributed` (`mpjax.cost.attributed`) is fitted on whole programs in one format, and has seen no mix; `alone`
 (`mpjax.cost.measure`) adds up layers that were each timed alone. A mix lowers each layer to bfloat16 at random, with a share that
-grows from mix to mix. All mixes are timed in turns with the float32 program; an error is that of the predicted time over
-float32's, as the machine's speed changes between the predictions and the mixes. What either prediction holds for the fastest assignment,
-whatever its rounding errors, takes turns with them.
+grows from mix to mix. All programs are timed in turns, those that `attributed` profiles too, and its tables are scaled to
+these times, as the machine's speed changes from minute to minute; for the same reason `alone` is compared by its time over
+float32's. What either prediction holds for the fastest assignment, whatever its rounding errors, takes turns with them.
 
 On two cores small models are bistable: one and the same program of the iris model takes .6 or .9 ms in different processes
 (.51 in all on one core, where no other thread is woken for operations of microseconds). No cost of layers can tell that.
@@ -15,7 +15,7 @@ On two cores small models are bistable: one and the same program of the iris mod
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -153,12 +153,20 @@ def compared(name: str, count: int, rounds: int, seed: int) -> Computed:
         ALONE: fastest(alone, alone.seconds),
         **{f"mix {number + 1}": mix for number, mix in enumerate(random_mixes(model.names, count, seed))},
     }
+    bases = {(narrow, fmt): f"{fmt}, {narrow}" for narrow in attributed.kernels for fmt in attributed.formats}
     runs = {}
-    with progress(f"compiling {name}", len(programs)) as advance:
+    with progress(f"compiling {name}", len(bases) + len(programs)) as advance:
+        for (narrow, fmt), label in bases.items():
+            base = apply(model, dict.fromkeys(model.names, fmt), implementation="rule")
+            runs[label] = whole(base, *inputs, narrow=narrow)
+            advance()
         for label, assignment in programs.items():
             runs[label] = whole(apply(model, assignment, implementation="rule"), *inputs)
             advance()
     times = interleaved(runs, rounds=rounds, shortest=timing.WHOLE)
+    now = np.reshape([1e-3 * times.quartiles(label).median for label in bases.values()], attributed.programs.shape)
+    scale = now / attributed.programs
+    attributed = replace(attributed, seconds=attributed.seconds * scale[:, None], outside=attributed.outside * scale)
     rows = []
     for label, assignment in programs.items():
         quartiles, ratio = times.quartiles(label), times.ratio(label, FLOAT32)
@@ -178,7 +186,7 @@ def compared(name: str, count: int, rounds: int, seed: int) -> Computed:
                 vs_float32_q3=ratio.high,
                 predicted_ms=1e3 * predicted,
                 alone_ms=1e3 * added,
-                error=predicted / attributed.predicted({}) / ratio.median - 1,
+                error=1e3 * predicted / quartiles.median - 1,
                 alone_error=added / cost.predicted(alone, {}) / ratio.median - 1,
             )
         )

@@ -6,8 +6,9 @@ which nothing runs, are `outside`. A mix takes
 
     Σ_l (seconds[l, f_l] + outside[f_l] / L)
 
-so that a program in one format takes what was measured. A low layer casts its own input, and the cast is part of its share, also
-where XLA fuses it with what precedes it.
+so that a program in one format takes what was measured. Layers of equal products and shapes share their seconds: what the
+profiler says of a single one is noisy, and depends on what precedes it. A low layer casts its own input, and the cast is part of
+its share, also where XLA fuses it with what precedes it.
 
 A program has one set of compiler options. On a CPU a model with convolutions is compiled with or without YNN's kernels, by how
 much of it is narrow (`apply.runs_narrow`), and a float32 layer in a mix takes what it takes with the mix's kernels: there all
@@ -30,7 +31,7 @@ from mpjax.apply import apply, as_mixed, picked, runs_narrow, with_implementatio
 from mpjax.arithmetic import Calibration
 from mpjax.cost.costs import check_formats, check_known
 from mpjax.cost.counting import with_float32
-from mpjax.cost.measuring import Progress
+from mpjax.cost.measuring import Progress, program_key
 from mpjax.formats import FLOAT32, Format, parse
 from mpjax.program import Array, Model, calls, check_batches
 from mpjax.program.packing import as_function
@@ -146,12 +147,14 @@ def attributed(
             progress(number, len(wanted), f"all layers in {fmt.name}")
     samples = timing.in_turns(list(programs.values()), rounds, shortest=timing.WHOLE)
     profiles = profiling.layer_seconds_in_turns([(run, run.text) for run in programs.values()], model.names)
+    equal = _equal(model, inputs)
     arrays = np.full((len(kernels), len(model.names) + 2, len(low)), np.nan)
     for (narrow, fmt), times, profile in zip(programs, samples, profiles, strict=True):
         if profile is None:
             notes.append(f"{fmt.name} was not timed: the profiler names no instruction of its program.")
             continue
         shares = np.array([*profile.values()])  # the layers' and, last, what is outside
+        shares[:-1] = equal @ shares[:-1]
         spread = np.subtract(*np.percentile(times, (75, 25)))
         arrays[kernels.index(narrow), :, low.index(fmt)] = [*np.median(times) * shares / shares.sum(), spread]
     if np.isnan(arrays[:, 0, 0]).any():
@@ -195,6 +198,16 @@ def whole(model: Model, *inputs: Array, narrow: bool | None = None) -> Whole:
     placed = jax.device_put(arguments)
     program = executable.build(function, placed, executable.option_sets(narrow=narrow)[0])
     return Whole(run=lambda: jax.block_until_ready(program(*placed)), text=program.compiled.as_text())
+
+
+def _equal(model: Model, inputs: Sequence[Array]) -> np.ndarray:
+    """(L, L) that averages over layers of equal products and shapes."""
+    products: dict[str, tuple] = dict.fromkeys(model.names, ())
+    for call in calls(model, *inputs):
+        products[call.layer] += (program_key(call), call.runs)
+    kinds = list(products.values())
+    same = np.array([[bool(a) and a == b for b in kinds] for a in kinds], float) + np.diag([not a for a in kinds])
+    return same / same.sum(axis=1, keepdims=True)
 
 
 def sets_of_kernels(model: Model) -> tuple[bool, ...]:
