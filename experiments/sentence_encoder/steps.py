@@ -102,19 +102,18 @@ def reference_rows(subject: Subject, result: Study) -> None:
 def fastest(subject: Subject, result: Study, tolerance: float) -> dict[str, Model]:
     """Rows of what is computed in bfloat16, and the models to be timed.
 
-    Least time (each layer timed alone, by the rule) within the tolerance of drift, and within shares of the drift of all layers.
+    Least time (by attribution inside whole programs) within the tolerance of drift, and within shares of the drift of all layers.
     Attention's products are in bfloat16, also while the search measures; a limit that they alone exceed is left out.
     """
     model, batches, truth = subject.model, subject.batches["calibration"], subject.reference["calibration"]
-    costs = cost.measure(model, (FAST,), *batches[0], implementation="rule", rounds=5)
-    assert costs.seconds is not None
+    (seconds,) = cost.attributed(model, (FAST,), *batches[0]).tables
     problem = search.Problem(
         layers=model.names,
         formats=(FAST,),
         penalty=result.scores.column(FAST)[:, None],
         objective="cost_min",
-        cost=costs.seconds[:, 1:],
-        float32_cost=costs.seconds[:, 0],
+        cost=seconds[:, 1:],
+        float32_cost=seconds[:, 0],
     )
     attention = dict.fromkeys((product.name for product in model.activation_products), FAST)
     measure = Evaluation(

@@ -74,7 +74,7 @@ class Costs:
         """
         casts, edges = self._measured("cast_seconds"), tuple(edges)
         for pair in edges:
-            _check_known(pair, self.layers)
+            check_known(pair, self.layers)
         dtypes = np.array([parse(name).operand for name in self.formats])
         consumers = [consumer for _, consumer in edges]
         shares = np.array([casts[self.layers.index(name)] / consumers.count(name) for name in consumers])
@@ -82,9 +82,8 @@ class Costs:
 
     def _index(self, assignment: Mapping[str, str]) -> tuple[np.ndarray, np.ndarray]:
         """Row and column of each layer in its format."""
-        _check_known(assignment, self.layers)
-        if unknown := sorted(set(assignment.values()) - set(self.formats)):
-            raise ValueError(f"No costs for {', '.join(unknown)}; these are for {', '.join(self.formats)}.")
+        check_known(assignment, self.layers)
+        check_formats(assignment, self.formats)
         columns = [self.formats.index(assignment.get(name, FLOAT32.name)) for name in self.layers]
         return np.arange(len(columns)), np.array(columns, int)
 
@@ -148,7 +147,14 @@ def table(costs: Costs) -> list[dict[str, Any]]:
     ]
 
 
-def _check_known(names: Iterable[str], layers: Sequence[str]) -> None:
+def check_formats(assignment: Mapping[str, str], formats: Sequence[str]) -> None:
+    """Raises ValueError where an assignment has a format without costs."""
+    if unknown := sorted(set(assignment.values()) - set(formats)):
+        raise ValueError(f"No costs for {', '.join(unknown)}; these are for {', '.join(formats)}.")
+
+
+def check_known(names: Iterable[str], layers: Sequence[str]) -> None:
+    """Raises KeyError at the first unknown layer."""
     for name in names:
         if name not in layers:
             near = difflib.get_close_matches(name, layers, n=3, cutoff=0.3) or layers[:3]

@@ -76,7 +76,7 @@ def measure(
     products = calls(model, *inputs)
     distinct: dict[tuple, Call] = {}
     for call in products:
-        distinct.setdefault(_identity(call), call)
+        distinct.setdefault(program_key(call), call)
     entries: dict[tuple, _Entries] = {}
     for number, (identity, call) in enumerate(distinct.items(), start=1):
         entries[identity] = timings.measure(
@@ -100,7 +100,7 @@ def measure(
         name, fmt = costs.layers[row], low[column]
         if fmt not in timed:
             continue
-        parts = [(call, entries[_identity(call)]) for call in products if call.layer == name]
+        parts = [(call, entries[program_key(call)]) for call in products if call.layer == name]
         parts.sort(key=lambda part: part[0].product.kind == "lookup")  # which has one implementation
         sums = _sums(parts, fmt.name)
         if isinstance(sums, str):
@@ -140,7 +140,7 @@ def _sums(parts: Sequence[tuple[Call, _Entries]], fmt: str) -> dict[str, np.ndar
     return sums or failures[0]
 
 
-def _identity(call: Call) -> tuple:
+def program_key(call: Call) -> tuple:
     """Equal for calls whose isolated programs are equal."""
     product = vars(call.product)
     settings = tuple((name, repr(value)) for name, value in product.items() if name != "function")
