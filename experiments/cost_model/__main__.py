@@ -1,6 +1,6 @@
 """Do layers' seconds add up to the compiled whole? Twenty random mixes of each model, predicted and then measured.
 
-    taskset -c 0 python -m experiments.cost_model    (about 8 minutes on an idle core)
+    taskset -c 0 python -m experiments.cost_model    (about 9 minutes on one core)
     python -m experiments.cost_model --quick         (two small models, 1 minute)
 
 `attributed` (`mpjax.cost.attributed`) is fitted on whole programs in one format, and has seen no mix; `alone`

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,8 +20,9 @@ from experiments.pose_landmark.rows import EXECUTED, FORMATS, Executed, Program,
 from experiments.problems import data, pose
 from experiments.problems.benchmarks import landmark_error
 from experiments.problems.pose import Split
-from mpjax import compiled, search, sensitivity
+from mpjax import compiled, cost, search, sensitivity
 from mpjax.apply import apply
+from mpjax.compiled.verification import float32_outputs
 from mpjax.evaluation import Evaluation
 from mpjax.ledger import Ledger
 from mpjax.metrics import relative_error
@@ -28,6 +30,7 @@ from mpjax.program import Model
 
 CURVATURE_CROPS = 8  # of the calibration crops, for the two scores whose cost per crop is large
 CURVE_POINTS = 10
+FLOAT32 = ("fp32", "jit")  # programs
 
 
 def litert_parity(base: Model, split: Split) -> Computed:
@@ -142,7 +145,7 @@ def curve(run: Run, scores: sensitivity.Scores, emulator: Emulator, split: Split
 
 def judged(name: str, xy: np.ndarray, split: Split, outcome: Outcome, *, seed: int, **fields: Any) -> Row:
     """A model judged by its landmarks on the evaluation crops; float32 has no tolerance."""
-    error, reference = nme(xy, split, seed=seed), name == "fp32"
+    error, reference = nme(xy, split, seed=seed), name in FLOAT32
     pck_05, pck_02 = (float(metrics.pck(xy, split.xy, split.torso, threshold=t).mean()) for t in (0.05, 0.02))
     return Row(
         name=name,
@@ -177,20 +180,65 @@ def emulated_rows(
     return rows, drawn
 
 
+def fastest(
+    run: Run, base: Model, scores: sensitivity.Scores, emulator: Emulator, outcome: Outcome, split: Split, *, seed: int
+) -> search.Assignment:
+    """The assignment of least time on this device within the tolerance, by layers' seconds inside whole programs."""
+
+    def compute() -> Computed:
+        example = jnp.asarray(split.crops.images[:1])
+        costs = cost.attributed(base, (emulator.fmt,), example)
+        column = scores.column(emulator.fmt)[:, None]
+        scored = SimpleNamespace(layers=scores.layers, formats=(emulator.fmt,), value=column, kind=scores.kind)
+
+        @functools.cache
+        def evaluate(assignment: search.Assignment) -> search.Measurement:
+            return nme(emulator.landmarks(assignment, split), split, seed=seed)
+
+        assignments = [
+            search.solve(
+                search.Problem.from_scores(scored, cost=table, objective="cost_min"),
+                search.ilp(),
+                evaluate=evaluate,
+                tolerance=outcome.limit,
+            ).assignment
+            for table in costs.tables
+        ]
+        best = min(assignments, key=costs.predicted)
+        predicted = {"predicted": costs.predicted(best), "float32": costs.predicted({})}
+        count = evaluate.cache_info().currsize
+        ledger = Ledger(forward=count * len(split.torso), evaluations=count, compilations=costs.programs.size)
+        return {}, {"assignment": dict(best), **predicted}, ledger
+
+    piece = run.piece(f"search: least time in {emulator.fmt}", compute, limit=outcome.limit, seed=seed)
+    return search.Assignment(piece.meta["assignment"])
+
+
 def executed_rows(
-    run: Run, base: Model, outcome: Outcome, calibration: Split, evaluation: Split, *, rounds: int, **more: Any
+    run: Run,
+    base: Model,
+    outcome: Outcome,
+    least_time: search.Assignment,
+    calibration: Split,
+    evaluation: Split,
+    *,
+    rounds: int,
+    **more: Any,
 ) -> tuple[list[Row], dict[str, compiled.Compiled], list[Program]]:
-    """Float32, all-low and mixed compiled for one crop, run on every crop, and timed in turn.
+    """Float32 by the rule and as jax jits it, all-low, mixed, and the mix of least time; on every crop, and timed in turn.
 
     Programs and latencies are made in every run, never read back: they belong to the process that reports them.
     """
     examples = [(jnp.asarray(evaluation.crops.images[i : i + 1]),) for i in (0, len(evaluation.torso) // 2)]
     everything = dict.fromkeys(base.names, EXECUTED)
-    variants = {"fp32": base, "all": apply(base, everything), "mixed": apply(base, outcome.assignment)}
-    programs = {}
+    variants = {"fp32": base, "jit": base}
+    variants |= {"all": apply(base, everything), "mixed": apply(base, outcome.assignment)}
+    variants["fastest"] = apply(base, least_time)
+    float32, programs = float32_outputs(base, examples), {}
     with progress("compiling and verifying", len(variants)) as advance:
         for name, variant in variants.items():
-            programs[name] = compiled.compile(variant, examples, implementation="rule")
+            implementation = "xla" if name == "jit" else "rule"
+            programs[name] = compiled.compile(variant, examples, implementation=implementation, float32=float32)
             advance()
     calls: dict[str, Callable[[], Any]] = {name: functools.partial(p, *examples[0]) for name, p in programs.items()}
     times = interleaved(calls, rounds=rounds)
@@ -203,13 +251,13 @@ def executed_rows(
                 _landmarks(program, evaluation),
                 evaluation,
                 outcome,
-                format="float32" if name == "fp32" else EXECUTED,
+                format="float32" if name in FLOAT32 else EXECUTED,
                 executed="xla",
                 layers_low=program.lowered,
                 nme_calibration=nme(_landmarks(program, calibration), calibration, seed=0).value,
                 latency_ms=ms["ms"],
                 vs_fp32=ms["vs_fp32"],
-                **more | ({"tolerance": None} if name == "fp32" else {}),
+                **more | ({"tolerance": None} if name in FLOAT32 else {}),
             )
         )
         options = " ".join(f"{k}={v!r}" for k, v in program.options.items()) or "default"
@@ -218,11 +266,11 @@ def executed_rows(
             fill(Program, check, ms, size, program=name, options=options, compile_seconds=program.compile_seconds)
         )
     crops = len(calibration.torso) + len(evaluation.torso)
-    # To verify: float32 and the same nudged for each program, and the formats emulated for the two low ones. Then the program on
-    # these examples, on each crop and for the timing.
+    # To verify: float32 and the same nudged, and the formats emulated for the low ones. Then the program on these examples, on
+    # each crop and for the timing.
     run.ledger += Ledger(
-        forward=len(examples) * (2 * 3 + 2) + len(programs) * (len(examples) + crops + rounds + 1),
-        compilations=2 * len(programs) + 2,
+        forward=len(examples) * len(programs) + len(programs) * (len(examples) + crops + rounds + 1),
+        compilations=2 * len(programs) - 1,
         evaluations=2 * len(programs),
     )
     return rows, programs, checks

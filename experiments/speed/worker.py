@@ -31,7 +31,7 @@ from mpjax.apply import apply
 from mpjax.compiled import tuning, verification
 from mpjax.files import jsonable, write_json
 from mpjax.program import Batches, Model, from_linen
-from mpjax.xla import executable, timing
+from mpjax.xla import timing
 
 TOKENS, TOLERANCE = 128, 0.1  # tolerance: of the error with all layers low
 FAILURES = (compiled.MiscompiledError, jax.errors.JaxRuntimeError)
@@ -207,11 +207,10 @@ def all_low(subject: Subject) -> float:
 
 
 def layer_costs(job: Job) -> dict[str, Any]:
-    """Seconds of each layer alone in float32 and bfloat16, in its fastest implementation."""
-    task, options = searches_tasks.load(job.model, quick=job.quick), executable.option_sets(narrow=True)[0]
-    how: dict[str, Any] = dict(implementation="auto", rounds=job.rounds, options=options, cache=job.cache)
-    costs = cost.measure(task.benchmark.model, ("bfloat16",), *task.costed, **how)
-    return {"layers": list(costs.layers), "seconds": costs.seconds}
+    """Seconds of each layer in float32 and bfloat16 inside whole programs, with the kernels for narrow operands."""
+    task = searches_tasks.load(job.model, quick=job.quick)
+    costs = cost.attributed(task.benchmark.model, ("bfloat16",), *task.costed, rounds=job.rounds)
+    return {"layers": list(costs.layers), "seconds": costs.tables[0]}
 
 
 def largest_error(outputs: Sequence[Any], truth: Sequence[Any]) -> float | None:
