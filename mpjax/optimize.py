@@ -119,7 +119,11 @@ class Optimized:
         return (
             f"{chosen.name} is used: the mixed program {best.name} is within the tolerance but takes {best.ratio:.2f} of "
             f"float32's time on this device (± {best.ratio_spread / 2:.2f}), which is not clearly less than {chosen.ratio:.2f}."
-            + (' Ask for objective="bytes" where size matters.' if parse(best.name).multiplied_out else "")
+            + (
+                ' Ask for objective="bytes" where size matters.'
+                if any(parse(fmt).multiplied_out for fmt in best.program.assignment.values())
+                else ""
+            )
         )
 
     def __str__(self) -> str:
@@ -169,8 +173,9 @@ def optimize(
     and with faster implementations) are candidates, so that for "time" the result is never slower than they.
 
     Scores are `sensitivity.local_rounding()`. For "time" each format is searched alone for as many lowered layers as the
-    tolerance allows, and the programs are timed in turns with float32's; for "bytes" one search over all formats minimises the
-    bytes of the weights. A program is accepted by the error of what was compiled; where that exceeds the tolerance although
+    tolerance allows, and all formats together for the least time, as layers take it inside whole programs (`cost.attributed`);
+    the programs are timed in turns with float32's. For "bytes" one search over all formats minimises the bytes of the weights.
+    A program is accepted by the error of what was compiled; where that exceeds the tolerance although
     the emulated assignment met it, the search is repeated with a smaller one.
 
     Args:
@@ -252,28 +257,41 @@ def optimize(
         exact = replace(model, call=_at_highest(model.call))
         add(f"{FLOAT32.name}, highest", compile(exact, batches, implementation="xla"), None)
     add(f"{FLOAT32.name}, {implementation}", compiled(model, implementation), None)
-    groups = [names] if by_bytes else [(name,) for name in names]
+    searches: dict[str, tuple[Sequence[Problem], Callable[[Any], float]]] = {}
+    if by_bytes:
+        table = cost.static(model, names, *batches[0]).weight_bytes
+        searches[" + ".join(names)] = [Problem.from_scores(scores, cost=table, objective="cost_min")], len
+    else:
+        searches = {name: ([Problem.from_scores(scores, formats=(name,))], len) for name in names}
+        report("optimize 3/4: timing the layers inside whole programs")
+        costs = cost.attributed(model, names, *batches[0], calibration=calibration)
+        usable = [name for name, time in zip(names, costs.programs[0, 1:], strict=True) if np.isfinite(time)]
+        if usable:
+            label = f"{' + '.join(usable)}, least time"
+            of_kernels = [
+                Problem.from_scores(scores, formats=usable, cost=table, objective="cost_min") for table in costs.tables
+            ]
+            searches[label] = of_kernels, costs.predicted
     known: dict[Any, Measurement] = {}
-    for number, group in enumerate(groups, start=1):
-        label = " + ".join(group)
-        report(f"optimize 3/4: searching and compiling {label} ({number} of {len(groups)})")
-        problem = Problem.from_scores(
-            scores,
-            formats=group,
-            cost=cost.static(model, names, *batches[0]).weight_bytes if by_bytes else None,
-            objective="cost_min" if by_bytes else "lower_max",
-        )
+    for number, (label, (problems, cost_of)) in enumerate(searches.items(), start=1):
+        report(f"optimize 3/4: searching and compiling {label} ({number} of {len(searches)})")
         limit = tolerance
         for _ in range(_TRIES):
-            result = search.solve(
-                problem,
-                strategy or search.ilp(),
-                evaluate=evaluation,
-                tolerance=limit,
-                confidence=confidence,
-                known=known,
-            )
-            if not result.assignment.lowered:
+            results = [
+                search.solve(
+                    problem,
+                    strategy or search.ilp(),
+                    evaluate=evaluation,
+                    tolerance=limit,
+                    confidence=confidence,
+                    known=known,
+                )
+                for problem in problems
+            ]
+            result = min(results, key=lambda result: cost_of(result.assignment))
+            if not result.assignment.lowered or any(
+                dict(c.program.assignment) == dict(result.assignment) for c in candidates
+            ):
                 break
             mixed = apply(model, result.assignment, calibration=calibration)
             try:

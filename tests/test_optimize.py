@@ -82,7 +82,7 @@ def test_by_time_the_fastest_within_the_tolerance_is_chosen(problem, monkeypatch
     for ratio, mixed in ((0.5, True), (1.5, False)):
 
         def fastest(programs, *inputs, rounds, ratio=ratio):
-            ratios = {name: ratio if name == "bfloat16" else 1.0 for name in programs}
+            ratios = {name: ratio if name.startswith("bfloat16") else 1.0 for name in programs}
             ones, zeros = dict.fromkeys(programs, 1.0), dict.fromkeys(programs, 0.0)
             return compiled.Fastest(
                 name="", programs=programs, seconds=ones, spread=zeros, ratio=ratios, ratio_spread=zeros
@@ -101,7 +101,7 @@ def test_scaled_formats_are_calibrated(problem):
         model, batches, formats=("float8_e4m3fn",), error=error, tolerance=10.0, confidence=0.9, rounds=2, progress=None
     )
     names = [candidate.name for candidate in result.candidates]
-    assert names == ["float32", "float32, rule", "float8_e4m3fn"] and result.candidates[-1].within
+    assert names[:3] == ["float32", "float32, rule", "float8_e4m3fn"] and result.candidates[2].within
     assert result.plan.calibration.keys() == set(model.names) and "at 90% confidence" in str(result)
 
 
