@@ -41,6 +41,7 @@ WIDE = "wide"  # float32 weights made once and kept
 _MOST_ROWS = 1024  # above, arithmetic weighs more than memory, and each form has more of it
 _FEW_ROWS = decode.MOST_ROWS  # of what multiplies one by one
 _MOST_SUMMED = 2**31 // 127**2  # products of int8 that an int32 holds
+_CLEARLY = 0.9  # of the time of weights kept wide: what a form must take to be preferred
 _MOST_TIMED = 2**24  # weights of a product that is timed
 _BFLOAT16_MAX = float(jnp.finfo(jnp.bfloat16).max)
 
@@ -93,9 +94,18 @@ def seconds(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tup
 
 
 def choice(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tuple[int, ...]) -> str:
-    """The fastest form, or `MULTIPLIED_OUT`."""
-    times = {name: time for name, time in seconds(product, lhs, weights, fmt, shape).items() if name != WIDE}
-    return min(times, key=times.__getitem__) if times else MULTIPLIED_OUT
+    """The fastest form, or `MULTIPLIED_OUT`, which alone may be much faster than in a program, where data fill the caches."""
+    times = seconds(product, lhs, weights, fmt, shape)
+    own = {name: time for name, time in times.items() if name not in (WIDE, MULTIPLIED_OUT)}
+    best = min(own, key=own.__getitem__, default=MULTIPLIED_OUT)
+    return MULTIPLIED_OUT if own and times[MULTIPLIED_OUT] < 0.5 * own[best] else best
+
+
+def time_ratio(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tuple[int, ...]) -> float:
+    """Time of the fastest form over that with weights kept wide; infinite where it is not clearly less, or there is none."""
+    times = seconds(product, lhs, weights, fmt, shape)
+    best = min((time for name, time in times.items() if name not in (WIDE, MULTIPLIED_OUT)), default=math.inf)
+    return best / times[WIDE] if times and best < _CLEARLY * times[WIDE] else math.inf
 
 
 def compute(form: str, product: Product, lhs: Array, weights: Stored, shape: tuple[int, ...]) -> Array:
