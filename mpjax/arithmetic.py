@@ -160,11 +160,7 @@ def time_ratio(fmt: Format, product: Product, lhs: Any, rhs: Any, *, implementat
     """
     if fmt.weight_only:
         stored_as = jax.eval_shape(functools.partial(quantize, fmt=fmt, summed=product.summed), rhs)
-        times = stored.seconds(product, lhs, Stored(*stored_as), fmt, rhs.shape)
-        small = [seconds for name, seconds in times.items() if name != stored.WIDE]
-        return (
-            min(small) / times[stored.WIDE] if small else math.inf
-        )  # what no form covers is multiplied out in each call
+        return stored.time_ratio(product, lhs, Stored(*stored_as), fmt, rhs.shape)
     if not is_narrow(fmt):
         return 1.0
     profile = device_profile()
