@@ -1,6 +1,6 @@
 """Low precision on a CUDA GPU: MediaPipe's pose model, a transformer encoder, and decoding with 1.2 G weights.
 
-    scripts/bench_gpu                              (an environment of its own; under 6 minutes)
+    scripts/bench_gpu                              (an environment of its own; builds nothing after 6 minutes)
     scripts/bench_gpu --cpu --quick                (a dry run without a GPU, under a minute)
 
 | variant | what runs |
@@ -14,43 +14,50 @@
 | `bf16_w`, `int8_w`, `float8_w`, `int4_w` | `mpjax.apply` with weights in that format, products in the form that is fastest |
 | `int8_w reduce`, … | all products in that form (`mpjax.kernels.stored`), or under other options for CUDA graphs |
 
-What mpjax leaves in float32 (the attention's products) runs as jax does by default: in TF32. Inputs and weights are on the device
-before the clock starts, and outputs stay there. Error: the largest difference over the largest number of an output, worst over
-outputs. Programs of a model and batch are built side by side, then timed in turns while nothing is built. Programs of the pose
-model and the encoder are verified at batch 1 (`mpjax.compile`), while later ones are built.
+What mpjax leaves in float32 (the attention's products) runs as jax does by default: in TF32. Weights and inputs (images: random
+ones) are on the device before the clock starts, and outputs stay there. Error: the largest difference over the largest number of
+an output, worst over outputs. Programs of a model and batch are built one after the other, then timed in turns. One of the pose
+model's and one of the encoder's are verified (`mpjax.compile`).
 
-Each model and batch is left in results/speed_gpu/ as soon as it is measured, and a second call goes on from there: summary.json,
-tables (CSV, LaTeX), the figure (PNG, PDF) and report.html.
+As soon as a model and batch is timed, results/speed_gpu/ has it: summary.json, tables (CSV, LaTeX), the figure (PNG, PDF) and
+report.html. A second call goes on with those that are missing or unfinished, and takes the programs that XLA has built and tuned
+before from results/speed_gpu/xla.
 """
 
-import contextlib
-import io
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 import tyro
+from jax.experimental.compilation_cache import compilation_cache
 
-from experiments.lib.page import Section
 from experiments.lib.rows import Table
 from experiments.lib.run import Computed, Options, Run
 from experiments.lib.times import interleaved
 from experiments.speed_gpu import figures, models
-from experiments.speed_gpu.building import Builders, OutOfTime
 from experiments.speed_gpu.models import DECODE, ENCODER, PLAIN, POSE, Built, Case, Variant
-from experiments.speed_gpu.rows import Row
+from experiments.speed_gpu.rows import Row, by_job, joined
 from mpjax import compiled, metrics, xla
-from mpjax.compiled import verification
 from mpjax.ledger import Ledger
 from mpjax.xla import profile, timing
 
+# The most telling first; the programs in `VERIFIED` are verified once those at batch 1 are timed.
+JOBS = ((POSE, 1), (DECODE, 1), (ENCODER, 1), (DECODE, 32), (ENCODER, 32), (POSE, 32))
+VERIFIED = {POSE: "fp16", ENCODER: "bf16"}
 LANDMARKS = "Identity"  # of the pose model's outputs; its mask, Identity_2, amplifies rounding most
+ROUNDS = 15  # of interleaved timing
 NOISE = 1.02  # what is slower than another by less is not
+# (model, batch, variant, column, at most)
+TARGETS = (
+    (POSE, 1, "fp16", "vs_fp32", 0.62),
+    (POSE, 1, "fp16", "vs_tf32", 0.78),
+    (DECODE, 1, "int8_w", "vs_bf16", 0.75),
+    (DECODE, 1, "int4_w", "vs_bf16", 0.60),
+)
 # Products are XLA's own, or in a form that is timed: no rule needs the device's profile, which takes half a minute.
 UNPROFILED = profile.DeviceProfile(
     device="not measured",
@@ -76,85 +83,31 @@ class Config(Options):
     """Small models in their places, in 3 rounds."""
     cpu: bool = False
     """Run without a GPU, too: a dry run, whose times say nothing about GPUs."""
-    rounds: int = 15
-    """Rounds of interleaved timing."""
     minutes: float = 6.0
-    """After that many, no further program is begun: it gets a row without numbers."""
-    workers: int = 16
-    """Programs that are built at the same time."""
-    seed: int = 0
-    """Seed of random weights and inputs."""
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "workers"):
-            if getattr(self, name) < 1:
-                raise SystemExit(f"--{name}: expected at least 1, found {getattr(self, name)}.")
-        if not self.minutes > 0:
-            raise SystemExit(f"--minutes: expected more than 0, found {self.minutes}.")
-        if self.seed < 0:
-            raise SystemExit(f"--seed: expected at least 0, found {self.seed}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A model at a batch size; `verifies`: the model whose programs at batch 1 are verified beside its builds."""
-
-    model: str
-    batch: int
-    verifies: str = ""
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}, batch {self.batch}"
-
-
-# The most telling first. Decoding is built in a few seconds: it waits for no verification.
-JOBS = (
-    Job(model=POSE, batch=1),
-    Job(model=DECODE, batch=1),
-    Job(model=ENCODER, batch=1, verifies=POSE),
-    Job(model=POSE, batch=32, verifies=ENCODER),
-    Job(model=DECODE, batch=32),
-    Job(model=ENCODER, batch=32),
-)
-
-
-VERIFIED = frozenset(job.verifies for job in JOBS if job.verifies)
-
-
-class Unfinished(Exception):
-    """Some variants had no time, or none ran: the rows are shown, and measured anew by the next call."""
-
-    def __init__(self, rows: list[Row]) -> None:
-        super().__init__("unfinished")
-        self.rows = rows
+    """After that many, no further program is built: it gets a row without numbers."""
 
 
 def main(config: Config) -> None:
-    """Measure, and write everything after each job."""
+    """Measure everything."""
     deadline = time.monotonic() + 60 * config.minutes
     check_device(config)
     run = Run("speed_gpu", config)
-    run.depends_on(quick=config.quick, seed=config.seed)
-    bench = Bench(config, run, Builders(config.workers, deadline))
-    try:
-        with bench.builders.asked(), profile.assumed(UNPROFILED):
-            for job in JOBS:
-                bench.measure(job)
-                with contextlib.redirect_stdout(io.StringIO()):
-                    bench.leave()
-            bench.collect()
-        bench.leave()
-    finally:
-        bench.builders.close()
+    run.depends_on(quick=config.quick)
+    cache = run.folder.resolve() / "xla"
+    cache.mkdir(exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(cache))  # of autotuning, too (jax's default)
+    compilation_cache.reset_cache()  # jax looks for the folder once
+    bench = Bench(config, run, deadline)
+    with profile.assumed(UNPROFILED):
+        for job in JOBS[:3]:
+            bench.measure(*job)
+        bench.verify()
+        for job in JOBS[3:]:
+            bench.measure(*job)
 
 
 def check_device(config: Config) -> None:
-    """Refuse to run without a GPU, unless that was asked for.
-
-    Raises:
-        SystemExit: with what jax found.
-    """
+    """Refuse to run without a GPU, unless that was asked for."""
     backend = jax.default_backend()
     if backend != "gpu" and not config.cpu:
         raise SystemExit(
@@ -163,213 +116,134 @@ def check_device(config: Config) -> None:
         )
 
 
-# --- measuring --------------------------------------------------------------------------------------------------
+class Unfinished(Exception):
+    """Some variants had no time, or none ran: the rows are shown, and measured anew by the next call."""
 
 
 class Bench:
-    """The rows so far, and verifications under way."""
+    """The rows so far."""
 
-    def __init__(self, config: Config, run: Run, builders: Builders) -> None:
-        self.config, self.run, self.builders = config, run, builders
-        self.rows: dict[Job, list[Row]] = {}
-        self.verdicts: dict[tuple[str, str], Future] = {}
+    def __init__(self, config: Config, run: Run, deadline: float) -> None:
+        self.config, self.run, self.deadline, self.rows = config, run, deadline, list[Row]()
+        self._late = f"left out: the {config.minutes:g} minutes were over"
+        self._rounds = 3 if config.quick else ROUNDS
 
-    def measure(self, job: Job) -> None:
-        """The job's rows, from an earlier run or measured now."""
+    def measure(self, model: str, batch: int) -> None:
+        """Rows of a model at a batch size, from an earlier run or measured now; everything that there is so far is written."""
 
         def compute() -> Computed:
-            rows = self._rows(job)
+            parts = models.variants(model, batch)
+            try:
+                numbers = self._numbers(model, batch, parts)
+            except Exception as error:
+                numbers = {part.name: {"note": reason(error)} for part in parts}
+            rows = [Row(model=model, batch=batch, variant=part.name, **numbers[part.name]) for part in parts]
             if any(row.note == self._late for row in rows) or all(row.ms is None for row in rows):
                 raise Unfinished(rows)
-            work = Ledger(compilations=len(rows), forward=len(rows) * self.config.rounds * job.batch)
+            work = Ledger(compilations=len(rows), forward=len(rows) * self._rounds * batch)
             return {}, {"rows": [asdict(row) for row in rows]}, work
 
-        start = time.monotonic()
         try:
-            rows = [Row(**fields) for fields in self.run.piece(job.name, compute, rounds=self._rounds).meta["rows"]]
+            piece = self.run.piece(f"{model}, batch {batch}", compute, rounds=self._rounds)
+            rows = [Row(**fields) for fields in piece.meta["rows"]]
         except Unfinished as unfinished:
-            rows = unfinished.rows
-        self.rows[job] = rows
+            (rows,) = unfinished.args
+        self.rows += rows
         for row in rows:
             numbers = "–" if row.ms is None else f"{row.ms:.3f} ms, {row.vs_tf32 or np.nan:.2f} of tf32"
             print(f"    {row.variant}: {numbers}{f' ({row.note})' if row.note else ''}", flush=True)
-        print(f"  {time.monotonic() - start:.0f} s", flush=True)
+        leave(self.run, self.rows)
 
-    def collect(self) -> None:
-        """Whether the verified programs agree with their definition, into the rows."""
-        for job in [job for job in self.rows if job.batch == 1]:
-            rows = {row.variant: row for row in self.rows[job]}
-            for part in models.variants(job.model, 1):
-                if part.fmt and job.model in VERIFIED and rows[part.name].ms is not None:
-                    rows[part.name] = self._verified(rows[part.name])
-            self.rows[job] = list(rows.values())
+    def verify(self) -> None:
+        """Whether programs agree with their definition, into the rows."""
+        for i, row in enumerate(self.rows):
+            if row.ms is not None and VERIFIED.get(row.model) == row.variant:
+                self.rows[i] = self._verified(row)
 
     def _verified(self, row: Row) -> Row:
         def compute() -> Computed:
-            if (row.model, row.variant) not in self.verdicts:
-                self._verify(row.model)
-            self.builders.finish()
-            return {}, {"refused": self.verdicts[row.model, row.variant].result()}, Ledger(compilations=1)
+            if time.monotonic() > self.deadline:
+                raise TimeoutError(self._late)
+            case = models.load(row.model, row.batch, quick=self.config.quick)
+            (part,) = (part for part in models.variants(row.model, row.batch) if part.name == row.variant)
+            refused = ""
+            try:
+                compiled.compile(case.mixed(part), case.batches, weights="small")
+            except compiled.MiscompiledError as error:
+                refused = reason(error)
+            return {}, {"refused": refused}, Ledger(compilations=1)
 
         try:
             refused = self.run.piece(f"{row.model}: {row.variant} verified", compute).meta["refused"]
         except Exception as error:
-            return replace(row, note=joined(row.note, f"not verified: {self._why(error)}"))
-        return replace(row, verified=not refused, note=joined(row.note, f"refused: {refused}" if refused else None))
+            return replace(row, note=joined(row.note, f"not verified: {reason(error)}"))
+        return replace(row, verified=not refused, note=joined(row.note, refused and f"refused: {refused}"))
 
-    def leave(self) -> None:
-        """Write what is known."""
-        leave(self.run, [row for rows in self.rows.values() for row in rows])
-
-    @property
-    def _rounds(self) -> int:
-        return 3 if self.config.quick else self.config.rounds
-
-    @property
-    def _late(self) -> str:
-        return f"left out: the {self.config.minutes:g} minutes were over"
-
-    def _rows(self, job: Job) -> list[Row]:
-        parts = models.variants(job.model, job.batch)
-        try:
-            numbers = self._numbers(job, parts)
-        except Exception as error:
-            numbers = {part.name: {"note": self._why(error)} for part in parts}
-        return [Row(model=job.model, batch=job.batch, variant=part.name, **numbers[part.name]) for part in parts]
-
-    def _numbers(self, job: Job, parts: tuple[Variant, ...]) -> dict[str, dict[str, Any]]:
+    def _numbers(self, model: str, batch: int, parts: Sequence[Variant]) -> dict[str, dict[str, Any]]:
         """Variant -> its row's numbers, or a note in their place."""
-        if time.monotonic() > self.builders.deadline:
-            raise OutOfTime
-        case = models.load(job.model, job.batch, quick=self.config.quick, seed=self.config.seed)
-        tasks, lows = self._submit(case, parts)
-        if job.verifies:
-            with contextlib.suppress(Exception):  # `collect` tries again, and makes a note
-                self._verify(job.verifies)
-        self.builders.finish()
+        numbers: dict[str, dict[str, Any]] = {part.name: {"note": self._late} for part in parts}
+        if time.monotonic() > self.deadline:
+            return numbers
+        case = models.load(model, batch, quick=self.config.quick)
         built: dict[str, Built] = {}
-        notes: dict[str, dict[str, Any]] = {}
-        for name, task in tasks.items():
+        for part in parts:
+            if time.monotonic() > self.deadline:
+                break
             try:
-                built[name] = task.result()
+                built[part.name] = models.build(case, part)
+                print(f"    {part.name}: built in {built[part.name].seconds:.1f} s", flush=True)
             except Exception as error:
-                notes[name] = {"note": self._why(error)}
-        numbers = timed(built, self._rounds)
-        for part in parts:
-            if part.name in built and job.model == DECODE and part.fmt and "fp32" in built:
-                exact = models.by_definition(case, built["fp32"], lows[part.fmt, part.activations].result())
-                numbers[part.name]["definition_error"] = largest(errors(built[part.name](), exact))
-        return numbers | notes
-
-    def _submit(
-        self, case: Case, parts: tuple[Variant, ...]
-    ) -> tuple[dict[str, Future], dict[tuple[str, str], Future]]:
-        """Tasks that build the variants, and those that lower the model."""
-        for question in models.questions(case, parts):
-            self.builders.submit(question)
-        lows = {
-            key: self.builders.submit(lambda key=key: models.mixed(case, *key))
-            for key in dict.fromkeys((part.fmt, part.activations) for part in parts if part.fmt)
-        }
-        tasks = {}
-        for part in parts:
-            if part.fmt:
-                needs = (lows[part.fmt, part.activations],)
-                tasks[part.name] = self.builders.submit(lambda low, part=part: models.build(case, part, low), *needs)
-            else:
-                model = case.cast if part.cast else case.model
-                assert model is not None
-                tasks[part.name] = self.builders.submit(lambda part=part, model=model: models.build(case, part, model))
-        return tasks, lows
-
-    def _verify(self, name: str) -> None:
-        """Tasks that compile the variants of a model at batch 1 as a user does, against float32 outputs computed once."""
-        case = models.load(name, 1, quick=self.config.quick, seed=self.config.seed)
-        float32 = self.builders.submit(lambda: verification.float32_outputs(case.model, case.batches))
-        for part in models.variants(name, 1):
-            if part.fmt:
-
-                def compile(truth: verification.Float32Outputs, part: Variant = part) -> str:  # noqa: A001
-                    low = models.mixed(case, part.fmt, part.activations)
-                    try:
-                        with models.in_precision(part.precision):
-                            compiled.compile(low, case.batches, weights="small", float32=truth)
-                    except compiled.MiscompiledError as error:
-                        return reason(error)
-                    return ""
-
-                self.verdicts[name, part.name] = self.builders.submit(compile, float32)
-
-    def _why(self, error: Exception) -> str:
-        return self._late if isinstance(error, OutOfTime) else reason(error)
+                numbers[part.name] = {"note": reason(error)}
+        return numbers | timed(case, built, [part for part in parts if part.name in built], self._rounds)
 
 
-def timed(built: Mapping[str, Built], rounds: int) -> dict[str, dict[str, Any]]:
+def timed(case: Case, built: Mapping[str, Built], parts: Sequence[Variant], rounds: int) -> dict[str, dict[str, Any]]:
     """Variant -> its row's numbers."""
     if not built:
         return {}
     times = interleaved(built, rounds=rounds, shortest=timing.WHOLE)
     truth = built["fp32"]() if "fp32" in built else None
-    bf16 = next((name for name in ("jax_bf16", "flax_bf16") if name in built), None)
+    bf16 = next((name for name in ("jax_bf16", "flax_bf16") if name in built), "")
     references = {"vs_fp32": "fp32", "vs_tf32": "tf32", "vs_bf16": bf16}
     numbers: dict[str, dict[str, Any]] = {}
-    for name, program in built.items():
-        by_output = {} if truth is None else errors(program(), truth)
-        landmarks = f"landmarks ({LANDMARKS}): {by_output[LANDMARKS]:.1e}" if by_output.get(LANDMARKS) else None
-        numbers[name] = {
-            **times.columns(name, **{column: other for column, other in references.items() if other in built}),
-            "error": largest(by_output),
-            "build_seconds": program.seconds,
-            "note": joined(program.note, landmarks),
-        }
+    for part in parts:
+        program = built[part.name]
+        row = times.columns(part.name, **{column: name for column, name in references.items() if name in built})
+        numbers[part.name] = more = {**row, "build_seconds": program.seconds, "note": program.note}
+        if truth is not None:
+            outputs = program()
+            more["error"] = error_of(outputs, truth)
+            if isinstance(truth, Mapping) and LANDMARKS in truth:
+                landmarks = f"landmarks ({LANDMARKS}): {error_of(outputs[LANDMARKS], truth[LANDMARKS]):.1e}"
+                more["note"] = joined(program.note, landmarks)
+            if part.fmt.endswith("_w"):
+                more["definition_error"] = error_of(outputs, models.by_definition(case, built["fp32"], part))
     return numbers
 
 
-def errors(outputs: Any, truth: Any) -> dict[str, float]:
-    """Output -> error; a single one is called "output"."""
-    named = [value if isinstance(value, Mapping) else {"output": value} for value in (outputs, truth)]
-    wide = [{name: np.asarray(array, np.float32) for name, array in value.items()} for value in named]
-    return {name: metrics.relative_error(wide[0][name], array) for name, array in wide[1].items()}
-
-
-def largest(by_output: Mapping[str, float]) -> float | None:
-    """None where there is none; NaN where one is."""
-    return float(np.max(list(by_output.values()))) if by_output else None
-
-
-def joined(*notes: str | None) -> str | None:
-    """Those that there are."""
-    return "; ".join(filter(None, notes)) or None
+def error_of(outputs: Any, truth: Any) -> float:
+    """The largest over outputs; NaN where one is."""
+    pairs = zip(jax.tree.leaves(outputs), jax.tree.leaves(truth), strict=True)
+    return float(np.max([metrics.relative_error(np.asarray(a, np.float32), np.asarray(b)) for a, b in pairs]))
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error, shortened."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return textwrap.shorten(lines[0], 200, placeholder=" …")
-
-
-# --- what is left -----------------------------------------------------------------------------------------------
+    """An error's text, shortened."""
+    return textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" …")
 
 
 def leave(run: Run, rows: Sequence[Row]) -> None:
     """Figure, tables, findings."""
-    backend = jax.default_backend()
     run.pictures.clear()
     if any(row.ms is not None for row in rows):
-        run.save(figures.bars(rows), "speed_gpu", alt="Bars of milliseconds of each variant, by model and batch")
-    results = Table("speed_gpu", Row, rows)
+        alt = "Bars of milliseconds of each variant, by model and batch; grey is without mpjax"
+        run.save(figures.bars(rows), "speed_gpu", alt=alt)
     run.finish(
-        "Low precision on a GPU" + ("" if backend == "gpu" else ": a dry run without one"),
-        results=results,
+        "Low precision on a GPU" + ("" if jax.default_backend() == "gpu" else ": a dry run without one"),
+        results=Table("speed_gpu", Row, rows),
         overview=Table("overview", Row, overview(rows)),
         findings=findings(rows),
-        sections=[
-            Section("Milliseconds; grey is without mpjax", *run.pictures),
-            Section("All variants", Row.__doc__ or "", results),
-            Section("What runs", __doc__ or ""),
-        ],
-        facts={"backend": backend},
-        show=(results,),
+        lead=__doc__ or "",
     )
 
 
@@ -383,52 +257,27 @@ def overview(rows: Sequence[Row]) -> list[Row]:
     return shown
 
 
-def by_job(rows: Sequence[Row]) -> list[list[Row]]:
-    """The rows of each model and batch."""
-    jobs = dict.fromkeys((row.model, row.batch) for row in rows)
-    return [[row for row in rows if (row.model, row.batch) == job] for job in jobs]
-
-
-# (model, batch, variant, column, at most)
-TARGETS = (
-    (POSE, 1, "fp16", "vs_fp32", 0.62),
-    (POSE, 1, "fp16", "vs_tf32", 0.78),
-    (DECODE, 1, "int8_w", "vs_bf16", 0.75),
-    (DECODE, 1, "int4_w", "vs_bf16", 0.60),
-)
-
-
 def findings(rows: Sequence[Row]) -> list[str]:
-    """The targets, what is slower than TF32, what was refused, and the fastest of each model and batch."""
+    """The targets, what is slower than TF32, and what was refused."""
     sentences = []
     for model, batch, variant, column, most in TARGETS:
-        values = [
+        ratios = [
             getattr(row, column) for row in rows if (row.model, row.batch, row.variant) == (model, batch, variant)
         ]
-        reference = {"vs_bf16": "jax_bf16"}.get(column, column.removeprefix("vs_"))
-        ratio = values[0] if values else None
-        result = "was not measured" if ratio is None else f"takes {ratio:.2f} of {reference}'s time"
-        met = "" if ratio is None else f": {'met' if ratio <= most else 'not met'}"
-        sentences.append(f"{model}, batch {batch}: {variant} {result} (target: at most {most:.2f}){met}.")
+        result = "was not measured"
+        if ratios and ratios[0] is not None:
+            result = f"takes {ratios[0]:.2f} of {column.removeprefix('vs_')}'s time"
+            result += f": {'met' if ratios[0] <= most else 'not met'}"
+        sentences.append(f"{model}, batch {batch} (target: {variant} at most {most:.2f}): it {result}.")
     single = {part.name for part in models.ONE_ROW}  # forms on trial, which nobody is given
     ours = [(row, row.vs_tf32) for row in rows if row.variant not in PLAIN | single and row.vs_tf32 is not None]
     slower = [f"{row.model}, batch {row.batch}, {row.variant} ({ratio:.2f})" for row, ratio in ours if ratio > NOISE]
     if ours:
-        sentences.append(
-            f"Slower than TF32: {'; '.join(slower) or 'nothing'} of {len(ours)} programs of mpjax (target: none)."
-        )
+        sentences.append(f"Slower than TF32: {'; '.join(slower) or 'nothing'} of {len(ours)} programs (target: none).")
     verdicts = [row for row in rows if row.verified is not None]
     if verdicts:
         refused = [f"{row.model}, {row.variant}" for row in verdicts if not row.verified]
-        sentences.append(
-            f"Of {len(verdicts)} programs that were verified at batch 1, refused: {'; '.join(refused) or 'none'}."
-        )
-    for part in by_job(rows):
-        ranked = sorted((row for row in part if row.ms is not None), key=lambda row: row.ms or 0.0)
-        best = f"{ranked[0].variant} is fastest, {ranked[0].ms:.3f} ms" if ranked else "not timed"
-        if ranked and ranked[0].vs_tf32 is not None:
-            best += f", {ranked[0].vs_tf32:.2f} of TF32's time"
-        sentences.append(f"{part[0].model}, batch {part[0].batch}: {best}.")
+        sentences.append(f"Of {len(verdicts)} programs that were verified, refused: {'; '.join(refused) or 'none'}.")
     return sentences
 
 

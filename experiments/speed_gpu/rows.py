@@ -1,5 +1,6 @@
 """What a run leaves."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.lib.rows import column
@@ -23,3 +24,14 @@ class Row:
     verified: bool | None = column("verified", default=None)
     build_seconds: float | None = column("built in, s", ".1f", default=None)
     note: str | None = column("note", default=None)
+
+
+def by_job(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of each model and batch."""
+    jobs = dict.fromkeys((row.model, row.batch) for row in rows)
+    return [[row for row in rows if (row.model, row.batch) == job] for job in jobs]
+
+
+def joined(*notes: str | None) -> str | None:
+    """Those that there are."""
+    return "; ".join(filter(None, notes)) or None
