@@ -30,7 +30,7 @@ from experiments.lib.times import interleaved
 from experiments.models.encoder import ENCODERS, random_encoder
 from experiments.models.tflite_import import load_tflite
 from experiments.what_pays import figures
-from experiments.what_pays.rows import Row, findings
+from experiments.what_pays.rows import Row, findings, overview
 from mpjax import compiled, xla
 from mpjax.apply import apply
 from mpjax.compiled import verification
@@ -89,6 +89,7 @@ def main(config: Config) -> None:
         "What low precision pays on this device",
         lead=__doc__,
         results=Table("what_pays", Row, rows),
+        overview=overview(rows),
         findings=[*findings(rows), *(f"{what} was refused: {reason}" for what, reason in refused.items())],
         facts={"profile": str(profile).splitlines(), "instructions": list(profile.instructions)},
     )

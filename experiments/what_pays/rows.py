@@ -1,9 +1,10 @@
 """The rows of the table and what it finds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
+from typing import Any
 
-from experiments.lib.rows import column
+from experiments.lib.rows import Table, column
 
 NOISE = 1.02
 
@@ -24,6 +25,24 @@ class Row:
     weights_mb: float = column("weights in memory, MB", ".1f")
     stored_mb: float = column("stored, MB", ".1f", short=True)
     error: float | None = column("error to float32", ".1e")
+
+
+def overview(rows: Sequence[Row]) -> Table:
+    """For each model, each format's time over the fastest float32 program's."""
+    formats = list(dict.fromkeys(row.format for row in rows if row.format != "float32, rule"))
+    shown: list[tuple[str, Any, Any]] = [("model", str, column("model"))]
+    shown += [(f"format_{i}", float | None, column(fmt, ".2f")) for i, fmt in enumerate(formats)]
+    namespace = {"__doc__": "Time over that of the fastest float32 program."}
+    kind = make_dataclass("Overview", shown, frozen=True, kw_only=True, namespace=namespace)
+    times = {(row.model, row.format): row.vs_float32 for row in rows}
+    return Table(
+        "overview",
+        kind,
+        [
+            kind(model=model, **{f"format_{i}": times.get((model, fmt)) for i, fmt in enumerate(formats)})
+            for model in dict.fromkeys(row.model for row in rows)
+        ],
+    )
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
