@@ -139,7 +139,7 @@ def with_implementation(model: Model, implementation: Implementation, *, activat
         shape = layer.kernel_shape[layer.levels :] or rhs.shape
         name = "xla"
         if implementation != "xla" and product.kind in ("dot", "conv"):
-            dtype_of = FLOAT32.operand if product.weighted and arithmetic.kept_wide(rhs) else fmt.operand
+            dtype_of = FLOAT32.operand if product.weighted and arithmetic.kept_wide(fmt, rhs) else fmt.operand
             specs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype_of)) for shape in (lhs.shape, shape)]
             specs[1] = jax.eval_shape(product.viewed, specs[1])
             name = picked(implementation, layer, product, *specs, narrow=narrow)
@@ -151,7 +151,7 @@ def with_implementation(model: Model, implementation: Implementation, *, activat
             shape=shape,
             ranges=ranges_of(mixed.calibration, layer),
             implementation=name,
-            as_stored=narrow,
+            as_stored=reads_stored(narrow),
         )
         return out if fmt == FLOAT32 or dtype == "float32" else narrowed(out.astype(jnp.float32), dtype)
 
@@ -202,6 +202,11 @@ def runs_narrow(model: Model) -> bool:
     return 0 < narrow >= _ENOUGH * sum(layer.flops for layer in layers)
 
 
+def reads_stored(narrow: bool) -> bool:
+    """Whether weights may be read as they are stored: on a CPU with the kernels for narrow operands alone."""
+    return narrow or jax.default_backend() != "cpu"
+
+
 def _pays(fmt: Format) -> bool:
     """Whether this device multiplies many rows of the format's narrow operands faster than float32's."""
     return arithmetic.is_narrow(fmt) and device_profile().ratio(fmt.operand, ROWS[-1]) < 1
@@ -220,13 +225,15 @@ def slower_narrow(model: MixedModel, *inputs: Array) -> tuple[str, ...]:
         if (
             not product.weighted
             or product.kind == "lookup"
-            or arithmetic.kept_wide(model.params[model.layer(call.layer).kernel])
+            or arithmetic.kept_wide(fmt, model.params[model.layer(call.layer).kernel])
         ):
             continue
         lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, jnp.dtype(fmt.operand)) for spec in (call.lhs, call.rhs))
         name = picked(model.implementation, model.layer(call.layer), product, lhs, rhs, narrow=narrow)
         work = call.runs * flops(product, call.lhs, call.rhs, call.out)
-        stored[call.layer] += work * arithmetic.time_ratio(fmt, product, call.lhs, call.rhs, implementation=name)
+        stored[call.layer] += work * arithmetic.time_ratio(
+            fmt, product, call.lhs, call.rhs, implementation=name, as_stored=reads_stored(narrow)
+        )
         kept[call.layer] += work
     return tuple(name for name in stored if stored[name] > kept[name])
 

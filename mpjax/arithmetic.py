@@ -22,6 +22,7 @@ from jax import lax
 
 from mpjax import kernels
 from mpjax.formats import FLOAT32, Format, amax_scale, narrowed, round_to
+from mpjax.formats.rounding import bfloat16_parts
 from mpjax.formats.storage import Stored, dequantize_rows, quantize, round_weights, stands_for
 from mpjax.kernels import float16, stored
 from mpjax.program.product import Array, Layer, Product, operand_summed
@@ -120,8 +121,8 @@ def executed(
     if fmt == FLOAT32 or (fmt.weight_only and not product.weighted):
         return computed(lhs, rhs)
     if fmt.algorithm:
-        return _executed_algorithm(fmt, computed, lhs, rhs)
-    if product.weighted and kept_wide(rhs):
+        return _executed_algorithm(fmt, product, lhs, rhs, implementation)
+    if product.weighted and kept_wide(fmt, rhs):
         return computed(lhs if fmt.weight_only or product.kind == "lookup" else _rounded(fmt, lhs, ranges[0]), rhs)
     if product.kind == "lookup":
         return _stored_rows(fmt, product, lhs, rhs, shape)
@@ -147,25 +148,28 @@ def executed(
     return out if isinstance(scale, float) and scale == 1.0 else out * scale
 
 
-def kept_wide(weights: Any) -> bool:
-    """Whether weights, as a mixed model has them, are float32: never stored, or made wide (`formats.storage.wide`)."""
-    return not isinstance(weights, Stored) and weights.dtype == jnp.float32
+def kept_wide(fmt: Format, weights: Any) -> bool:
+    """Whether weights of a layer in this format, as a mixed model has them, were made wide (`formats.storage.wide`)."""
+    return fmt.storage != "float32" and not isinstance(weights, Stored) and weights.dtype == jnp.float32
 
 
-def time_ratio(fmt: Format, product: Product, lhs: Any, rhs: Any, *, implementation: str = "xla") -> float:
+def time_ratio(
+    fmt: Format, product: Product, lhs: Any, rhs: Any, *, implementation: str = "xla", as_stored: bool = True
+) -> float:
     """Time of a product with its weights as stored over that with weights kept wide, as this device's profile has it.
 
-    `lhs`, `rhs`: shapes and dtypes, `rhs` as the product multiplies it. A weight-only product is timed at its sizes
-    (`kernels.stored`); the others are like the profile's product with that many rows, or its convolution.
+    `lhs`, `rhs`: shapes and dtypes, `rhs` as the product multiplies it; `as_stored`: as in `executed`. A weight-only product is
+    timed at its sizes (`kernels.stored`); the others are like the profile's product with that many rows, or its convolution.
     """
     if fmt.weight_only:
         stored_as = jax.eval_shape(functools.partial(quantize, fmt=fmt, summed=product.summed), rhs)
-        return stored.time_ratio(product, lhs, Stored(*stored_as), fmt, rhs.shape)
+        return stored.time_ratio(product, lhs, Stored(*stored_as), fmt, rhs.shape) if as_stored else math.inf
     if not is_narrow(fmt):
         return 1.0
     profile = device_profile()
     if product.kind == "conv" and implementation not in kernels.MATRIX_PRODUCTS:
-        return profile.convolution.get(fmt.operand, math.inf)
+        ratio = profile.convolution.get(fmt.operand, math.inf)
+        return ratio if math.isfinite(ratio) else math.inf
     least = kernels.rows.LEAST_ROWS if implementation == "rows" else 1
     return profile.ratio(fmt.operand, kernels.rows_of(product, lhs), least=least)
 
@@ -232,7 +236,7 @@ def _by_algorithm(fmt: Format, multiply: Callable[[Array, Array], Array], lhs: A
     if fmt.algorithm == "tensorfloat32":
         return multiply(round_to(lhs, fmt.algorithm), round_to(rhs, fmt.algorithm))
     count = {"bfloat16_x3": 2, "bfloat16_x6": 3}[fmt.algorithm]
-    left, right = _parts(lhs, count), _parts(rhs, count)
+    left, right = bfloat16_parts(lhs, count), bfloat16_parts(rhs, count)
     out: Any = 0.0
     for order in reversed(range(count)):
         for i in range(order + 1):
@@ -240,30 +244,21 @@ def _by_algorithm(fmt: Format, multiply: Callable[[Array, Array], Array], lhs: A
     return out
 
 
-def _parts(x: Array, count: int) -> list[Array]:
-    """bfloat16 numbers, as float32, each the rest that the ones before leave."""
-    parts: list[Array] = []
-    for _ in range(count):
-        parts.append(round_to(x, "bfloat16"))
-        x = jnp.where(jnp.isfinite(x), x - parts[-1], 0.0)
-    return parts
-
-
-def _executed_algorithm(fmt: Format, product: Product, lhs: Array, rhs: Array) -> Array:
+def _executed_algorithm(fmt: Format, product: Product, lhs: Array, rhs: Array, implementation: str) -> Array:
     """By XLA's own algorithm on a GPU, whose convolutions know tensorfloat32 alone; else as products of bfloat16."""
     if product.kind == "lookup":
         return product(lhs, rhs)
-    if jax.default_backend() == "gpu" and product.kind == "dot":
-        return replace(product, precision=_PRESETS[fmt.algorithm])(lhs, rhs)
+    if jax.default_backend() == "gpu" and (product.kind == "dot" or fmt.algorithm == "tensorfloat32"):
+        precision = _PRESETS[fmt.algorithm] if product.kind == "dot" else lax.Precision.DEFAULT
+        return kernels.implemented(replace(product, precision=precision), implementation)(lhs, rhs)
+    computed = kernels.implemented(product, implementation)
     if fmt.algorithm == "tensorfloat32":
-        if jax.default_backend() == "gpu":
-            return replace(product, precision=lax.Precision.DEFAULT)(lhs, rhs)
-        return _by_algorithm(fmt, product, lhs, rhs)
+        return _by_algorithm(fmt, computed, lhs, rhs)
 
     def narrow(left: Array, right: Array) -> Array:
-        return product.multiply(left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), accumulate="float32")
+        return computed.multiply(left.astype(jnp.bfloat16), right.astype(jnp.bfloat16), accumulate="float32")
 
-    return _by_algorithm(fmt, product if product.kind == "ragged" else narrow, lhs, rhs)
+    return _by_algorithm(fmt, computed if product.kind == "ragged" else narrow, lhs, rhs)
 
 
 _PRESETS = {

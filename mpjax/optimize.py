@@ -264,8 +264,13 @@ def optimize(
     else:
         searches = {name: ([Problem.from_scores(scores, formats=(name,))], len) for name in names}
         report("optimize 3/4: timing the layers inside whole programs")
-        costs = cost.attributed(model, names, *batches[0], calibration=calibration)
-        usable = [name for name, time in zip(names, costs.programs[0, 1:], strict=True) if np.isfinite(time)]
+        usable: list[str] = []
+        try:
+            costs = cost.attributed(model, names, *batches[0], calibration=calibration)
+            timed_in_all = np.isfinite(costs.programs[:, 1:]).all(axis=0)
+            usable = [name for name, there in zip(names, timed_in_all, strict=True) if there]
+        except RuntimeError as failure:  # the profiler names nothing
+            notes.append(f"No search for the least time: {failure}")
         if usable:
             label = f"{' + '.join(usable)}, least time"
             of_kernels = [

@@ -87,7 +87,11 @@ def widening(
     names = [name for name in layers if small.layer(name).kernel in used]
 
     def restore(stored: tuple[Array, ...]) -> tuple[Array, ...]:
-        rest = {path: jax.tree.map(lambda leaf: jnp.zeros(0), small.params[path]) for path in small.params}
+        wide = {small.layer(name).kernel for name in layers}
+        rest = {  # with as many leaves as the widened model has
+            path: jnp.zeros(0) if path in wide else jax.tree.map(lambda leaf: jnp.zeros(0), leaves)
+            for path, leaves in small.params.items()
+        }
         model = replace(small, params=rest | jax.tree.unflatten(tree, stored))
         _, (weights, *_) = as_function(widened(model, names), (), needed=needed)
         return weights
@@ -101,7 +105,9 @@ def implementations_of(model: Model, *inputs: Array) -> dict[str, str]:
     narrow = runs_narrow(mixed)
     implementations: dict[str, str] = {}
     for call in sorted(calls(mixed, *inputs), key=lambda call: call.product.kind == "lookup"):  # lookups have only one
-        wide = call.product.weighted and arithmetic.kept_wide(mixed.params[mixed.layer(call.layer).kernel])
+        wide = call.product.weighted and arithmetic.kept_wide(
+            mixed.formats[call.layer], mixed.params[mixed.layer(call.layer).kernel]
+        )
         dtype = np.dtype(FLOAT32.operand if wide else mixed.formats[call.layer].operand)
         lhs, rhs = (jax.ShapeDtypeStruct(operand.shape, dtype) for operand in (call.lhs, call.rhs))
         name = picked(mixed.implementation, model.layer(call.layer), call.product, lhs, rhs, narrow=narrow)

@@ -139,7 +139,7 @@ def compile(  # noqa: A001 - the design's name
     model = as_mixed(model)
     wanted = model.implementation if implementation is None else implementation
     if isinstance(wanted, str) and wanted == "auto":
-        wanted = tuning.tune(model, batches, cache=cache, progress=progress)
+        wanted = tuning.tune(model, batches, weights=weights, cache=cache, progress=progress)
     sets = executable.option_sets(narrow=runs_narrow(model))
     if isinstance(wanted, Tuning):
         model = with_implementation(model, wanted.implementation, activations=wanted.activations)

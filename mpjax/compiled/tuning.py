@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -102,6 +102,7 @@ def tune(
     batches: Batches,
     *,
     rounds: int = 9,
+    weights: Literal["fast", "small"] = "fast",
     cache: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Tuning:
@@ -111,6 +112,7 @@ def tune(
         model: float32 or made by `apply`.
         batches: at least two different input tuples of equal shapes; these shapes are tuned for.
         rounds: timings of each program.
+        weights: as in `compile`.
         cache: folder of finished choices and timings, per device, number of cores, and versions; None: no cache.
         progress: called after each product and program.
 
@@ -121,7 +123,8 @@ def tune(
     verification.check_inputs(batches)
     start = time.perf_counter()
     model = with_implementation(model, "rule")
-    model = widened(model, slower_narrow(model, *batches[0]))
+    if weights == "fast":
+        model = widened(model, slower_narrow(model, *batches[0]))
     checkpoint = None if cache is None else Checkpoint(Path(cache), _key(model, batches, rounds))
     if checkpoint is not None and (piece := checkpoint.load("tuning")) is not None:
         return from_json(dict(piece.meta))

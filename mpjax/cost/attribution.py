@@ -105,7 +105,7 @@ def attributed(
 ) -> Attributed:
     """Costs by the profiler's attribution inside whole programs, all float32 and all in each format.
 
-    The programs are not verified: they are timed and not handed out. float16_acc16 is not timed: XLA emulates it.
+    The programs are not verified: they are timed and not handed out. What XLA only emulates here (float16_acc16) is not timed.
 
     Args:
         model: a float32 model.
@@ -113,7 +113,7 @@ def attributed(
         *inputs: one batch, as `model.call` takes it.
         implementation: "rule" or "xla", as in `apply`; what a mix will be compiled with.
         rounds: timings of each program.
-        calibration: largest activations, for scaled formats (`emulation.calibrate`).
+        calibration: largest activations, for scaled formats (`mp.calibrate`).
         progress: called after each compilation.
 
     Raises:
@@ -131,9 +131,7 @@ def attributed(
     kernels = sets_of_kernels(model)
     wanted = [(kind, fmt) for kind in kernels for fmt in low if arithmetic.is_executed(fmt)]
     notes = [
-        f"{fmt.name} was not timed: no hardware accumulates in float16 here, XLA runs an emulation of it."
-        for fmt in low
-        if not arithmetic.is_executed(fmt)
+        f"{fmt.name} was not timed: XLA runs an emulation of it here." for fmt in low if not arithmetic.is_executed(fmt)
     ]
     programs: dict[tuple[bool, Format], Whole] = {}
     for number, (narrow, fmt) in enumerate(wanted, start=1):

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from mpjax.formats.registry import Format
 
+_BFLOAT16_MAX = float(jnp.finfo(jnp.bfloat16).max)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -80,6 +81,20 @@ def _bfloat16_bits(x: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     nearest = bits + jnp.uint32(0x7FFF) + ((bits >> jnp.uint32(16)) & jnp.uint32(1))
     return jnp.where(jnp.isnan(x), bits | jnp.uint32(0x400000), nearest) & jnp.uint32(0xFFFF0000)
+
+
+def bfloat16_parts(x: Float[Array, ...], count: int) -> list[Float[Array, ...]]:
+    """bfloat16 numbers, as float32, whose sum is x but for its last bits: each the rest that the ones before leave.
+
+    By bits, so that no compiler leaves a rounding out. Finite numbers above bfloat16's largest do not become infinite; of numbers
+    that are not finite the first part is the number, the others are 0.
+    """
+    parts: list[Array] = []
+    for _ in range(count):
+        inside = jnp.clip(x, -_BFLOAT16_MAX, _BFLOAT16_MAX)
+        parts.append(round_to(jnp.where(jnp.isfinite(x), inside, x), "bfloat16"))
+        x = jnp.where(jnp.isfinite(x), x - parts[-1], jnp.zeros((), x.dtype))
+    return parts
 
 
 def amax_scale(amax: Float[Array, ...], fmt: Format) -> Float[Array, ...]:

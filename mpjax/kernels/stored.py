@@ -30,11 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from mpjax.formats import Format, narrowed, round_to
+from mpjax.formats import Format, narrowed
+from mpjax.formats.rounding import bfloat16_parts
 from mpjax.formats.storage import Stored, quantize, stands_for
 from mpjax.kernels import decode
 from mpjax.program.product import Array, Product, operand_summed, row_count
-from mpjax.xla import profile
+from mpjax.xla import profile, timing
 
 MULTIPLIED_OUT = "multiplied out"  # float32 weights made in each call
 WIDE = "wide"  # float32 weights made once and kept
@@ -43,7 +44,6 @@ _FEW_ROWS = decode.MOST_ROWS  # of what multiplies one by one
 _MOST_SUMMED = 2**31 // 127**2  # products of int8 that an int32 holds
 _CLEARLY = 0.9  # of the time of weights kept wide: what a form must take to be preferred
 _MOST_TIMED = 2**24  # weights of a product that is timed
-_BFLOAT16_MAX = float(jnp.finfo(jnp.bfloat16).max)
 
 
 def forms(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -89,16 +89,17 @@ def seconds(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tup
     channels = math.prod(shape) // inputs
     if inputs * channels > _MOST_TIMED:
         channels = max(_MOST_TIMED // inputs // 64, 1) * 64
-    inputs_first = min(over) == 0  # in memory, of float32 weights as the program multiplies them
-    return dict(_timed(fmt, 1 << (rows - 1).bit_length(), inputs, channels, inputs_first, possible))
+    inputs_first = min(product.summed or over) == 0  # in memory, of float32 weights as the program multiplies them
+    here = (profile.cache_folder(), tuple(sorted(timing.here().items())))
+    return dict(_timed(here, fmt, 1 << (rows - 1).bit_length(), inputs, channels, inputs_first, possible))
 
 
 def choice(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tuple[int, ...]) -> str:
     """The fastest form, or `MULTIPLIED_OUT`, which alone may be much faster than in a program, where data fill the caches."""
     times = seconds(product, lhs, weights, fmt, shape)
-    own = {name: time for name, time in times.items() if name not in (WIDE, MULTIPLIED_OUT)}
-    best = min(own, key=own.__getitem__, default=MULTIPLIED_OUT)
-    return MULTIPLIED_OUT if own and times[MULTIPLIED_OUT] < 0.5 * own[best] else best
+    of_forms = {name: time for name, time in times.items() if name not in (WIDE, MULTIPLIED_OUT)}
+    best = min(of_forms, key=of_forms.__getitem__, default=MULTIPLIED_OUT)
+    return MULTIPLIED_OUT if times and times[MULTIPLIED_OUT] < 0.5 * times[best] else best
 
 
 def time_ratio(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tuple[int, ...]) -> float:
@@ -127,10 +128,12 @@ def compute(form: str, product: Product, lhs: Array, weights: Stored, shape: tup
 
 def _group(weights: Stored, inputs: int, channels: int) -> int | None:
     """Weights along the inputs that share a scale; 0: all of a channel, or no scale. None: another arrangement."""
-    if weights.scale is None or weights.scale.size == channels:
+    scale = weights.scale
+    if scale is None or scale.size == channels:
         return 0
-    count = weights.scale.size // channels
-    return inputs // count if count * channels == weights.scale.size and inputs % count == 0 else None
+    count = scale.size // channels
+    together = scale.shape[-1] == 1  # else further inputs lie between those of a group
+    return inputs // count if together and count * channels == scale.size and inputs % count == 0 else None
 
 
 def _matrix(weights: Stored, inputs: int, channels: int) -> tuple[Array, Array | None]:
@@ -178,12 +181,7 @@ def _halves(numbers: Array) -> list[Array]:
 
 def _parts(x: Array, numbers: Array, scale: Array | None) -> Array:
     """(R, K) float32 and (N, K) -> (R, N)."""
-    parts, rest = [], x
-    for _ in range(3):
-        inside = jnp.clip(rest, -_BFLOAT16_MAX, _BFLOAT16_MAX)  # what float32 has above it does not become infinite
-        part = round_to(jnp.where(jnp.isfinite(rest), inside, rest), "bfloat16")  # by bits: no compiler leaves it out
-        parts.append(narrowed(part, "bfloat16"))
-        rest = jnp.where(jnp.isfinite(rest), rest - part, 0.0)
+    parts = [narrowed(part, "bfloat16") for part in bfloat16_parts(x, 3)]
     first, second, third = _rows(parts, numbers.astype(jnp.bfloat16), jnp.float32)
     out = first + (second + third)
     return out if scale is None else out * scale.astype(jnp.float32)
@@ -266,9 +264,10 @@ _FORMS: dict[str, tuple[tuple[str, ...], _Covers]] = {
 
 @functools.cache
 def _timed(
-    fmt: Format, rows: int, inputs: int, channels: int, inputs_first: bool, names: tuple[str, ...]
+    here: Any, fmt: Format, rows: int, inputs: int, channels: int, inputs_first: bool, names: tuple[str, ...]
 ) -> dict[str, float]:
-    """Seconds of chains of products: the activations wait for the one before, the weights come from memory."""
+    """Seconds of chains of products: the activations wait for the one before, the weights come from memory; `here`: the key."""
+    del here
     rng = np.random.default_rng(0)
     shape, summed = ((inputs, channels), (0,)) if inputs_first else ((channels, inputs), (1,))
     axis = summed[0]

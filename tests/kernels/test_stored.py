@@ -180,6 +180,37 @@ def test_forms_for_a_gpu(name, rows):
         np.testing.assert_allclose(out, exact, rtol=2e-6, atol=2e-6 * np.abs(exact).max(), err_msg=form)
 
 
+@pytest.mark.parametrize(("shape", "covered"), [((64, 8, 16), False), ((8, 64, 16), True)])
+def test_groups_with_other_inputs_between_their_members_are_not_read_as_stored(shape, covered):
+    """An attention's output projection sums over heads and features; groups of 32 lie along the longer axis."""
+    weights = jax.random.normal(KEY, shape, jnp.float32)
+    x = jax.random.normal(jax.random.key(1), (2, *shape[:2]), jnp.float32)
+    fmt, product = parse("int4_w"), dot((1, 2), (0, 1))
+    small = storage.Stored(*storage.quantize(weights, fmt, (0, 1)))
+    assert (stored._group(small, 512, 16) is not None) == covered
+    if covered:
+        exact = np.einsum("abc,bcd->ad", float64(x), float64(storage.stands_for(small, fmt, shape, (0, 1))))
+        np.testing.assert_allclose(stored.compute("reduce", product, x, small, shape), exact, rtol=1e-5, atol=1e-4)
+
+
+class Heads(nn.Module):
+    """Two outputs of a convolution each."""
+
+    @nn.compact
+    def __call__(self, x):
+        return {"one": nn.Conv(4, (3, 3), name="b")(x), "two": nn.Conv(4, (3, 3), name="a")(x)}
+
+
+def test_a_dropped_layer_is_no_part_of_the_file(tmp_path):
+    """Convolutions of weight-only formats are kept wide; the file has what is needed of them."""
+    model, batches = linen(Heads(), 1, 6, 6, 3)
+    mixed = apply(model, dict.fromkeys(model.names, "int8_w"))
+    program = compiled.compile(mixed, batches, outputs=("one",))
+    assert program.wide == ("b", "a") and program.dropped == ("a",)
+    loaded = compiled.load(program.export(tmp_path / "one.mpjax"))
+    np.testing.assert_array_equal(loaded(*batches[0])["one"], program(*batches[0])["one"])
+
+
 def test_the_device_is_asked_once_for_products_of_a_size(monkeypatch):
     asked = []
     times = {"digits": 2.0, "multiplied out": 0.5, "wide": 3.0}
