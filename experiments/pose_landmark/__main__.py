@@ -193,7 +193,7 @@ def here(rows: Sequence[Row]) -> str:
     if best.name == "fp32":
         low = min((row for row in rows if row.format == EXECUTED), key=lambda row: row.latency_ms or np.inf)
         return (
-            f"On this device ({device}) {gain}; no {EXECUTED} program within the tolerance is faster (the fastest, {low.name}, "
+            f"On this device ({device}) {gain}; no {EXECUTED} program within the tolerance is faster (the best, {low.name}, "
             f"takes {low.vs_fp32:.2f} of float32's time). What pays on other devices: docs/speed.md."
         )
     return (

@@ -233,7 +233,7 @@ def executed_rows(
     everything = dict.fromkeys(base.names, EXECUTED)
     variants = {"fp32": base, "jit": base}
     variants |= {"all": apply(base, everything), "mixed": apply(base, outcome.assignment)}
-    variants["fastest"] = apply(base, least_time)
+    variants["least time"] = apply(base, least_time)
     float32, programs = float32_outputs(base, examples), {}
     with progress("compiling and verifying", len(variants)) as advance:
         for name, variant in variants.items():
