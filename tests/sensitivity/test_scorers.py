@@ -130,9 +130,10 @@ def test_local_rounding_agrees_with_measured():
     np.testing.assert_allclose(
         score(sensitivity.local_rounding(num_probes=None), model, joined, ALL[:1]).value, exact.value[:, :1], rtol=1e-3
     )
-    kl = score(sensitivity.measured(loss=losses.KL), model, batches)
-    predicted = score(sensitivity.local_rounding(num_probes=None, loss=losses.KL), model, batches)
-    np.testing.assert_allclose(predicted.value, kl.value, rtol=0.2)  # a loss of 3e-7, beside the noise of float32
+    # bfloat16's losses of 1e-7 lie in the noise of float32's logarithms
+    kl = score(sensitivity.measured(loss=losses.KL), model, batches, ("int4_w",))
+    predicted = score(sensitivity.local_rounding(num_probes=None, loss=losses.KL), model, batches, ("int4_w",))
+    np.testing.assert_allclose(predicted.value, kl.value, rtol=0.2)
 
 
 @pytest.mark.parametrize("seed", range(2))
