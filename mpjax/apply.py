@@ -219,7 +219,7 @@ def slower_narrow(model: MixedModel, *inputs: Array) -> tuple[str, ...]:
     few rows.
     """
     formats, narrow = model.formats, runs_narrow(model)
-    stored, kept = dict.fromkeys(model.assignment, 0.0), dict.fromkeys(model.assignment, 0.0)
+    stored, in_float32 = dict.fromkeys(model.assignment, 0.0), dict.fromkeys(model.assignment, 0.0)
     for call in calls(model, *inputs):
         fmt, product = formats[call.layer], call.product
         if (
@@ -234,8 +234,8 @@ def slower_narrow(model: MixedModel, *inputs: Array) -> tuple[str, ...]:
         stored[call.layer] += work * arithmetic.time_ratio(
             fmt, product, call.lhs, call.rhs, implementation=name, as_stored=reads_stored(narrow)
         )
-        kept[call.layer] += work
-    return tuple(name for name in stored if stored[name] > kept[name])
+        in_float32[call.layer] += work
+    return tuple(name for name in stored if stored[name] > in_float32[name])
 
 
 def widened(model: MixedModel, layers: Iterable[str]) -> MixedModel:

@@ -57,9 +57,9 @@ def test_what_this_device_computes_slowly_is_stored_small_and_kept_wide(fmt, mon
     stored._timed.cache_clear()
     with profile.assumed(replace(profile.device_profile(), seconds=slow)):
         program = compiled.compile(mixed, batches)
-        kept = compiled.compile(mixed, batches, weights="small")
+        stays_small = compiled.compile(mixed, batches, weights="small")
     stored._timed.cache_clear()
-    assert program.wide == ("Dense",) and not small.wide and not kept.wide
+    assert program.wide == ("Dense",) and not small.wide and not stays_small.wide
     (row,) = program.report().rows
     assert row["executed"] == "float32" and row["wide"] and row["full_copy"] is None
     assert "kept wide" in str(program.report())
