@@ -158,6 +158,7 @@ def main(config: Config) -> None:
         },
         show=[agreements],
     )
+    print(here(executed))
     print(f"What is fastest here, wherever mpjax runs on this platform: mpjax.load('{exported}')(images)['Identity']")
 
 
