@@ -9,7 +9,7 @@ product is, inside the compiled program, but for products that read them as they
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -20,7 +20,7 @@ from mpjax import arithmetic, kernels
 from mpjax.arithmetic import Calibration, ranges_of
 from mpjax.formats import FLOAT32, Format, narrowed, parse
 from mpjax.formats.storage import store, wide
-from mpjax.program import Array, Layer, Model, Override, Params, Product, calls
+from mpjax.program import Array, Call, Layer, Model, Override, Params, Product, calls
 from mpjax.program.product import flops
 from mpjax.xla import ROWS, device_profile
 
@@ -174,6 +174,27 @@ def picked(implementation: Implementation, layer: Layer, product: Product, lhs: 
     return name if name in kernels.implementations(product, lhs, rhs) else "xla"
 
 
+def implemented_calls(
+    model: MixedModel, *inputs: Array, implementation: Implementation | None = None, narrow: bool | None = None
+) -> Iterator[tuple[Call, str]]:
+    """Every product of the layers for these inputs, and the name of its implementation.
+
+    `implementation`, `narrow`: other than the model's own.
+    """
+    formats = model.formats
+    narrow = runs_narrow(model) if narrow is None else narrow
+    for call in calls(model, *inputs):
+        fmt = formats[call.layer]
+        dtype = jnp.dtype(FLOAT32.operand if _kept_wide(model, call, fmt) else fmt.operand)
+        lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, dtype) for spec in (call.lhs, call.rhs))
+        layer = model.layer(call.layer)
+        yield call, picked(implementation or model.implementation, layer, call.product, lhs, rhs, narrow=narrow)
+
+
+def _kept_wide(model: MixedModel, call: Call, fmt: Format) -> bool:
+    return call.product.weighted and arithmetic.kept_wide(fmt, model.params[model.layer(call.layer).kernel])
+
+
 def _check_implementation(model: Model, implementation: Implementation) -> None:
     if isinstance(implementation, str):
         if implementation not in kernels.CHOICES:
@@ -218,21 +239,15 @@ def slower_narrow(model: MixedModel, *inputs: Array) -> tuple[str, ...]:
     Convolutions with weight-only formats are among them: they would be multiplied out in each call. Lookups are not: they read a
     few rows.
     """
-    formats, narrow = model.formats, runs_narrow(model)
+    formats, as_stored = model.formats, reads_stored(runs_narrow(model))
     stored, in_float32 = dict.fromkeys(model.assignment, 0.0), dict.fromkeys(model.assignment, 0.0)
-    for call in calls(model, *inputs):
+    for call, name in implemented_calls(model, *inputs):
         fmt, product = formats[call.layer], call.product
-        if (
-            not product.weighted
-            or product.kind == "lookup"
-            or arithmetic.kept_wide(fmt, model.params[model.layer(call.layer).kernel])
-        ):
+        if not product.weighted or product.kind == "lookup" or _kept_wide(model, call, fmt):
             continue
-        lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, jnp.dtype(fmt.operand)) for spec in (call.lhs, call.rhs))
-        name = picked(model.implementation, model.layer(call.layer), product, lhs, rhs, narrow=narrow)
         work = call.runs * flops(product, call.lhs, call.rhs, call.out)
         stored[call.layer] += work * arithmetic.time_ratio(
-            fmt, product, call.lhs, call.rhs, implementation=name, as_stored=reads_stored(narrow)
+            fmt, product, call.lhs, call.rhs, implementation=name, as_stored=as_stored
         )
         in_float32[call.layer] += work
     return tuple(name for name in stored if stored[name] > in_float32[name])

@@ -16,6 +16,12 @@ from urllib.parse import quote
 import numpy as np
 
 
+def cache_dir() -> Path:
+    """The cache folder: $MPJAX_CACHE, else mpjax in $XDG_CACHE_HOME or ~/.cache."""
+    folder = os.environ.get("MPJAX_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mpjax"
+    return Path(folder).expanduser()
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes by an atomic rename: whatever happens, `path` holds all of the new content or all of the old."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

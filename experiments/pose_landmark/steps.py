@@ -84,6 +84,16 @@ class Emulator:
         return outputs.reshape(-1, 33, 2) * split.torso[:, None, None]
 
 
+def measured_once(emulator: Emulator, split: Split, *, seed: int, confidence: float = 0.95) -> Any:
+    """Assignment -> its NME on the split's crops; a function of `functools.cache`."""
+
+    @functools.cache
+    def evaluate(assignment: search.Assignment) -> search.Measurement:
+        return nme(emulator.landmarks(assignment, split), split, seed=seed, confidence=confidence)
+
+    return evaluate
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a search ended with: the assignment, its NME and the limit, the all-low NME, and (layers low, NME) on the way."""
@@ -104,11 +114,7 @@ def search_format(
     fmt = emulator.fmt
 
     def compute() -> Computed:
-        @functools.cache
-        def evaluate(assignment: search.Assignment) -> search.Measurement:
-            xy = emulator.landmarks(assignment, split)
-            return nme(xy, split, seed=key["seed"], confidence=confidence or 0.95)
-
+        evaluate = measured_once(emulator, split, seed=key["seed"], confidence=confidence or 0.95)
         everything = evaluate(search.Assignment.uniform(scores.layers, fmt)).value
         problem = search.Problem.from_scores(scores, formats=(fmt,))
         limit = tolerance * everything
@@ -191,10 +197,7 @@ def fastest(
         column = scores.column(emulator.fmt)[:, None]
         scored = SimpleNamespace(layers=scores.layers, formats=(emulator.fmt,), value=column, kind=scores.kind)
 
-        @functools.cache
-        def evaluate(assignment: search.Assignment) -> search.Measurement:
-            return nme(emulator.landmarks(assignment, split), split, seed=seed)
-
+        evaluate = measured_once(emulator, split, seed=seed)
         assignments = [
             search.solve(
                 search.Problem.from_scores(scored, cost=table, objective="cost_min"),

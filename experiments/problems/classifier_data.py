@@ -27,7 +27,7 @@ from experiments.lib.progress import progress
 from experiments.models.efficientnet import SIZE, normalised
 from experiments.problems import benchmarks
 from experiments.problems.data import VIDEOS, DataError
-from mpjax.files import Checkpoint
+from mpjax.files import Checkpoint, cache_dir
 from mpjax.program import Batches
 
 PLACES = 2  # that the nine videos show
@@ -91,7 +91,7 @@ def frames(*, seed: int = 0) -> tuple[Part, Part]:
         "videos": [assets.ASSETS[name].sha256 for name in VIDEOS],
         "packages": [version(name) for name in packages],
     }
-    cache = Checkpoint(assets.cache_dir() / "frames", key)
+    cache = Checkpoint(cache_dir() / "frames", key)
     piece = cache.load("classifier")
     arrays = _made(paths, seed) if piece is None else piece.arrays
     if piece is None:

@@ -24,7 +24,7 @@ from experiments.lib.progress import progress
 from experiments.models.tflite_import import fetched
 from experiments.problems.eyes import Region
 from mpjax import emulation
-from mpjax.files import Checkpoint
+from mpjax.files import Checkpoint, cache_dir
 
 SIZE = 256  # pixels, side of a crop
 VIDEOS = (
@@ -158,7 +158,7 @@ def _cached(make: Callable[[], dict[str, np.ndarray]], key: dict[str, Any], path
         "model": assets.file_sha256(model),
         "packages": [jax.__version__, cv2.__version__, np.__version__],
     }
-    cache = Checkpoint(assets.cache_dir() / "crops", key)
+    cache = Checkpoint(cache_dir() / "crops", key)
     piece = cache.load("crops")
     arrays = make() if piece is None else piece.arrays
     if piece is None:

@@ -38,7 +38,7 @@ from sklearn.model_selection import train_test_split
 from experiments.lib import assets
 from experiments.lib.run import ROOT
 from experiments.problems import optimum
-from mpjax.files import Checkpoint
+from mpjax.files import Checkpoint, cache_dir
 
 SIZE, CLASSES = 8, 10  # pixels, digits
 TRAIN = 1440  # of 1,797: a number with many divisors, so that equal batches cover all of it
@@ -182,7 +182,7 @@ def _checkpoint() -> Checkpoint:
         "versions": {name: module.__version__ for name, module in packages.items()},
         "source": [assets.file_sha256(Path(file)) for file in (__file__, optimum.__file__)],
     }
-    return Checkpoint(assets.cache_dir() / "digits", key)
+    return Checkpoint(cache_dir() / "digits", key)
 
 
 # --- training, in float64 ---------------------------------------------------------------------------------------

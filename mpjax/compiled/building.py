@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mpjax import arithmetic
-from mpjax.apply import MixedModel, as_mixed, picked, runs_narrow, widened
+from mpjax.apply import MixedModel, as_mixed, implemented_calls, widened
 from mpjax.formats import FLOAT32
-from mpjax.program import Array, Model, calls, spec
+from mpjax.program import Array, Model, spec
 from mpjax.program.packing import as_function as as_function
 from mpjax.xla.executable import Executable
 
@@ -75,23 +74,19 @@ def specs_of(inputs: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def widening(
-    small: MixedModel, layers: Sequence[str], needed: Sequence[bool]
+    small: MixedModel, layers: Sequence[str], wide: MixedModel, needed: Sequence[bool]
 ) -> tuple[tuple[Array, ...], Callable[[tuple[Array, ...]], tuple[Array, ...]]]:
-    """Weights as stored, and the function of them that gives `as_function`'s weights of `widened(small, layers)`.
+    """Weights as stored, and the function of them that gives `as_function`'s weights of `wide`: `widened(small, layers)`.
 
-    `needed`: of the widened model's leaves.
+    `needed`: which of its leaves.
     """
-    of_leaf = jax.tree.unflatten(jax.tree.structure(widened(small, layers).params), needed)
+    of_leaf = jax.tree.unflatten(jax.tree.structure(wide.params), needed)
     used = {path for path, leaves in of_leaf.items() if any(jax.tree.leaves(leaves))}
     stored, tree = jax.tree.flatten({path: leaves for path, leaves in small.params.items() if path in used})
     names = [name for name in layers if small.layer(name).kernel in used]
 
     def restore(stored: tuple[Array, ...]) -> tuple[Array, ...]:
-        wide = {small.layer(name).kernel for name in layers}
-        rest = {  # with as many leaves as the widened model has
-            path: jnp.zeros(0) if path in wide else jax.tree.map(lambda leaf: jnp.zeros(0), leaves)
-            for path, leaves in small.params.items()
-        }
+        rest = jax.tree.map(lambda leaf: jnp.zeros(0), wide.params)  # as many leaves as there
         model = replace(small, params=rest | jax.tree.unflatten(tree, stored))
         _, (weights, *_) = as_function(widened(model, names), (), needed=needed)
         return weights
@@ -101,16 +96,9 @@ def widening(
 
 def implementations_of(model: Model, *inputs: Array) -> dict[str, str]:
     """Layer -> implementation in `model` for these inputs; of a layer that runs several times, the first run's."""
-    mixed = as_mixed(model)
-    narrow = runs_narrow(mixed)
+    products = implemented_calls(as_mixed(model), *inputs)
     implementations: dict[str, str] = {}
-    for call in sorted(calls(mixed, *inputs), key=lambda call: call.product.kind == "lookup"):  # lookups have only one
-        wide = call.product.weighted and arithmetic.kept_wide(
-            mixed.formats[call.layer], mixed.params[mixed.layer(call.layer).kernel]
-        )
-        dtype = np.dtype(FLOAT32.operand if wide else mixed.formats[call.layer].operand)
-        lhs, rhs = (jax.ShapeDtypeStruct(operand.shape, dtype) for operand in (call.lhs, call.rhs))
-        name = picked(mixed.implementation, model.layer(call.layer), call.product, lhs, rhs, narrow=narrow)
+    for call, name in sorted(products, key=lambda pair: pair[0].product.kind == "lookup"):  # lookups have only one
         implementations.setdefault(call.layer, name)
     return implementations
 

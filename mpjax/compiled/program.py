@@ -148,11 +148,11 @@ def compile(  # noqa: A001 - the design's name
         model = with_implementation(model, wanted)
     expected = reference(model, batches, float32=float32)
     small, wide = model, slower_narrow(model, *batches[0]) if weights == "fast" else ()
-    model = widened(small, wide)
+    model = widened(small, wide) if wide else small
     needed = _needed(model, batches[0])
     function, (leaves, *_) = as_function(model, batches[0], needed=needed)
     placed = jax.device_put(leaves)
-    stored, restore = widening(small, wide, needed) if wide else ((), None)
+    stored, restore = widening(small, wide, model, needed) if wide else ((), None)
     reasons: list[str] = []
     for options in sets:
         try:

@@ -131,12 +131,14 @@ class Reference:
 class Float32Outputs:
     """A float32 model's outputs on real inputs, which the programs of all its mixed models are compared with.
 
-    `outputs`: at the highest precision; `noise`: (outputs, 2), as `by_output`.
+    `outputs`: at the highest precision; `default`: at the backend's own, the same on a CPU; `noise`: (outputs, 2), as
+    `by_output`.
     """
 
     model: Model
     batches: Batches
     outputs: tuple[Any, ...]
+    default: tuple[Any, ...]
     noise: np.ndarray
 
 
@@ -155,10 +157,11 @@ def float32_outputs(model: Model, batches: Batches) -> Float32Outputs:
     with jax.default_matmul_precision("highest"):
         outputs, moved = _outputs(original, original.lowerable, _moved_activations, batches, (0, 1))
     noise = np.maximum(_NOISE * by_output(moved, outputs, overflows=True), _LEAST)
+    default = outputs
     if jax.default_backend() != "cpu":  # float32's own products may be narrower by default, as TensorFloat-32 is
         (default,) = _outputs(original, original.layers, lambda _: _plainly, batches)
         noise = np.maximum(noise, _DEFAULT_NOISE * by_output(default, outputs, overflows=True))
-    return Float32Outputs(model=original, batches=batches, outputs=outputs, noise=noise)
+    return Float32Outputs(model=original, batches=batches, outputs=outputs, default=default, noise=noise)
 
 
 def reference(model: Model, batches: Batches, *, float32: Float32Outputs | None = None) -> Reference:
@@ -177,8 +180,8 @@ def reference(model: Model, batches: Batches, *, float32: Float32Outputs | None 
         float32 = float32_outputs(model, batches)
     elif float32.model is not model.original or float32.batches is not batches:
         raise ValueError("Expected float32_outputs of this model's original on these very batches, found others'.")
-    expected = float32.outputs
-    if jax.default_backend() != "cpu" or any(fmt != FLOAT32 for fmt in model.formats.values()):
+    expected = float32.default
+    if any(fmt != FLOAT32 for fmt in model.formats.values()):
         (expected,) = _outputs(model.original, model.assigned, lambda _: _definition(model), batches)
     return Reference(
         batches=batches,

@@ -19,7 +19,7 @@ Layers timed alone (`measuring`) miss fusion and add a start of a program for ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,12 +27,12 @@ import jax
 import numpy as np
 
 from mpjax import arithmetic
-from mpjax.apply import apply, as_mixed, picked, runs_narrow, slower_narrow, widened, with_implementation
+from mpjax.apply import apply, as_mixed, implemented_calls, runs_narrow, slower_narrow, widened, with_implementation
 from mpjax.arithmetic import Calibration
 from mpjax.cost.costs import check_formats, check_known
 from mpjax.cost.counting import with_float32
 from mpjax.cost.measuring import Progress, program_key
-from mpjax.formats import FLOAT32, Format, parse
+from mpjax.formats import FLOAT32, Format
 from mpjax.program import Array, Model, calls, check_batches
 from mpjax.program.packing import as_function
 from mpjax.xla import executable, profiling, timing
@@ -191,7 +191,10 @@ def whole(model: Model, *inputs: Array, narrow: bool | None = None) -> Whole:
     if narrow is None:
         narrow = by_formats
     if narrow != by_formats and model.implementation == "rule":
-        model = with_implementation(model, dict(_rule(model, inputs, narrow)))
+        products = implemented_calls(model, *inputs, implementation="rule", narrow=narrow)
+        model = with_implementation(
+            model, {call.layer: name for call, name in products if call.product.kind in ("dot", "conv")}
+        )
     model = widened(model, slower_narrow(model, *inputs))
     function, arguments = as_function(model, inputs)
     placed = jax.device_put(arguments)
@@ -214,12 +217,3 @@ def sets_of_kernels(model: Model) -> tuple[bool, ...]:
     low = replace(as_mixed(model), assignment=dict.fromkeys(model.names, "bfloat16"))
     both = jax.default_backend() == "cpu" and runs_narrow(low) and not runs_narrow(model)
     return (True, False) if both else (runs_narrow(low),)
-
-
-def _rule(model: Any, inputs: Sequence[Array], narrow: bool) -> Iterator[tuple[str, str]]:
-    """The rule's implementations of the layers' products with a set of kernels; of several products, the last's."""
-    for call in calls(model, *inputs):
-        if call.product.kind in ("dot", "conv"):
-            dtype = np.dtype(parse(model.assignment[call.layer]).operand)
-            lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, dtype) for spec in (call.lhs, call.rhs))
-            yield call.layer, picked("rule", model.layer(call.layer), call.product, lhs, rhs, narrow=narrow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -20,14 +21,18 @@ def cores() -> int:
 
 def environment() -> dict[str, Any]:
     """Versions, device in words, cores that this process may use, and date: what a result was computed with."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
     return {
         "python": platform.python_version(),
-        **versions,
+        **_versions(),
         "device": device_name(),
         "cores": cores(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
 
 
 _INSTRUCTION_SETS = {
@@ -62,6 +67,7 @@ def device_name() -> str:
     return _cpu_info("model name") or platform.processor() or platform.machine() or kind
 
 
+@functools.cache
 def _cpu_info(field: str) -> str:
     """A field of the first processor, on Linux."""
     try:
