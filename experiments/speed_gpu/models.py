@@ -33,6 +33,7 @@ class Variant:
     Attributes:
         fmt, activations: of `mpjax.apply`, for all layers; no format: the model without mpjax.
         cast: the model's own bfloat16 call.
+        implementation: of products, as in `mpjax.apply`.
         precision: jax's default precision while it is traced.
         form: of all weight-only products; None: the fastest, as the device is asked.
         options: of the compiler, besides mpjax's.
@@ -42,6 +43,7 @@ class Variant:
     fmt: str = ""
     activations: str = "float32"
     cast: bool = False
+    implementation: str = "rule"
     precision: str | None = None
     form: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -50,7 +52,13 @@ class Variant:
 FP32, TF32 = Variant("fp32", precision="highest"), Variant("tf32")
 # The most telling first, behind the two that others are compared with: the deadline may cut what comes last.
 VARIANTS: dict[str, tuple[Variant, ...]] = {
-    POSE: (FP32, TF32, Variant("fp16", "float16", "float16"), Variant("bf16", "bfloat16", "bfloat16")),
+    POSE: (
+        FP32,
+        TF32,
+        Variant("fp16", "float16", "float16"),
+        Variant("tf32_rule", "float32"),
+        Variant("bf16", "bfloat16", "bfloat16"),
+    ),
     ENCODER: (
         FP32,
         TF32,
@@ -70,18 +78,20 @@ VARIANTS: dict[str, tuple[Variant, ...]] = {
         Variant("float8_w", "float8_e4m3fn_w"),
     ),
 }
-ONE_ROW = (
-    *(Variant(f"int8_w {form}", "int8_w", form=form) for form in ("reduce", "kernel", "parts")),
-    *(Variant(f"int4_w {form}", "int4_w", form=form) for form in ("reduce", "kernel")),
-    Variant("int8_w reduce, no graphs", "int8_w", form="reduce", options={"xla_gpu_enable_command_buffer": ""}),
-    Variant("int8_w reduce, graphs from 1", "int8_w", form="reduce", options={"xla_gpu_graph_min_graph_size": 1}),
-)
+SINGLE: dict[str, tuple[Variant, ...]] = {  # at batch 1, too: what nobody is given
+    POSE: (Variant("fp16 cuDNN", "float16", "float16", implementation="xla"),),
+    DECODE: (
+        Variant("int8_w reduce", "int8_w", form="reduce"),
+        Variant("int8_w reduce, no graphs", "int8_w", form="reduce", options={"xla_gpu_enable_command_buffer": ""}),
+        Variant("int8_w kernel", "int8_w", form="kernel"),
+    ),
+}
 PLAIN = frozenset(variant.name for part in VARIANTS.values() for variant in part if not variant.fmt)
 
 
 def variants(name: str, batch: int) -> tuple[Variant, ...]:
     """Of a model at that batch size, fp32 first."""
-    return VARIANTS[name] + (ONE_ROW if (name, batch) == (DECODE, 1) else ())
+    return VARIANTS[name] + (SINGLE.get(name, ()) if batch == 1 else ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,19 +100,22 @@ class Case:
 
     Attributes:
         cast: its bfloat16 call, as one without mpjax has it.
-        lowered: (format, activations) -> the model with all layers in that format, once it was asked for.
+        lowered: (format, activations, implementation) -> the model with all layers in that format, once it was asked for.
     """
 
     model: Model
     batches: Batches
     cast: Model | None = None
-    lowered: dict[tuple[str, str], MixedModel] = field(default_factory=dict)
+    lowered: dict[tuple[str, str, str], MixedModel] = field(default_factory=dict)
 
     def mixed(self, variant: Variant) -> MixedModel:
         """The model in a variant's format."""
-        key = variant.fmt, variant.activations
+        key = variant.fmt, variant.activations, variant.implementation
         if key not in self.lowered:
-            self.lowered[key] = apply(self.model, dict.fromkeys(self.model.names, key[0]), activations=key[1])
+            assignment = dict.fromkeys(self.model.names, variant.fmt)
+            self.lowered[key] = apply(
+                self.model, assignment, activations=variant.activations, implementation=variant.implementation
+            )
         return self.lowered[key]
 
 

@@ -20,7 +20,8 @@ from mpjax.kernels import dot, flat, im2col, rows, shift, taps, terms
 from mpjax.program.product import Array, Product, row_count
 from mpjax.xla import device_profile
 
-_MUCH = 2.0  # times slower: of XLA's grouped convolutions 15 to 25 on CPUs, 1.1 on an H200
+_CLEARLY = 0.9  # of the time of a product's own rows: what padded ones must take
+_MUCH = 2.0  # times slower: XLA's grouped convolutions are 15 to 25 on CPUs
 CHOICES = ("xla", "rule", "auto")  # of a whole model
 
 
@@ -94,18 +95,20 @@ def rows_of(product: Product, lhs: Any) -> int:
 def rule(product: Product, lhs: Any, rhs: Any, *, narrow: bool = True) -> str:
     """A good choice without timing the model, from this device's profile.
 
-    Where XLA's grouped convolutions are much slower than shifted multiply-adds, as on CPUs, the others are taken to want the
-    kernels of this package, too; elsewhere its own libraries know convolutions. `narrow`: whether enough of the program is on
-    narrow operands to run it with YNN's kernels (`apply.runs_narrow`). Without them XLA's own 1x1 convolution is faster than a
-    matrix product.
+    A 1x1 convolution is a matrix product where the device computes chains of these faster, for narrow operands or for float32
+    ones; few rows are padded where more of them take less time. Where XLA's grouped convolutions are much slower than shifted
+    multiply-adds, the others are taken to want the kernels of this package, too. `narrow`: whether enough of the program is on
+    narrow operands to run it with YNN's kernels (`apply.runs_narrow`).
     """
-    possible = implementations(product, lhs, rhs)
-    if len(possible) == 1 or not _slow_grouped() or ("dot" in possible and not narrow):
-        return "xla"
+    possible, profile = implementations(product, lhs, rhs), device_profile()
     if "dot" in possible:
-        return "dot"
-    if "rows" in possible and lhs.dtype.itemsize < 4:
-        return "rows"
+        return "dot" if profile.pointwise["bfloat16" if narrow else "float32"] > 1 else "xla"
+    if "rows" in possible:
+        count, dtype = rows_of(product, lhs), lhs.dtype.name
+        padded = profile.ratio(dtype, count, least=rows.LEAST_ROWS)
+        return "rows" if lhs.dtype.itemsize < 4 and padded < _CLEARLY * profile.ratio(dtype, count) else "xla"
+    if not _slow_grouped():
+        return "xla"
     if "taps" in possible and rhs.shape[3] <= 8 and set(product.window_strides) == {1}:
         return "taps"
     if "terms" in possible and rhs.shape[2] <= 4:

@@ -28,6 +28,7 @@ from mpjax.xla.environment import environment, instruction_sets
 
 ROWS = (1, 4, 16, 256)
 CONVOLVED = ("bfloat16", "float16")
+POINTWISE = ("float32", "bfloat16")
 DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 _ROUNDS = 7
 _BYTES = 2**25  # of float32 weights that one run reads: more than a cache holds, as a model's are
@@ -44,7 +45,9 @@ class DeviceProfile:
             NaN where it does not compile. On a CPU by the faster set of kernels.
         ynn: operand dtype -> time with YNN's kernels over the time without, for R in `ROWS`; empty where there are none.
         convolution: operand dtype -> time of XLA's own 3x3 convolution over float32's.
-        grouped: time of XLA's depthwise convolution over that of shifted multiply-adds.
+        grouped: time of a chain of XLA's depthwise convolutions over that of shifted multiply-adds. On a GPU each convolution is
+            a call of cuDNN, started by the host, where a chain of other operations is one CUDA graph.
+        pointwise: dtype -> the same of 1x1 convolutions over matrix products, by the kernels that suit the dtype.
         start: seconds of starting a program.
         bandwidth: bytes a second, read and written by a copy.
         cast: dtype -> seconds of converting a million float32 numbers.
@@ -59,6 +62,7 @@ class DeviceProfile:
     ynn: Mapping[str, tuple[float, ...]]
     convolution: Mapping[str, float]
     grouped: float
+    pointwise: Mapping[str, float]
     start: float
     bandwidth: float
     cast: Mapping[str, float]
@@ -87,7 +91,8 @@ class DeviceProfile:
         lines += [
             "convolution, time / float32: "
             + ", ".join(f"{dtype} {ratio:.2f}" for dtype, ratio in self.convolution.items()),
-            f"depthwise convolution, XLA's over shifted multiply-adds: {self.grouped:.1f}",
+            f"depthwise convolutions, XLA's over shifted multiply-adds: {self.grouped:.1f}; 1x1, over matrix products: "
+            + ", ".join(f"{dtype} {ratio:.2f}" for dtype, ratio in self.pointwise.items()),
             f"copying {self.bandwidth / 1e9:.1f} GB/s; starting a program {1e6 * self.start:.0f} µs; "
             f"a million conversions, µs: {casts}",
         ]
@@ -164,7 +169,11 @@ def copies(bytes_each: int) -> int:
 
 @functools.cache
 def _profile(folder: Path, here: tuple[tuple[str, Any], ...]) -> DeviceProfile:
-    asked = {"fields": [field.name for field in fields(DeviceProfile)], "rows": ROWS, "dtypes": (DTYPES, CONVOLVED)}
+    asked = {
+        "fields": [field.name for field in fields(DeviceProfile)],
+        "rows": ROWS,
+        "dtypes": (DTYPES, CONVOLVED, POINTWISE),
+    }
     checkpoint = Checkpoint(folder, asked | dict(here))
     try:
         piece = checkpoint.load("device_profile")
@@ -201,6 +210,7 @@ def _measured() -> DeviceProfile:
         ynn={dtype: tuple(by_set[""][dtype] / by_set["no YNN"][dtype]) for dtype in DTYPES} if len(sets) > 1 else {},
         convolution={dtype: others[f"conv {dtype}"] / others["conv float32"] for dtype in CONVOLVED},
         grouped=others["grouped"] / others["shifted"],
+        pointwise={dtype: others[f"1x1 {dtype}"] / others[f"dot {dtype}"] for dtype in POINTWISE},
         start=others["start"],
         bandwidth=2 * 4 * _MANY / others["copy"],
         cast={dtype: others[dtype] * 1e6 / _MANY for dtype in DTYPES[1:]},
@@ -234,6 +244,7 @@ def _product(dtype: str, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 _MANY = 2**22
+_CHAIN = 6  # convolutions in a row, as in a model
 
 
 def _others() -> dict[str, float]:
@@ -255,12 +266,22 @@ def _others() -> dict[str, float]:
         taps = [padded[:, i : i + 32, j : j + 32] * w[i, j, 0] for i in range(3) for j in range(3)]
         return functools.reduce(jnp.add, taps)
 
+    def matrix_product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.dot(x.astype(w.dtype), w[0, 0], preferred_element_type=jnp.float32)
+
+    def in_a_row(convolution: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[..., Any]:
+        return lambda x, w: functools.reduce(lambda x, _: jax.nn.relu(convolution(x, w)), range(_CHAIN), x)
+
     programs: dict[str, tuple[Callable[..., Any], tuple]] = {
         "start": timing.start_only().whole,
         "copy": (lambda x: x + 1, (many,)),
-        "grouped": (convolved, (image, kernel)),
-        "shifted": (shifted, (image, kernel)),
+        "grouped": (in_a_row(convolved), (image, kernel)),
+        "shifted": (in_a_row(shifted), (image, kernel)),
     }
+    pointwise = jnp.asarray(rng.uniform(-1, 1, (1, 1, 128, 128)), jnp.float32)
+    for dtype in POINTWISE:
+        programs[f"1x1 {dtype}"] = (in_a_row(convolved), (image, pointwise.astype(dtype)))
+        programs[f"dot {dtype}"] = (in_a_row(matrix_product), (image, pointwise.astype(dtype)))
 
     full = jnp.asarray(rng.uniform(-1, 1, (3, 3, 128, 64)), jnp.float32)
     for dtype in ("float32", *CONVOLVED):
@@ -270,6 +291,7 @@ def _others() -> dict[str, float]:
     runs = {}
     for name, (function, arguments) in programs.items():
         with contextlib.suppress(jax.errors.JaxRuntimeError, NotImplementedError):
-            runs[name] = timing.ready(function, arguments, executable.EXACT)
+            wide = name in ("1x1 float32", "dot float32")  # float32 convolutions run without YNN's kernels
+            runs[name] = timing.ready(function, arguments, executable.EXACT | (executable.NO_YNN if wide else {}))
     seconds = dict(zip(runs, map(float, map(np.median, timing.in_turns([*runs.values()], _ROUNDS))), strict=True))
     return dict.fromkeys(programs, float("nan")) | seconds

@@ -51,7 +51,7 @@ ROWS = [
     row("bf16", 1.7, vs_fp32=0.85, vs_tf32=1.06, error=1e-2, verified=False),
     row("jax_bf16", 1.0, model=DECODE, vs_tf32=0.6, vs_bf16=1.0),
     row("int8_w", 0.8, model=DECODE, vs_tf32=0.5, vs_bf16=0.8),
-    row("int8_w parts", 9.0, model=DECODE, vs_tf32=9.0, vs_bf16=9.0),
+    row("int8_w reduce", 9.0, model=DECODE, vs_tf32=9.0, vs_bf16=9.0),
     Row(model=ENCODER, batch=32, variant="fp32", note="left out"),
 ]
 

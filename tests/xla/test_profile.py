@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import conv, linen
+from toys import conv, dot, linen
 
 from mpjax import kernels
 from mpjax.apply import apply, runs_narrow
@@ -72,9 +72,20 @@ def test_rules_ask_it():
     low = apply(model, dict.fromkeys(model.names, "bfloat16"))
     assert kernels.rule(depthwise, x, w) == "shift" and runs_narrow(low)
     slow = {dtype: (1.0 if dtype == "float32" else 2.0,) * len(profile.ROWS) for dtype in profile.DTYPES}
-    with profile.assumed(replace(here, grouped=1.1, seconds=slow)):
+    pointwise, one_by_one = conv(), jax.ShapeDtypeStruct((1, 1, 16, 8), jnp.float32)
+    assert (
+        kernels.rule(pointwise, x, one_by_one) == "dot"
+        and kernels.rule(pointwise, x, one_by_one, narrow=False) == "xla"
+    )
+    row, square = jax.ShapeDtypeStruct((1, 16), jnp.bfloat16), jax.ShapeDtypeStruct((16, 16), jnp.bfloat16)
+    assert kernels.rule(dot(), row, square) == "rows"
+    other = {"float32": 1.1, "bfloat16": 0.9}
+    with profile.assumed(replace(here, grouped=1.1, seconds=slow, pointwise=other)):
         assert kernels.rule(depthwise, x, w) == "xla" and not runs_narrow(low)
         assert kernels.suited(depthwise) is depthwise
+        assert kernels.rule(pointwise, x, one_by_one) == "xla"
+        assert kernels.rule(pointwise, x, one_by_one, narrow=False) == "dot"
+        assert kernels.rule(dot(), row, square) == "xla"  # padding does not pay there
 
 
 def test_a_chain_is_its_products_and_waits_for_each():
