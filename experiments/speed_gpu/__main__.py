@@ -52,6 +52,7 @@ JOBS = ((POSE, 1), (DECODE, 1), (ENCODER, 1), (DECODE, 32), (POSE, 32), (ENCODER
 VERIFIED = {POSE: "fp16", ENCODER: "bf16"}
 LANDMARKS = "Identity"  # of the pose model's outputs; its mask, Identity_2, amplifies rounding most
 ROUNDS = 15  # of interleaved timing
+NOT_GIVEN = {part.name for parts in models.SINGLE.values() for part in parts}  # programs that nobody is handed
 NOISE = 1.02  # what is slower than another by less is not
 # (model, batch, variant, column, at most)
 TARGETS = (
@@ -254,7 +255,7 @@ def overview(rows: Sequence[Row]) -> list[Row]:
     shown = []
     for part in by_job(rows):
         for plain in (True, False):
-            timed = [row for row in part if (row.variant in PLAIN) == plain and row.variant != "fp32"]
+            timed = [row for row in part if (row.variant in PLAIN) == plain and row.variant not in {"fp32", *NOT_GIVEN}]
             shown += sorted((row for row in timed if row.ms is not None), key=lambda row: row.ms or 0.0)[:1]
     return shown
 
@@ -271,8 +272,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
             result = f"takes {ratios[0]:.2f} of {column.removeprefix('vs_')}'s time"
             result += f": {'met' if ratios[0] <= most else 'not met'}"
         sentences.append(f"{model}, batch {batch} (target: {variant} at most {most:.2f}): it {result}.")
-    single = {part.name for parts in models.SINGLE.values() for part in parts}
-    ours = [(row, row.vs_tf32) for row in rows if row.variant not in PLAIN | single and row.vs_tf32 is not None]
+    ours = [(row, row.vs_tf32) for row in rows if row.variant not in PLAIN | NOT_GIVEN and row.vs_tf32 is not None]
     slower = [f"{row.model}, batch {row.batch}, {row.variant} ({ratio:.2f})" for row, ratio in ours if ratio > NOISE]
     if ours:
         sentences.append(f"Slower than TF32: {'; '.join(slower) or 'nothing'} of {len(ours)} programs (target: none).")
