@@ -4,11 +4,14 @@ It differs from version to version of Python: `digest` says which one it was. To
 topic is in both parts.
 """
 
+import ast
 import hashlib
 import re
+import sysconfig
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from pydoc_data.topics import topics
 
 _LEAST_LETTERS = 0.75  # of the characters: prose, not code or tables
@@ -58,3 +61,14 @@ def _paragraphs(text: str) -> list[str]:
         if prose and not _CODE.search(line):
             paragraphs.append(line)
     return paragraphs
+
+
+def docstrings(*, shortest: int = 400) -> str:
+    """Prose of another source: long docstrings of the standard library's modules and classes (PSF licence), in order of name."""
+    parts: dict[str, None] = {}
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef) and len(text := ast.get_docstring(node) or "") >= shortest:
+                parts.setdefault(text)
+    return "\n\n".join(parts)

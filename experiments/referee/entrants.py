@@ -1,0 +1,90 @@
+"""Who takes part: estimators, allocators, sets of formats, and those of a file of the user's own."""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.referee.subjects import Subject
+from mpjax import sensitivity
+from mpjax.search import Problem, optimum
+from mpjax.search.problem import Index
+from mpjax.sensitivity import Scorer
+
+Allocate = Callable[[Problem, float, int], Index]  # (problem, bytes of the layers' weights, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimator:
+    """How a score is made.
+
+    Attributes:
+        make: of the subject's loss; None: it has no meaning under that loss.
+        examples: how many are scored at most, where a product is needed for each layer or output.
+        seeded: whether its key matters: it is drawn several times.
+    """
+
+    make: Callable[[Subject], Scorer | None]
+    examples: int | None = None
+    seeded: bool = False
+
+
+@dataclass
+class Entrants:
+    """What is crossed: every estimator with every allocator, on every set of formats.
+
+    `formats`: name of a set -> its formats, and the budgets in bits per weight. `files`: name of an estimator or a set -> digest
+    of the file that it is from; what another file computed is not reused.
+    """
+
+    estimators: dict[str, Estimator] = field(default_factory=dict)
+    allocators: dict[str, Allocate] = field(default_factory=dict)
+    formats: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def _estimator(
+    factory: Callable[..., Scorer], *, examples: int | None = None, seeded: bool = False, **knobs: Any
+) -> Estimator:
+    return Estimator(make=lambda subject: factory(loss=subject.loss, **knobs), examples=examples, seeded=seeded)
+
+
+def known() -> Entrants:
+    """Those that mpjax has."""
+    s = sensitivity
+    return Entrants(
+        estimators={
+            "local_rounding": _estimator(s.local_rounding, num_probes=4, seeded=True),
+            "measured": _estimator(s.measured, examples=8),
+            "quadratic": _estimator(s.quadratic, hessian="gauss_newton"),
+            "fisher": _estimator(s.fisher, num_probes=4, seeded=True),
+            "fisher[mean]": _estimator(s.fisher, num_probes=4, elementwise=False, seeded=True),
+            "trace": _estimator(s.trace, num_probes=8, seeded=True),
+            "rounding_norm": Estimator(make=lambda subject: s.rounding_norm()),
+            "depth": Estimator(make=lambda subject: s.depth()),
+            "random": Estimator(make=lambda subject: s.random(), seeded=True),
+        },
+        allocators={"ilp": lambda problem, budget, seed: optimum.within_budget(problem, budget).index},
+        formats={"int": (("int4_w", "int8_w"), (4.75, 6.0))},
+    )
+
+
+def joined_by(entrants: Entrants, path: Path) -> Entrants:
+    """With those of a Python file: its `ESTIMATORS`, `ALLOCATORS` and `FORMATS`, dicts like the fields of `Entrants`.
+
+    Raises:
+        SystemExit: no such file, or one without any of them.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise SystemExit(f"--method: expected a Python file, found {path}.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    parts = {name: dict(getattr(module, name.upper(), {})) for name in ("estimators", "allocators", "formats")}
+    if not any(parts.values()):
+        raise SystemExit(f"--method: {path} has none of ESTIMATORS, ALLOCATORS and FORMATS.")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    parts["files"] = dict.fromkeys([*parts["estimators"], *parts["formats"]], digest)
+    return Entrants(**{name: {**getattr(entrants, name), **part} for name, part in parts.items()})
