@@ -96,27 +96,26 @@ class Contest:
         """Scores, choices, held-out errors, into the tables."""
         scores = {name: self.scores(name) for name in self.crossed.estimators}
         chosen: dict[tuple[str, str, float], list[Assignment]] = {}
-        for (name, drawn), (allocator, allocate), bits in itertools.product(
+        for (name, drawn), (allocator, allocate), share in itertools.product(
             scores.items(), self.crossed.allocators.items(), self.budgets
         ):
-            budget = bits / 8 * self.subject.weights
             picks = []
             for seed, score in enumerate(drawn):
                 try:
                     problem = self.problem(score)
-                    picks.append(problem.assignment(allocate(problem, budget, seed)))
+                    picks.append(problem.assignment(allocate(problem, self.budget(share), seed)))
                 except ValueError:  # a ranking that this allocator cannot take, or a budget below the smallest storage
                     break
             else:
                 if picks:
-                    chosen[name, allocator, bits] = picks
+                    chosen[name, allocator, share] = picks
         errors = self.measured(list(dict.fromkeys(itertools.chain.from_iterable(chosen.values()))))
-        for (name, allocator, bits), picks in chosen.items():
+        for (name, allocator, share), picks in chosen.items():
             tables.choices.append(
                 Choice(
                     model=self.subject.name,
                     formats=self.set_name,
-                    bits=bits,
+                    share=share,
                     estimator=name,
                     allocator=allocator,
                     errors=[errors[pick] for pick in picks],
@@ -124,14 +123,14 @@ class Contest:
                     bytes=max(self.weight_bytes(pick) for pick in picks),
                 )
             )
-        for bits in self.budgets:
-            budget = bits / 8 * self.subject.weights
-            fits = [error for pick, error in errors.items() if self.weight_bytes(pick) <= budget * (1 + 1e-9)]
-            tables.known[self.subject.name, self.set_name, bits] = fits
+        for share in self.budgets:
+            most = self.budget(share) * (1 + 1e-9)
+            fits = [error for pick, error in errors.items() if self.weight_bytes(pick) <= most]
+            tables.known[self.subject.name, self.set_name, share] = fits
         for name, drawn in scores.items():
             tables.scores += [self._row(name, drawn[0])] if drawn else []
         if DEFAULT[0] in scores:
-            mixes = {bits: chosen[*DEFAULT, bits][0] for bits in self.budgets if (*DEFAULT, bits) in chosen}
+            mixes = {share: chosen[*DEFAULT, share][0] for share in self.budgets if (*DEFAULT, share) in chosen}
             tables.additivity += self.additivity(mixes, {name: scores[name][0] for name in ADDED if scores.get(name)})
 
     def scores(self, name: str) -> list[Scores]:
@@ -162,7 +161,7 @@ class Contest:
         """Rows of the uniform formats and of the default's mixes."""
         names = self.subject.model.names
         storages = {fmt: Assignment.uniform(names, fmt) for fmt in self.formats}
-        storages |= {f"mixed at {bits:g} bits": mix for bits, mix in mixes.items()}
+        storages |= {f"mixed, {share:g}": mix for share, mix in mixes.items()}
         parts = {name: self.batches(name) for name in scores}
 
         def compute() -> Computed:
@@ -186,6 +185,10 @@ class Contest:
             whole = float(piece.arrays[DEFAULT[0]][place])
             rows.append(Additivity(model=self.subject.name, storage=storage, bits=bits, whole=whole, **ratios))
         return rows
+
+    def budget(self, share: float) -> float:
+        """Bytes of all layers' weights."""
+        return share * self.weight_bytes(Assignment.uniform(self.subject.model.names, self.formats[0]))
 
     def weight_bytes(self, assignment: Assignment) -> int:
         """Of all layers."""

@@ -35,7 +35,7 @@ class Estimator:
 class Entrants:
     """What is crossed: every estimator with every allocator, on every set of formats.
 
-    `formats`: name of a set -> its formats, and the budgets in bits per weight. `files`: name of an estimator or a set -> digest
+    `formats`: name of a set -> its formats, and the budgets: bytes over those of all layers in the first one. `files`: name of an estimator or a set -> digest
     of the file that it is from; what another file computed is not reused.
     """
 
@@ -67,7 +67,7 @@ def known() -> Entrants:
             "random": Estimator(make=lambda subject: s.random(), seeded=True),
         },
         allocators={"ilp": lambda problem, budget, seed: optimum.within_budget(problem, budget).index},
-        formats={"int": (("int4_w", "int8_w"), (4.75, 6.0))},
+        formats={"int": (("int4_w", "int8_w"), (1.1, 1.25, 1.6))},
     )
 
 

@@ -22,7 +22,7 @@ class Choice:
 
     model: str
     formats: str
-    bits: float
+    share: float
     estimator: str
     allocator: str
     errors: Sequence[np.ndarray]
@@ -44,7 +44,7 @@ def cells(choices: Sequence[Choice], known: Mapping[tuple[str, str, float], Sequ
             Cell(
                 model=choice.model,
                 formats=choice.formats,
-                bits=choice.bits,
+                share=choice.share,
                 estimator=choice.estimator,
                 allocator=choice.allocator,
                 error=choice.mean,
@@ -106,7 +106,7 @@ def _ratios(
     for choice in choices:
         if choice.model not in drawn:
             drawn[choice.model] = _weights(choice.blocks)
-        best = min(known[choice.model, choice.formats, choice.bits], key=lambda errors: float(errors.mean()))
+        best = min(known[choice.model, choice.formats, choice.share], key=lambda errors: float(errors.mean()))
         weights = drawn[choice.model]
         ratio = (weights @ np.mean(choice.errors, axis=0)) / np.maximum(weights @ best, np.finfo(float).tiny)
         ratios.append(np.maximum(ratio, np.finfo(float).tiny))

@@ -28,7 +28,7 @@ class Cell:
 
     model: str = column("model", short=True)
     formats: str = column("formats", short=True)
-    bits: float = column("bits per weight", ".3g", short=True)
+    share: float = column("bytes / uniform", "g", short=True)
     estimator: str = column("estimator", short=True)
     allocator: str = column("allocator", short=True)
     error: float = column("error", ".3g", short=True)

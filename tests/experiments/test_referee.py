@@ -34,7 +34,7 @@ FORMAT = """
 from mpjax.formats import Format, register
 
 register(Format(name="toy_w", storage="int8", operand="float32", weight_only=True, group=16))
-FORMATS = {"toy": (("toy_w", "bfloat16_w"), (14.0,))}
+FORMATS = {"toy": (("toy_w", "bfloat16_w"), (1.5,))}
 """
 
 
@@ -101,7 +101,7 @@ def test_regret_is_the_error_over_the_least_known():
     known = {("m", "f", 4.0): options}
     choices = [
         Choice(
-            model="m", formats="f", bits=4.0, estimator=f"e{i}", allocator="a", errors=[errors], blocks=blocks, bytes=1
+            model="m", formats="f", share=4.0, estimator=f"e{i}", allocator="a", errors=[errors], blocks=blocks, bytes=1
         )
         for i, errors in enumerate(options)
     ]
