@@ -35,8 +35,8 @@ class Estimator:
 class Entrants:
     """What is crossed: every estimator with every allocator, on every set of formats.
 
-    `formats`: name of a set -> its formats, and the budgets: bytes over those of all layers in the first one. `files`: name of an estimator or a set -> digest
-    of the file that it is from; what another file computed is not reused.
+    `formats`: name of a set -> its formats, and the budgets: bytes over those of all layers in the first one. `files`: name of an
+    estimator or a set -> digest of the file that it is from; what another file computed is not reused.
     """
 
     estimators: dict[str, Estimator] = field(default_factory=dict)
