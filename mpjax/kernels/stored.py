@@ -42,7 +42,8 @@ WIDE = "wide"  # float32 weights made once and kept
 _MOST_ROWS = 1024  # above, arithmetic weighs more than memory, and each form has more of it
 _FEW_ROWS = decode.MOST_ROWS  # of what multiplies one by one
 _MOST_SUMMED = 2**31 // 127**2  # products of int8 that an int32 holds
-_CLEARLY = 0.9  # of the time of weights kept wide: what a form must take to be preferred
+# Of the time of weights kept wide, what a form must take to be preferred: in a program it gains less than alone.
+_CLEARLY = 0.8
 _MOST_TIMED = 2**24  # weights of a product that is timed
 
 
