@@ -4,9 +4,9 @@
 
 The device's profile (`mp.xla.device_profile`) decides how each product is computed, and where weights are stored small and kept
 wide. Two float32 programs stand beside: the model as jax jits it, and with the rule's implementations. Every program is verified
-against its definition; inputs are random, which changes no time. MiniLM encodes texts of 128 tokens, SmolLM2 continues one: a token
-after 127, or the first 128. `encoder` and `decode` have random weights: the second is a stack of gated blocks, two of whose products
-are four times as wide, for one and for 32 tokens at a time.
+against its definition; inputs are random, which changes no time. MiniLM encodes texts of 128 tokens, SmolLM2 continues one: a
+token after 127, or the first 128. `encoder` and `decode` have random weights: the second is a stack of gated blocks, two of whose
+products are four times as wide, for one and for 32 tokens at a time.
 
 Expected: no program takes more than 1.02 of float32's time. With AMX bfloat16 takes half and less of it in the encoder, with AVX2
 alone nothing pays.
@@ -159,12 +159,11 @@ def load(name: str) -> tuple[Model, Batches]:
         texts = [(jnp.asarray(ids), jnp.ones_like(ids)) for ids in words]
         return from_nnx(load_minilm(assets.fetch("minilm")), *texts[0]), texts
     if name.startswith("SmolLM2"):
-        module, tokens = load_smollm2(assets.fetch("smollm2")).module, int(name.split()[1])
-        cache, start = new_cache(module.shape, 128), jnp.full((1,), 128 - tokens, jnp.int32)
-        inputs = [
-            (jnp.asarray(ids), *cache, start) for ids in rng.integers(0, module.shape.words, (2, 1, tokens), np.int32)
-        ]
-        return from_nnx(module, *inputs[0]), inputs
+        language, count = load_smollm2(assets.fetch("smollm2")).module, int(name.split()[1])
+        cache, start = new_cache(language.shape, 128), jnp.full((1,), 128 - count, jnp.int32)
+        ids = rng.integers(0, language.shape.words, (2, 1, count), np.int32)
+        inputs = [(jnp.asarray(part), *cache, start) for part in ids]
+        return from_nnx(language, *inputs[0]), inputs
     imported = load_tflite(assets.fetch(name), plain=True)
     images = rng.uniform(0, 1, (2, 1, *imported.input_shape[1:])).astype(np.float32)
     return from_linen(imported.module, imported.variables, images[0]), [(jnp.asarray(image),) for image in images]
