@@ -1,11 +1,12 @@
 """What low precision pays on this device: models whose layers are all in one format, against float32.
 
-    python -m experiments.what_pays [--quick]      (about 5 minutes on 2 cores; --quick: 1)
+    python -m experiments.what_pays [--quick]      (about 9 minutes on 2 cores; --quick: 1)
 
 The device's profile (`mp.xla.device_profile`) decides how each product is computed, and where weights are stored small and kept
 wide. Two float32 programs stand beside: the model as jax jits it, and with the rule's implementations. Every program is verified
-against its definition; inputs and the weights of `encoder` and `decode` are random, which changes no time. `decode` is a stack of
-gated blocks, two of whose products are four times as wide, for one and for 32 tokens at a time.
+against its definition; inputs are random, which changes no time. MiniLM encodes texts of 128 tokens, SmolLM2 continues one: a
+token after 127, or the first 128. `encoder` and `decode` have random weights: the second is a stack of gated blocks, two of whose
+products are four times as wide, for one and for 32 tokens at a time.
 
 Expected: no program takes more than 1.02 of float32's time. With AMX bfloat16 takes half and less of it in the encoder, with AVX2
 alone nothing pays.
@@ -28,6 +29,8 @@ from experiments.lib.rows import Table
 from experiments.lib.run import Computed, Options, Run, check_names
 from experiments.lib.times import interleaved
 from experiments.models.encoder import ENCODERS, random_encoder
+from experiments.models.minilm import load_minilm
+from experiments.models.smollm2 import load_smollm2, new_cache
 from experiments.models.tflite_import import load_tflite
 from experiments.what_pays import figures
 from experiments.what_pays.rows import Row, findings, overview
@@ -35,7 +38,7 @@ from mpjax import compiled, xla
 from mpjax.apply import apply
 from mpjax.compiled import verification
 from mpjax.ledger import Ledger
-from mpjax.program import Batches, Model, from_function, from_linen
+from mpjax.program import Batches, Model, from_function, from_linen, from_nnx
 from mpjax.xla import timing
 
 VISION = ("bfloat16", "float16", "int8_w")
@@ -43,11 +46,16 @@ TEXT = ("bfloat16", "float16", "bfloat16_w", "int8_w", "int4_w")
 MODELS: Mapping[str, tuple[str, ...]] = {
     "iris_landmark": VISION,
     "pose_landmark_full": VISION,
+    "MiniLM, 1 x 128": TEXT,
+    "MiniLM, 8 x 128": TEXT,
+    "SmolLM2, 1 token": TEXT,
+    "SmolLM2, 128 tokens": TEXT,
     "encoder 6x384, 1 x 128": TEXT,
     "encoder 6x384, 8 x 128": TEXT,
     "decode, 1 token": TEXT,
     "decode, 32 tokens": TEXT,
 }
+LARGE = ("pose", "MiniLM", "SmolLM2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +63,7 @@ class Config(Options):
     """What is measured."""
 
     quick: bool = False
-    """Without pose_landmark_full, in fewer rounds."""
+    """Without the pretrained models but iris_landmark, in fewer rounds."""
     models: tuple[str, ...] = tuple(MODELS)
     """Some of them."""
     rounds: int = 21
@@ -73,7 +81,7 @@ def main(config: Config) -> None:
     profile = xla.device_profile()
     print(profile)
     rounds = 5 if config.quick else config.rounds
-    names = [name for name in dict.fromkeys(config.models) if not (config.quick and name.startswith("pose"))]
+    names = [name for name in dict.fromkeys(config.models) if not (config.quick and name.startswith(LARGE))]
     rows: list[Row] = []
     refused: dict[str, str] = {}
     with progress("models", len(names)) as advance:
@@ -146,6 +154,16 @@ def load(name: str) -> tuple[Model, Batches]:
         function, params, width = decoder()
         tokens = rng.standard_normal((2, int(name.split()[1]), width)).astype(np.float32)
         return from_function(function, params, tokens[0]), [(jnp.asarray(part),) for part in tokens]
+    if name.startswith("MiniLM"):
+        words = rng.integers(1000, 30_000, (2, int(name.split()[1]), 128), np.int32)
+        texts = [(jnp.asarray(ids), jnp.ones_like(ids)) for ids in words]
+        return from_nnx(load_minilm(assets.fetch("minilm")), *texts[0]), texts
+    if name.startswith("SmolLM2"):
+        language, count = load_smollm2(assets.fetch("smollm2")).module, int(name.split()[1])
+        cache, start = new_cache(language.shape, 128), jnp.full((1,), 128 - count, jnp.int32)
+        ids = rng.integers(0, language.shape.words, (2, 1, count), np.int32)
+        inputs = [(jnp.asarray(part), *cache, start) for part in ids]
+        return from_nnx(language, *inputs[0]), inputs
     imported = load_tflite(assets.fetch(name), plain=True)
     images = rng.uniform(0, 1, (2, 1, *imported.input_shape[1:])).astype(np.float32)
     return from_linen(imported.module, imported.variables, images[0]), [(jnp.asarray(image),) for image in images]

@@ -25,7 +25,7 @@ from mpjax.compiled.tuning import Tuning
 from mpjax.compiled.verification import Float32Outputs, MiscompiledError, Verification, check_inputs, reference
 from mpjax.cost import Progress
 from mpjax.program import Array, Batches, Layer, Model, with_output
-from mpjax.xla import executable, hlo, timing
+from mpjax.xla import executable, hlo, parts, timing
 
 _CLEARLY = 0.99  # of the reference's time: what takes more is not faster
 
@@ -156,7 +156,7 @@ def compile(  # noqa: A001 - the design's name
     reasons: list[str] = []
     for options in sets:
         try:
-            program = executable.build(function, (placed, *batches[0]), options)
+            program = parts.build(function, placed, batches[0], options)
             verification = expected.verify(lambda *batch, run=program: run(placed, *batch))
         except jax.errors.JaxRuntimeError as error:
             reasons.append(f"{executable.name(options)}: {failure(error)}")

@@ -35,7 +35,7 @@ from mpjax.files import Checkpoint, source_digest
 from mpjax.formats import FLOAT32
 from mpjax.plan import Plan
 from mpjax.program import Array, Batches, Model, calls
-from mpjax.xla import executable, timing
+from mpjax.xla import executable, parts, timing
 from mpjax.xla.executable import Options
 
 _MOST_CHANGES = 16  # single layers that are tried in the whole program
@@ -249,7 +249,7 @@ class _Trials:
 
         trial = _Trial(changes=changes, options=options, program=run, inputs=self.inputs)
         try:
-            program = executable.build(function, (weights, *self.inputs), options)
+            program = parts.build(function, weights, self.inputs, options)
             trial()
         except jax.errors.JaxRuntimeError as error:
             self.notes.append(f"{trial}: {failure(error)}")

@@ -35,7 +35,7 @@ from mpjax.cost.measuring import Progress, program_key
 from mpjax.formats import FLOAT32, Format
 from mpjax.program import Array, Model, calls, check_batches
 from mpjax.program.packing import as_function
-from mpjax.xla import executable, profiling, timing
+from mpjax.xla import executable, parts, profiling, timing
 
 IMPLEMENTATIONS = ("xla", "rule")
 
@@ -198,7 +198,7 @@ def whole(model: Model, *inputs: Array, narrow: bool | None = None) -> Whole:
     model = widened(model, slower_narrow(model, *inputs))
     function, arguments = as_function(model, inputs)
     placed = jax.device_put(arguments)
-    program = executable.build(function, placed, executable.option_sets(narrow=narrow)[0])
+    program = parts.build(function, placed[0], placed[1:], executable.option_sets(narrow=narrow)[0])
     return Whole(run=lambda: jax.block_until_ready(program(*placed)), text=program.compiled.as_text())
 
 

@@ -42,8 +42,10 @@ WIDE = "wide"  # float32 weights made once and kept
 _MOST_ROWS = 1024  # above, arithmetic weighs more than memory, and each form has more of it
 _FEW_ROWS = decode.MOST_ROWS  # of what multiplies one by one
 _MOST_SUMMED = 2**31 // 127**2  # products of int8 that an int32 holds
-_CLEARLY = 0.9  # of the time of weights kept wide: what a form must take to be preferred
+# Of the time of weights kept wide, what a form must take to be preferred: in a program it gains less than alone.
+_CLEARLY = 0.8
 _MOST_TIMED = 2**24  # weights of a product that is timed
+_MEMORY, _MOST_COPIES = 2**26, 16  # bytes that no cache holds
 
 
 def forms(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -262,6 +264,11 @@ _FORMS: dict[str, tuple[tuple[str, ...], _Covers]] = {
 # --- asking the device ------------------------------------------------------------------------------------------------
 
 
+def copies(fmt: Format, weights: int) -> int:
+    """Of a product that is timed, one after the other: as stored, too, they come from memory, as a large model's do."""
+    return int(np.clip(_MEMORY * 8 // (fmt.bits * weights), 2, _MOST_COPIES))
+
+
 @functools.cache
 def _timed(
     here: Any, fmt: Format, rows: int, inputs: int, channels: int, inputs_first: bool, names: tuple[str, ...]
@@ -273,7 +280,7 @@ def _timed(
     axis = summed[0]
     x = rng.standard_normal((rows, inputs)).astype(np.float32)
     block = rng.standard_normal(2**16).astype(np.float32)
-    count = profile.copies(4 * inputs * channels)
+    count = copies(fmt, inputs * channels)
 
     def made() -> tuple[list[Any], list[Any]]:
         wide = [np.resize(np.roll(block, i), shape) for i in range(count)]

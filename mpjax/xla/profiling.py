@@ -60,23 +60,34 @@ def layer_seconds_in_turns(
 
     In each round every program runs once to warm the caches, and `repeats` times under the profiler's eye.
     """
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    for run, _ in programs:
-        jax.block_until_ready(run())
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            for _ in range(rounds):
-                for number, (run, _) in enumerate(programs):
-                    jax.block_until_ready(run())
-                    for _ in range(repeats):
-                        with jax.profiler.TraceAnnotation(f"{_RUN}{number}"):
-                            jax.block_until_ready(run())
-        events = [event for path in Path(folder).rglob("*.xplane.pb") for event in _read(path)]
+    events = _profiled([run for run, _ in programs], rounds, repeats)
     return [
         _by_layer(events, f"{_RUN}{number}", hlo.owners(text, layers), layers)
         for number, (_, text) in enumerate(programs)
     ]
+
+
+def instruction_seconds(run: Callable[[], Any], text: str, *, repeats: int = 50) -> dict[str, float] | None:
+    """`layer_seconds` of the instructions of a program, by their names in its optimised HLO; those that ran."""
+    names = [instruction.name for instruction in hlo.instructions(text)]
+    seconds = _by_layer(_profiled([run], 1, repeats), f"{_RUN}0", {name: name for name in names}, names)
+    return seconds and {name: number for name, number in seconds.items() if number or name == OUTSIDE}
+
+
+def _profiled(runs: Sequence[Callable[[], Any]], rounds: int, repeats: int) -> list[Event]:
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    for run in runs:
+        jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            for _ in range(rounds):
+                for number, run in enumerate(runs):
+                    jax.block_until_ready(run())
+                    for _ in range(repeats):
+                        with jax.profiler.TraceAnnotation(f"{_RUN}{number}"):
+                            jax.block_until_ready(run())
+        return [event for path in Path(folder).rglob("*.xplane.pb") for event in _read(path)]
 
 
 def _by_layer(

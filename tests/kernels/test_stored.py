@@ -221,7 +221,7 @@ def test_the_device_is_asked_once_for_products_of_a_size(monkeypatch):
     for rows in (3, 4):
         x = jnp.ones((rows, 32), jnp.float32)
         assert stored.choice(dot(), x, small, fmt, weights.shape) == "multiplied out"
-        assert stored.seconds(dot(), x, small, fmt, weights.shape)["wide"] == 3.0 / profile.copies(4 * 32 * 16)
+        assert stored.seconds(dot(), x, small, fmt, weights.shape)["wide"] == 3.0 / stored.copies(parse(fmt), 32 * 16)
     assert len(asked) == 1
     for function, arguments in asked[0].values():  # what would be timed runs, and gives the product
         np.testing.assert_allclose(jax.jit(function)(*arguments).shape, (4, 16))

@@ -29,6 +29,15 @@ def test_seconds_by_layer(program):
     assert all(0 <= value < 1 for value in seconds.values()) and seconds["first"] > 0 and seconds["second"] > 0
 
 
+def test_seconds_by_instruction(program):
+    text, run = program
+    seconds = profiling.instruction_seconds(run, text, repeats=5)
+    if seconds is None:
+        pytest.skip("this profiler names no instruction of the program")
+    assert profiling.OUTSIDE in seconds and set(seconds) - {profiling.OUTSIDE} <= set(profiling.hlo.owners(text, ()))
+    assert len(seconds) > 1 and min(seconds.values()) >= 0
+
+
 def test_none_of_a_program_that_the_profiler_does_not_name(program):
     assert profiling.layer_seconds(program[1], "HloModule another", ("first",), repeats=1) is None
 
