@@ -211,8 +211,7 @@ def fastest(costs: Any, table: np.ndarray) -> dict[str, str]:
         formats=(LOW,),
         penalty=np.zeros((len(costs.layers), 1)),
         objective="cost_min",
-        cost=table[:, 1:],
-        float32_cost=table[:, 0],
+        cost=table,
     )
     assignment = problem.assignment(optimum.linear(problem, np.inf).index)
     return dict.fromkeys(assignment.lowered, LOW)

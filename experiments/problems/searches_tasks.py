@@ -207,16 +207,12 @@ def problem_of(
         tables = {"bytes": "weight_bytes", "latency": "seconds", "latency with casts": "product_seconds"}
         table = getattr(costs, tables[objective])
         assert table is not None
-        columns = [costs.formats.index(fmt) for fmt in formats]
-        fields = {
-            "objective": "cost_min",
-            "cost": table[np.ix_(rows, columns)],
-            "float32_cost": table[rows, 0],
-        }
+        columns = [0, *(costs.formats.index(fmt) for fmt in formats)]
+        fields = {"objective": "cost_min", "cost": table[np.ix_(rows, columns)]}
     if objective == "latency with casts":
         inside = tuple(edge for edge in predicted.edges if edge[0] in layers and edge[1] in layers)
         cast = costs.boundary(inside)
-        fields |= {"edges": inside, "cast_cost": cast[:, [0, *columns]][:, :, [0, *columns]]}
+        fields |= {"edges": inside, "cast_cost": cast[:, columns][:, :, columns]}
     return Problem(
         layers=tuple(layers),
         formats=tuple(formats),

@@ -405,8 +405,7 @@ def random_problems() -> Computed:
             formats=tuple(f"format{i}" for i in range(4)),
             penalty=penalty,
             objective="cost_min",
-            cost=price,
-            float32_cost=np.ones(200),
+            cost=np.insert(price, 0, 1.0, axis=1),
         )
         name = f"{'ordered' if seed % 2 else 'random'} {seed}"
         rows.append(_solved(name, "ilp", optimum.linear, problem, 0.3, 0.3 * float(penalty.min(axis=1).sum())))

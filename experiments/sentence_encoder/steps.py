@@ -112,8 +112,7 @@ def fastest(subject: Subject, result: Study, tolerance: float) -> dict[str, Mode
         formats=(FAST,),
         penalty=result.scores.column(FAST)[:, None],
         objective="cost_min",
-        cost=seconds[:, 1:],
-        float32_cost=seconds[:, 0],
+        cost=seconds,
     )
     attention = dict.fromkeys((product.name for product in model.activation_products), FAST)
     measure = Evaluation(

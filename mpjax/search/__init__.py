@@ -6,16 +6,16 @@
 A strategy proposes assignments; `solve` measures each of them with the user's metric, once, and returns the best one, by the
 problem's objective, that was within the tolerance. An assignment that was only predicted is never returned.
 
-`problem`: assignments, penalties, costs. `strategies`: which assignments are tried. `optimum`: the best by prediction alone.
-`pareto`: the whole trade-off.
+`problem`: assignments, penalties, costs, constraints. `strategies`: which assignments are tried. `optimum`: the best within a
+limit on the predicted loss, by prediction alone; `allocators`: within a budget. `pareto`: the whole trade-off.
 """
 
-from mpjax.search import optimum
+from mpjax.search import allocators, optimum
 from mpjax.search import pareto as pareto
 from mpjax.search.pareto import Point as Point
 from mpjax.search.pareto import sweep
 from mpjax.search.problem import REFERENCE as REFERENCE
-from mpjax.search.problem import Assignment, Measurement, Problem
+from mpjax.search.problem import Assignment, InfeasibleError, Limit, Measurement, Problem
 from mpjax.search.problem import Evaluate as Evaluate
 from mpjax.search.solve import Result as Result
 from mpjax.search.solve import SearchInterrupted, ToleranceError, solve
@@ -35,10 +35,13 @@ from mpjax.search.strategies.strategy import Strategy as Strategy
 
 __all__ = [
     "Assignment",
+    "InfeasibleError",
+    "Limit",
     "Measurement",
     "Problem",
     "SearchInterrupted",
     "ToleranceError",
+    "allocators",
     "binary",
     "bisect_precision",
     "exhaustive",

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpjax.search import optimum
-from mpjax.search.problem import Assignment, Evaluate, Measurement, Problem
+from mpjax.search.problem import Assignment, Evaluate, InfeasibleError, Measurement, Problem
 
 Axis = Callable[[Assignment], float]
 
@@ -44,7 +44,7 @@ def sweep(
     solver: optimum.Solver = optimum.linear,
     known: MutableMapping[Assignment, Measurement] | None = None,
 ) -> tuple[Point, ...]:
-    """At most `count` measured points and all-float32, by ascending predicted loss.
+    """At most `count` measured points and, within the problem's limits, the baseline, by ascending predicted loss.
 
     Args:
         problem: penalties of kind "loss"; its objective is traded for the loss.
@@ -62,8 +62,10 @@ def sweep(
     if count < 2:
         raise ValueError(f"count must be at least 2; got {count}")
     known = {} if known is None else known
-    indices = [solver(problem, limit).index.tolist() for limit in _limits(problem, solver, count)]
-    distinct = dict.fromkeys([(0,) * len(problem.layers), *map(tuple, indices)])
+    limits = _limits(problem, solver, count)
+    solutions = [solution.index.tolist() for limit in limits for solution in _solved(problem, solver, limit)]
+    start = [] if problem.exceeded(problem.start) else [tuple(problem.start.tolist())]
+    distinct = dict.fromkeys([*start, *map(tuple, solutions)])
     ordered = sorted(map(np.array, distinct), key=problem.penalty_of)
     assignments = [problem.assignment(index) for index in ordered]
     for assignment in assignments:
@@ -94,10 +96,18 @@ def non_dominated(a: ArrayLike, b: ArrayLike) -> NDArray[np.bool_]:
     return np.asarray(~better.any(axis=1) & np.isfinite(x) & np.isfinite(y))
 
 
+def _solved(problem: Problem, solver: optimum.Solver, limit: float) -> list[optimum.Solution]:
+    """The solution within a limit, if there is one."""
+    try:
+        return [solver(problem, limit)]
+    except InfeasibleError:
+        return []
+
+
 def _limits(problem: Problem, solver: optimum.Solver, count: int) -> list[float]:
     """Evenly spaced in the logarithm, from the least single penalty to that of the unlimited solution; the last is no limit."""
     most = solver(problem, math.inf).penalty
-    single = problem.penalty[problem.allowed & (problem.penalty > 0)]
+    single = problem.penalty[problem.usable[:, 1:] & (problem.penalty > 0)]
     if not single.size or most <= 0:
         return [math.inf]
     least = min(float(single.min()), most)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from mpjax.ledger import Ledger
 from mpjax.search.problem import Assignment, Evaluate, Measurement, Problem
-from mpjax.search.strategies.strategy import Step, Strategy
+from mpjax.search.strategies.strategy import BASELINE, Step, Strategy
 
 Known = MutableMapping[Assignment, Measurement]
 
@@ -36,7 +36,7 @@ class Result:
 
 
 class ToleranceError(ValueError):
-    """Not even all layers in float32 meet the tolerance."""
+    """Not even all layers in float32 meet the tolerance, or nothing that was measured meets it and the problem's limits."""
 
 
 class SearchInterrupted(RuntimeError):
@@ -71,7 +71,8 @@ def solve(
     """The best assignment, by the problem's objective, among those that were measured to be within the tolerance.
 
     Args:
-        problem: layers, formats, penalties, costs and the objective.
+        problem: layers, formats, penalties, costs, constraints and the objective. The strategy gets it contracted: a layer for
+            each group of tied layers.
         strategy: `ilp()`, `binary()`, …
         evaluate: the user's metric. An assignment that repeats is not evaluated again.
         tolerance: largest accepted loss, in the unit of `Measurement.value`.
@@ -83,7 +84,9 @@ def solve(
         confirm: measure the chosen assignment once more.
 
     Raises:
-        ToleranceError: all-float32 misses the tolerance.
+        ToleranceError: all-float32 misses the tolerance; or, where float32 is not all layers' choice or there are limits, nothing
+            that was measured meets both.
+        InfeasibleError: no assignment meets the problem's limits.
         SearchInterrupted: `evaluate` or the strategy raised an exception; it carries the trail and the best so far.
         UnsteadyMetricError: with `confirm`, the second value differs from the first.
         ValueError, TypeError: a tolerance, confidence, budget or measurement without a meaning, or a problem that the strategy
@@ -97,8 +100,8 @@ def solve(
         raise ValueError(f"max_evaluations must be at least 1, for all-float32; got {max_evaluations}")
     search = _Search(problem, evaluate, tolerance, confidence, max_evaluations, {} if known is None else known)
     try:
-        strategy(problem, search)
-        search(problem.baseline, "all layers in float32")
+        strategy(problem.contracted, search)
+        search(problem.contracted.baseline, BASELINE)
     except _BudgetSpent:
         pass
     except SearchInterrupted:
@@ -106,7 +109,9 @@ def solve(
     except RuntimeError as error:
         raise search.interrupted(f"the strategy failed with {error!r}") from error
     best = search.best
-    assert best is not None and best.measurement is not None  # all-float32 at least
+    if best is None:
+        raise search.nothing()
+    assert best.measurement is not None
     if confirm:
         search.confirm(best.assignment, best.measurement)
     index = problem.index(best.assignment)
@@ -141,21 +146,38 @@ class _Search:
 
     @property
     def best(self) -> Step | None:
-        """The accepted step of the best objective and cost; the smaller measured loss among equals, then the earlier one."""
+        """The accepted step within the limits of the best objective and cost; among equals that of the smaller measured loss."""
 
         def rank(step: Step) -> tuple[float, float, float, float]:
             assert step.measurement is not None
             objective, cost, penalty = self.problem.rank(self.problem.index(step.assignment))
             return objective, cost, step.measurement.value, penalty
 
-        return min((step for step in self.trail if step.accepted), key=rank, default=None)
+        return min((step for step in self.trail if step.accepted and not self.over(step)), key=rank, default=None)
+
+    def over(self, step: Step) -> dict[str, float]:
+        """The problem's limits that a step exceeds."""
+        return self.problem.exceeded(self.problem.index(step.assignment))
+
+    def nothing(self) -> ToleranceError:
+        """The error of a search without a result."""
+        measured = [step for step in self.trail if step.measurement is not None]
+        inside = [step.value for step in measured if not self.over(step) and not math.isnan(step.value)]
+        limits = " and ".join(f"{name} ≤ {most:.6g}" for name, (_, most) in self.problem.limits.items())
+        return ToleranceError(
+            f"none of {len(measured)} measured assignments is within the tolerance {self.tolerance:.6g}"
+            + (f" and has {limits}" if limits else "")
+            + (f"; the least {'such ' if limits else ''}loss is {min(inside):.6g}" if inside else "")
+        )
 
     def __call__(self, assignment: Assignment, note: str = "", bound: float | None = None) -> Step:
+        if self.problem.contracted is not self.problem:
+            assignment = self.problem.expanded(assignment)
         if assignment in self.tried:
             return self.tried[assignment]
         baseline = assignment == self.problem.baseline
         if not self.tried and not baseline:
-            self(self.problem.baseline, "all layers in float32")
+            self(self.problem.contracted.baseline, BASELINE)
         if self.max_evaluations is not None and len(self.tried) >= self.max_evaluations:
             self.trail.append(
                 Step(assignment=assignment, note=f"stopped: max_evaluations={self.max_evaluations} spent")
@@ -171,7 +193,7 @@ class _Search:
         )
         self.tried[assignment] = step
         self.trail.append(step)
-        if baseline and not accepted:
+        if baseline and not accepted and not assignment.lowered:
             raise ToleranceError(
                 f"with all layers in float32 the metric is {value:.6g}, over the tolerance {self.tolerance:.6g}; raise the "
                 "tolerance, or check that the metric is a loss (lower is better) against the float32 output"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from refusals import refused
 from toy_search import random_problem
 
-from mpjax.search import Problem, optimum
+from mpjax.search import Problem, allocators, optimum
 from mpjax.search.optimum.greedy import steps
 
 
@@ -74,11 +74,11 @@ def test_budget_equals_brute_force(seed, size, edges, share) -> None:
     budget = min(costs) + share * (max(costs) - min(costs))
     fitting = [index for index in every_index(p) if p.cost_of(index) <= budget * (1 + optimum.MARGIN)]
     best = min(value for value in map(p.penalty_of, fitting) if math.isfinite(value))
-    solution = optimum.within_budget(p, budget)
+    solution = allocators.ilp(p, budget)
     assert p.cost_of(solution.index) <= budget * (1 + 1e-8)
     assert solution.objective == pytest.approx(best, rel=1e-5, abs=1e-7)
-    with pytest.raises(ValueError, match="the cheapest costs"):
-        optimum.within_budget(p, min(costs) * 0.9)
+    with pytest.raises(ValueError, match="budget.*the least is"):
+        allocators.ilp(p, min(costs) * 0.9)
 
 
 def test_steps_take_the_most_gain_per_loss_and_see_interactions() -> None:
@@ -88,7 +88,7 @@ def test_steps_take_the_most_gain_per_loss_and_see_interactions() -> None:
     # b alone costs least; a then takes back most of it, although it costs most alone; c comes last
     assert steps(made(penalty, interactions=gram)) == [(1, 1), (0, 1), (2, 1)]
     assert steps(made(penalty)) == [(1, 1), (2, 1), (0, 1)]
-    costs = {"cost": [[0.5, 0.1], [0.9, 0.2], [0.1, 1.5]], "float32_cost": [1.0, 1.0, 1.0]}
+    costs = {"cost": [[1, 0.5, 0.1], [1, 0.9, 0.2], [1, 0.1, 1.5]]}
     priced = made([[1, 4], [1, 2], [np.inf, 1]], objective="cost_min", **costs)
     # a: 1/.5 in f, 4/.9 in g; b: 1/.1 in f, 2/.8 in g; c: not in f, and g saves nothing
     # then a from f to g: 3/.4
@@ -101,8 +101,8 @@ def test_a_negative_limit_and_a_ranking_are_refused() -> None:
     refused(
         *(("limit must be ≥ 0", solver, p, -1.0) for solver in (optimum.linear, optimum.greedy)),
         *(("take binary", s, ranking, 1.0) for s in (optimum.linear, optimum.quadratic, optimum.greedy)),
-        ("take binary", optimum.within_budget, ranking, 1.0),
-        ("a budget needs cost", optimum.within_budget, p, 1.0),
+        ("needs a cost", allocators.ilp, ranking, 1.0),
+        ("a budget needs a cost", allocators.ilp, p, 1.0),
     )
 
 
@@ -128,22 +128,22 @@ def test_the_quadratic_solver_leaves_a_point_that_lies_a_rounding_beyond_the_lim
 def test_one_dear_layer_hides_no_cheap_ones() -> None:
     """Layers of which one costs 10⁵ times the others: as near as the docstring says of the bound."""
     costs = np.array([1e5, *[100.0] * 9])
-    p = made([[100.0]] + [[1.0]] * 9, objective="cost_min", cost=costs[:, None] / 2, float32_cost=costs)
+    p = made([[100.0]] + [[1.0]] * 9, objective="cost_min", cost=costs[:, None] * [1, 0.5])
     solution = optimum.linear(p, 5.0)  # the dear layer does not fit
     assert np.count_nonzero(solution.index) == 5 and solution.bound <= solution.objective <= solution.bound + 0.1
 
 
 def test_without_a_limit_equal_costs_go_by_the_penalty() -> None:
-    costs = {"cost": [[1.0, 1.0], [1.0, 1.0]], "float32_cost": [2.0, 2.0]}
+    costs = {"cost": [[2.0, 1.0, 1.0], [2.0, 1.0, 1.0]]}
     p = made([[2.0, 1.0], [1.0, 3.0]], objective="cost_min", **costs)
     assert optimum.linear(p, math.inf).index.tolist() == [2, 1]
 
 
 def test_additive_solutions_of_a_problem_with_interactions_use_the_sum() -> None:
     gram = [[2.0, -1.9, 0.0], [-1.9, 2.0, 0.0], [0.0, 0.0, 1.0]]
-    p = made([[1.0], [1.0], [0.5]], interactions=gram, cost=[[1.0]] * 3, float32_cost=[2.0] * 3)
+    p = made([[1.0], [1.0], [0.5]], interactions=gram, cost=[[2.0, 1.0]] * 3)
     assert optimum.linear(p, 1.6).penalty == 1.5 and optimum.linear(p, math.inf).penalty == 2.5
-    assert optimum.within_budget(p, 4.0).penalty == 1.5
+    assert allocators.ilp(p, 4.0).penalty == 1.5
     assert optimum.quadratic(p, math.inf).penalty == pytest.approx(0.6)
 
 
@@ -155,7 +155,7 @@ def test_negative_and_undefined_penalties_are_never_lowered() -> None:
     for solver in (optimum.linear, optimum.quadratic, optimum.greedy):
         assert solver(q, 5.0).index.tolist() == [1, 1, 0]
         assert solver(q, 1.5).index.tolist() == [1, 0, 0]
-    costs = {"cost": [[1.0], [1.0]], "float32_cost": [2.0, 2.0]}
+    costs = {"cost": [[2.0, 1.0], [2.0, 1.0]]}
     nothing = made([[np.nan]] * 2, interactions=np.full((2, 2), np.nan), objective="cost_min", **costs)
     solution = optimum.quadratic(nothing, 1.0)
     assert solution.index.tolist() == [0, 0] and solution.objective == 4.0

@@ -9,7 +9,7 @@ from mpjax.search.problem import Assignment, Measurement, Problem
 
 def problem(seed: int = 0, layers: int = 12) -> Problem:
     penalty = np.random.default_rng(seed).exponential(size=(layers, 2)) * [1.0, 5.0]
-    costs = {"cost": np.repeat([[0.5, 0.25]], layers, axis=0), "float32_cost": np.ones(layers)}
+    costs = {"cost": np.repeat([[1.0, 0.5, 0.25]], layers, axis=0)}
     names = tuple(f"l{i}" for i in range(layers))
     return Problem(layers=names, formats=("f", "g"), objective="cost_min", penalty=penalty, **costs)
 

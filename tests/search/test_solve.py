@@ -173,7 +173,7 @@ def test_the_best_by_the_objective_is_returned_whatever_the_order() -> None:
             probe(problem.baseline.replace({layer: LOW}), bound=3.0)
         probe(problem.baseline)
 
-    costs = {"cost": [[1.0], [5.0], [9.0]], "float32_cost": [10.0] * 3}
+    costs = {"cost": [[10.0, 1.0], [10.0, 5.0], [10.0, 9.0]]}
     equal = Additive([1, 1, 1])
     result = solve(problem([1, 1, 1], objective="cost_min", **costs), one_by_one, evaluate=equal, tolerance=1)
     assert result.assignment.lowered == lowered(0) and result.cost == 21 and result.bound == 3

@@ -183,7 +183,7 @@ def test_wrong_penalties_are_corrected_by_measuring(seed: int) -> None:
 def test_several_formats_and_a_cost() -> None:
     """Each layer takes the format that pays: exhaustive search over 3⁵ assignments agrees."""
     harm = np.sort(np.random.default_rng(3).exponential(size=(5, 2)), axis=1)
-    costs = {"cost": np.repeat([[0.5, 0.25]], 5, axis=0), "float32_cost": np.ones(5)}
+    costs = {"cost": np.repeat([[1.0, 0.5, 0.25]], 5, axis=0)}
     formats = (LOW, "float8_e4m3fn")
     p = Problem(layers=names(5), formats=formats, penalty=harm, objective="cost_min", **costs)
 
@@ -253,7 +253,7 @@ def test_ties_and_zeros(make) -> None:
 @predicting
 def test_a_layer_that_feeds_itself_pays_no_cast_to_itself(make) -> None:
     casts = {"edges": (("layer/0", "layer/0"),), "cast_cost": [[[0.0, 0.4], [0.4, 0.0]]]}
-    p = problem([1.0], objective="cost_min", cost=[[0.5]], float32_cost=[1.0], **casts)
+    p = problem([1.0], objective="cost_min", cost=[[1.0, 0.5]], **casts)
     assert solve(p, make(), evaluate=Additive([0]), tolerance=1).assignment.lowered == lowered(0)
 
 

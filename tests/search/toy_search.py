@@ -43,7 +43,8 @@ def random_problem(
     elif rng.random() < 0.3:
         penalty[rng.integers(layers), rng.integers(formats)] = np.inf
     if cost:
-        fields |= {"cost": rng.uniform(0.2, 1.2, (layers, formats)), "float32_cost": rng.uniform(0.8, 1.2, layers)}
+        low, high = rng.uniform(0.2, 1.2, (layers, formats)), rng.uniform(0.8, 1.2, (layers, 1))
+        fields |= {"cost": np.concatenate([high, low], axis=1)}
     if cost and edges and layers > 1:
         pairs = [*itertools.pairwise(range(layers)), (0, layers - 1), (1, 1)]
         cast = rng.uniform(0, 0.3, (len(pairs), formats + 1, formats + 1))

@@ -16,7 +16,7 @@ from mpjax import cost, metrics
 from mpjax.formats import FLOAT32, parse
 from mpjax.formats.storage import round_weights
 from mpjax.program import Array, Batches, Model
-from mpjax.search import Assignment, Measurement, Problem, optimum
+from mpjax.search import Assignment, Measurement, Problem, allocators
 
 FORMATS = ("int4_w", "int8_w", "float8_e4m3fn_w", "bfloat16_w")
 HEADLINE = 1.25  # bytes of the mix that is looked at, in those of uniform int4
@@ -66,20 +66,19 @@ class Store:
         return [self.call(params, *batch) for batch in batches]
 
     def problem(self, penalty: np.ndarray) -> Problem:
-        """Least bytes at a predicted loss (`optimum.within_budget`: least loss at a number of bytes)."""
+        """Least bytes at a predicted loss (`allocators.ilp`: least loss at a number of bytes)."""
         return Problem(
             layers=self.model.names,
             formats=self.formats,
             penalty=penalty,
-            cost=self.weight_bytes[:, 1:].astype(np.float64),
-            float32_cost=self.weight_bytes[:, 0].astype(np.float64),
+            cost=self.weight_bytes,
             objective="cost_min",
         )
 
     def by_scores(self, penalty: np.ndarray, most: int) -> Assignment:
         """The least predicted loss in at most so many bytes: an integer linear program, solved exactly."""
         problem = self.problem(penalty)
-        return problem.assignment(optimum.within_budget(problem, most - self.other_bytes).index)
+        return problem.assignment(allocators.ilp(problem, most - self.other_bytes).index)
 
     def in_order(self, order: Sequence[str], most: int) -> Assignment:
         """Without scores: two neighbouring uniform formats between which `most` lies, the layers of `order` in the larger one.

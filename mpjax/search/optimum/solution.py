@@ -1,13 +1,13 @@
 """What all solvers return."""
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
+from mpjax.search.problem import MARGIN as MARGIN
 from mpjax.search.problem import Index, Problem
-
-MARGIN = 1e-9  # of the limit: how far a predicted loss may lie above it by rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,17 @@ class Solution:
 
 
 Solver: TypeAlias = Callable[[Problem, float], Solution]
+
+
+def on_groups(solver: Callable[..., Solution]) -> Callable[..., Solution]:
+    """A solver of contracted problems, for problems with ties."""
+
+    @functools.wraps(solver)
+    def solve(problem: Problem, limit: float, *args: Any, **knobs: Any) -> Solution:
+        solution = solver(problem.contracted, limit, *args, **knobs)
+        return replace(solution, index=problem.expand(solution.index))
+
+    return solve
 
 
 def solution(problem: Problem, index: Index, *, bound: float, rounds: int, additive: bool = False) -> Solution:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from mpjax.search.problem import Index, Problem
-from mpjax.search.strategies.strategy import Strategy, by_ranking
+from mpjax.search.strategies.strategy import Strategy, by_ranking, only_other
 
 
 def binary(*, repair: int = 3) -> Strategy:
@@ -18,9 +18,13 @@ def binary(*, repair: int = 3) -> Strategy:
     if repair < 0:
         raise ValueError(f"repair must be at least 0; got {repair}")
 
-    def ranked(problem: Problem) -> Index:
-        penalty = problem.penalty[:, 0]
-        usable = np.isfinite(penalty) & ((penalty >= 0) | (problem.kind == "ranking"))
-        return np.argsort(np.where(usable, penalty, np.inf), kind="stable")
-
     return by_ranking("binary", ranked, "the {} least sensitive layers in {}", repair=repair)
+
+
+def ranked(problem: Problem) -> Index:
+    """(L,) layers by what their only other choice adds to the penalty, the least first."""
+    rows, target = np.arange(len(problem.layers)), only_other(problem, "binary")[0]
+    usable = np.isfinite(problem.penalty) & ((problem.penalty >= 0) | (problem.kind == "ranking"))
+    penalty = np.pad(np.where(usable, problem.penalty, np.inf), ((0, 0), (1, 0)))
+    start = np.where(np.isfinite(penalty[rows, problem.start]), penalty[rows, problem.start], 0.0)
+    return np.argsort(penalty[rows, target] - (start if problem.kind == "loss" else 0.0), kind="stable")

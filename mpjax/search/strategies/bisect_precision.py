@@ -1,7 +1,9 @@
 """Baseline: the search of TensorRT Polygraphy's `debug precision`, written from its description."""
 
+import numpy as np
+
 from mpjax.search.problem import Problem
-from mpjax.search.strategies.strategy import Probe, Strategy, bisect, only_format
+from mpjax.search.strategies.strategy import BASELINE, Probe, Strategy, bisect, only_other
 
 
 def bisect_precision() -> Strategy:
@@ -12,13 +14,13 @@ def bisect_precision() -> Strategy:
     """
 
     def strategy(problem: Problem, probe: Probe) -> None:
-        low = only_format(problem, "bisect_precision")
+        target, _ = only_other(problem, "bisect_precision")
 
         def fails(wide: int) -> bool:
-            lowered = problem.baseline.replace(dict.fromkeys(problem.layers[wide:], low))
+            lowered = problem.assignment(np.concatenate([problem.start[:wide], target[wide:]]))
             return not probe(lowered, f"the first {wide} layers in float32").accepted
 
-        probe(problem.baseline, "all layers in float32")
+        probe(problem.baseline, BASELINE)
         bisect(fails, -1, len(problem.layers))
 
     return strategy

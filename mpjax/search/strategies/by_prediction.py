@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mpjax.search.optimum import Solver
-from mpjax.search.problem import REFERENCE, Index, Problem
-from mpjax.search.strategies.strategy import Probe, Strategy, by_segments
+from mpjax.search.optimum.linear import least_penalty
+from mpjax.search.problem import REFERENCE, Index, InfeasibleError, Problem
+from mpjax.search.strategies.strategy import BASELINE, Probe, Strategy, by_segments
 
 
 def by_prediction(name: str, solver: Solver, rounds: int, extend: int, exchange: int) -> Strategy:
@@ -34,23 +35,31 @@ def by_prediction(name: str, solver: Solver, rounds: int, extend: int, exchange:
 
 def _within_tolerance(problem: Problem, probe: Probe, name: str, solver: Solver, rounds: int) -> Index:
     """The best measured solution over the limits."""
-    start = probe(problem.baseline, "all layers in float32")
-    best = np.zeros(len(problem.layers), np.int64)
+    start, best = probe(problem.baseline, BASELINE), problem.start
     solution = solver(problem, math.inf)
-    never = [layer for layer, row in zip(problem.layers, problem.allowed, strict=True) if not row.any()]
+    never = [layer for layer, row in zip(problem.layers, problem.usable, strict=True) if not row[1:].any()]
     left_out = f"; never lowered, for want of a usable penalty: {', '.join(never)}" if never else ""
     step = probe(problem.assignment(solution.index), f"{name}: no limit{left_out}", solution.bound)
     if step.accepted:
         return solution.index
-    if solution.penalty <= 0:  # the prediction does not tell layers apart
+    if problem.exceeded(best):
+        best = least_penalty(problem)[0]
+        start = probe(problem.assignment(best), f"{name}: least predicted loss")
+    # (predicted, measured) that passed, or is the least predicted, and that failed
+    least = min(problem.penalty_of(best), problem.penalty_of(best, additive=True))
+    low, high = (least if math.isfinite(least) else 0.0, start.value), (solution.penalty, step.value)
+    if high[0] <= low[0]:  # the prediction does not tell layers apart
         return by_segments(problem, probe, solution.index)
-    low, high = (0.0, start.value), (solution.penalty, step.value)  # (predicted, measured) that passed and that failed
     floor = 0.0  # the largest limit that leads to `best`
     for number in range(rounds):
         if high[0] <= max(low[0], floor):
             break
         limit = _next_limit(low, high, floor, probe.tolerance, halve=number % 3 == 2)
-        solution = solver(problem, limit)
+        try:
+            solution = solver(problem, limit)
+        except InfeasibleError:
+            floor = limit
+            continue
         if (solution.index == best).all():
             floor = limit
             if solver(problem, high[0] * (1 - 1e-6)).penalty <= solution.penalty:
@@ -86,7 +95,7 @@ def _next_limit(
 
 def _extended(problem: Problem, probe: Probe, index: Index, failures: int, left_out: Sequence[int] = ()) -> Index:
     """Lowers single layers further, the least predicted loss per gain first, as long as they pass."""
-    untried = np.ones((len(index), len(problem.formats) + 1), np.bool_)
+    untried = problem.usable.copy()
     untried[list(left_out)] = False
     while failures > 0:
         rate = np.where(untried, problem.changes(index)[2], np.inf)
@@ -107,9 +116,11 @@ def _extended(problem: Problem, probe: Probe, index: Index, failures: int, left_
 def _exchanged(problem: Problem, probe: Probe, index: Index, failures: int) -> Index:
     """Without the lowered layer whose absence leaves the least measured loss, and lowered further; else `index`."""
     passed: dict[int, tuple[float, Index]] = {}
-    for layer in np.flatnonzero(index).tolist():
+    for layer in np.flatnonzero(index != problem.start).tolist():
         other = index.copy()
-        other[layer] = 0
+        other[layer] = problem.start[layer]
+        if problem.exceeded(other):
+            continue
         step = probe(problem.assignment(other), f"without {problem.layers[layer]}")
         if step.accepted:
             passed[layer] = step.value, other

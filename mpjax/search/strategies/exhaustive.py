@@ -1,6 +1,9 @@
 """Every assignment of a small problem."""
 
 import itertools
+import math
+
+import numpy as np
 
 from mpjax.search.problem import Problem
 from mpjax.search.strategies.strategy import Probe, Strategy
@@ -9,16 +12,17 @@ MOST = 2**16  # assignments that are measured
 
 
 def exhaustive() -> Strategy:
-    """Measures every assignment, (1 + F)^L of them: the truth for small problems. At most 65,536."""
+    """Measures every allowed assignment within the limits, (1 + F)^L of them: the truth for small problems. At most 65,536."""
 
     def strategy(problem: Problem, probe: Probe) -> None:
-        layers, options = len(problem.layers), 1 + len(problem.formats)
-        if options**layers > MOST:
+        options = [np.flatnonzero(row).tolist() for row in problem.allowed]
+        if (count := math.prod(map(len, options))) > MOST:
             raise ValueError(
-                f"{layers} layers in {options} formats are {options**layers:,} assignments, more than {MOST:,}: "
-                "take a smaller problem, or ilp"
+                f"{len(options)} layers have {count:,} assignments, more than {MOST:,}: take a smaller problem, or ilp"
             )
-        for index in itertools.product(range(options), repeat=layers):
-            probe(problem.assignment(index), "one of all")
+        for choice in itertools.product(*options):
+            index = np.array(choice, np.int64)
+            if not problem.exceeded(index):
+                probe(problem.assignment(index), "one of all")
 
     return strategy

@@ -1,9 +1,7 @@
 """Baseline: the node search of onnxconverter-common's auto_mixed_precision, written from its description."""
 
-import numpy as np
-
 from mpjax.search.problem import Problem
-from mpjax.search.strategies.strategy import Probe, Strategy, by_segments, only_format
+from mpjax.search.strategies.strategy import BASELINE, Probe, Strategy, by_segments, only_other
 
 
 def segments() -> Strategy:
@@ -14,8 +12,8 @@ def segments() -> Strategy:
     """
 
     def strategy(problem: Problem, probe: Probe) -> None:
-        only_format(problem, "segments")
-        probe(problem.baseline, "all layers in float32")
-        by_segments(problem, probe, np.ones(len(problem.layers), np.int64))
+        target, _ = only_other(problem, "segments")
+        probe(problem.baseline, BASELINE)
+        by_segments(problem, probe, target)
 
     return strategy

@@ -8,7 +8,9 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from mpjax.search.problem import Assignment, Index, Measurement, Problem
+from mpjax.search.problem import REFERENCE, Assignment, Index, Measurement, Problem
+
+BASELINE = "the most precise formats"  # note of the first step: all layers in float32, where they may be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +43,17 @@ class Probe(Protocol):
 Strategy: TypeAlias = Callable[[Problem, Probe], None]
 
 
-def only_format(problem: Problem, strategy: str) -> str:
-    """The one low format of a problem; the others are refused."""
-    if len(problem.formats) != 1:
+def only_other(problem: Problem, strategy: str) -> tuple[Index, str]:
+    """Each layer's only choice besides the one in `start`, or that; and the formats' names. More choices are refused."""
+    if (problem.allowed.sum(axis=1) > 2).any():
         raise ValueError(
             f"{strategy} takes exactly one low format; got {problem.formats}. Search once per format, or choose among several "
             "with ilp, iqp, greedy or exhaustive"
         )
-    return problem.formats[0]
+    others = problem.allowed & (np.arange(problem.allowed.shape[1]) != problem.start[:, None])
+    target = np.where(others.any(axis=1), others.argmax(axis=1), problem.start).astype(np.int64)
+    moved = np.unique(target[target != problem.start])
+    return target, " and ".join((REFERENCE, *problem.formats)[number] for number in moved)
 
 
 def bisect(passes: Callable[[int], bool], passed: int, failed: int) -> int:
@@ -63,12 +68,14 @@ def by_ranking(name: str, order: Callable[[Problem], Iterable[int]], note: str, 
     """The strategy that bisects how many layers of an order can be lowered; `repair`: see `binary`."""
 
     def strategy(problem: Problem, probe: Probe) -> None:
-        low = only_format(problem, name)
-        layers = [problem.layers[number] for number in order(problem)]
+        target, low = only_other(problem, name)
+        layers = [number for number in order(problem) if target[number] != problem.start[number]]
         values: dict[int, float] = {}
 
         def passes(length: int) -> bool:
-            step = probe(problem.baseline.replace(dict.fromkeys(layers[:length], low)), note.format(length, low))
+            index = problem.start.copy()
+            index[layers[:length]] = target[layers[:length]]
+            step = probe(problem.assignment(index), note.format(length, low))
             values[length] = math.inf if math.isnan(step.value) else step.value
             return step.accepted
 
@@ -90,14 +97,16 @@ def by_ranking(name: str, order: Callable[[Problem], Iterable[int]], note: str, 
 
 def by_segments(problem: Problem, probe: Probe, top: Index) -> Index:
     """Lowers runs of layers to their formats in `top`, halving those that fail; returns the accepted index."""
-    good = np.zeros(len(problem.layers), np.int64)
-    runs = [np.flatnonzero(top)]
+    good = problem.start.copy()
+    runs = [np.flatnonzero(top != good)]
     while runs:
         at = max(range(len(runs)), key=lambda i: len(runs[i]))  # the first of the longest
         run = runs.pop(at)
         other = good.copy()
         other[run] = top[run]
-        if probe(problem.assignment(other), f"{np.count_nonzero(good)} good layers and {len(run)} more").accepted:
+        if probe(
+            problem.assignment(other), f"{np.count_nonzero(good != problem.start)} good layers and {len(run)} more"
+        ).accepted:
             good = other
         elif len(run) > 1:
             runs[at:at] = [run[: len(run) // 2], run[len(run) // 2 :]]
