@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +32,7 @@ from experiments.referee.entrants import Entrants
 from experiments.referee.judge import Choice
 from experiments.referee.rows import Additivity, Cell, Method, Score
 from experiments.referee.subjects import Judge, Subject
+from mpjax import sensitivity
 from mpjax.formats import FLOAT32
 from mpjax.ledger import Ledger
 from mpjax.program import Batches, examples_in
@@ -90,6 +92,7 @@ class Contest:
         self.run, self.config, self.crossed, self.subject, self.set_name = run, config, crossed, subject, formats
         self.formats, self.budgets = crossed.formats[formats]
         self.judge = Judge(subject, self.formats)
+        self._grams: dict[int, np.ndarray] = {}
         self._key = {"data": subject.digest, "quick": config.quick, "file": crossed.files.get(formats, "")}
 
     def enter(self, tables: Tables) -> None:
@@ -103,7 +106,7 @@ class Contest:
             for seed, score in enumerate(drawn):
                 try:
                     problem = self.problem(score)
-                    picks.append(problem.assignment(allocate(problem, self.budget(share), seed)))
+                    picks.append(problem.assignment(allocate(problem, self.budget(share), seed).index))
                 except ValueError:  # a ranking that this allocator cannot take, or a budget below the smallest storage
                     break
             else:
@@ -137,15 +140,48 @@ class Contest:
         """An estimator's, once for each seed; none where it has no meaning."""
         estimator = self.crossed.estimators[name]
         scorer = estimator.make(self.subject)
-        if scorer is None:
+        if scorer is None and estimator.probes is None:
             return []
         batches, drawn = self.batches(name), []
         for seed in range(self.config.seeds if estimator.seeded else 1):
             title = f"{self.subject.name}, {self.set_name}: {name}" + (f", seed {seed}" if estimator.seeded else "")
             key = jax.random.key(seed)
             more = {**self._key, "seed": seed, "estimator": self.crossed.files.get(name, "")}
-            drawn.append(self.run.scores(title, scorer, self.subject.model, batches, self.formats, key, **more))
+            if scorer is None:
+                drawn.append(self._interactions(title, name, estimator.probes, key, more))
+            else:
+                drawn.append(self.run.scores(title, scorer, self.subject.model, batches, self.formats, key, **more))
         return drawn
+
+    def _interactions(self, title: str, name: str, probes: int | None, key: Any, more: Mapping[str, Any]) -> Scores:
+        """Scores of `sensitivity.interactions`: half of the diagonal; the whole is kept for `problem`."""
+
+        def compute() -> Computed:
+            crossed = sensitivity.interactions(
+                self.subject.model, self.batches(name), self.formats, key, num_probes=probes, loss=self.subject.loss
+            )
+            gram = np.where(np.outer(crossed.status == "ok", crossed.status == "ok"), crossed.gram, np.nan)
+            notes = {"seconds": crossed.seconds, "compile_seconds": crossed.compile_seconds, "peak_mb": crossed.peak_mb}
+            return {"gram": gram}, {**notes, "ledger": crossed.ledger.as_dict()}, crossed.ledger
+
+        piece = self.run.piece(title, compute, probes=probes, formats=list(self.formats), **more)
+        names, gram = self.subject.model.names, piece.arrays["gram"]
+        value = 0.5 * np.diagonal(gram).reshape(len(names), len(self.formats))
+        scores = Scores(
+            estimator=f"interactions[{probes}]",
+            loss=self.subject.loss.name,
+            value=np.where(np.isfinite(value), value, np.inf),
+            stderr=np.zeros_like(value),
+            residual=np.zeros_like(value),
+            layers=names,
+            formats=self.formats,
+            kind="loss",
+            status=np.where(np.isfinite(value), "ok", "not_finite"),
+            ledger=Ledger(**piece.meta["ledger"]),
+            **{field: float(piece.meta[field]) for field in ("seconds", "compile_seconds", "peak_mb")},
+        )
+        self._grams[id(scores)] = gram
+        return scores
 
     def batches(self, name: str) -> Batches:
         """That an estimator sees."""
@@ -155,7 +191,8 @@ class Contest:
     def problem(self, score: Scores) -> Problem:
         """The least predicted loss at a number of bytes."""
         sizes = self.judge.store.weight_bytes.astype(np.float64)
-        return Problem.from_scores(score, formats=self.formats, cost=sizes, objective="cost_min")
+        gram = self._grams.get(id(score))
+        return Problem.from_scores(score, formats=self.formats, cost=sizes, interactions=gram, objective="cost_min")
 
     def additivity(self, mixes: Mapping[float, Assignment], scores: Mapping[str, Scores]) -> list[Additivity]:
         """Rows of the uniform formats and of the default's mixes."""

@@ -9,11 +9,11 @@ from typing import Any
 
 from experiments.referee.subjects import Subject
 from mpjax import sensitivity
-from mpjax.search import Problem, optimum
-from mpjax.search.problem import Index
+from mpjax.search import allocators
+from mpjax.search.allocators import Allocator
 from mpjax.sensitivity import Scorer
 
-Allocate = Callable[[Problem, float, int], Index]  # (problem, bytes of the layers' weights, seed)
+_UNSCORED = ("random_order", "last_first")  # allocators without scores: `random` and `depth` stand for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,13 @@ class Estimator:
         make: of the subject's loss; None: it has no meaning under that loss.
         examples: how many are scored at most, where a product is needed for each layer or output.
         seeded: whether its key matters: it is drawn several times.
+        probes: of `sensitivity.interactions`, in place of `make`: the allocators get the interactions, too.
     """
 
-    make: Callable[[Subject], Scorer | None]
+    make: Callable[[Subject], Scorer | None] = lambda subject: None
     examples: int | None = None
     seeded: bool = False
+    probes: int | None = None
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Entrants:
     """
 
     estimators: dict[str, Estimator] = field(default_factory=dict)
-    allocators: dict[str, Allocate] = field(default_factory=dict)
+    allocators: dict[str, Allocator] = field(default_factory=dict)
     formats: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
@@ -57,6 +59,7 @@ def known() -> Entrants:
     return Entrants(
         estimators={
             "local_rounding": _estimator(s.local_rounding, num_probes=4, seeded=True),
+            "interactions": Estimator(probes=4, seeded=True),
             "measured": _estimator(s.measured, examples=8),
             "quadratic": _estimator(s.quadratic, hessian="gauss_newton"),
             "fisher": _estimator(s.fisher, num_probes=4, seeded=True),
@@ -66,7 +69,7 @@ def known() -> Entrants:
             "depth": Estimator(make=lambda subject: s.depth()),
             "random": Estimator(make=lambda subject: s.random(), seeded=True),
         },
-        allocators={"ilp": lambda problem, budget, seed: optimum.within_budget(problem, budget).index},
+        allocators={name: allocate for name, allocate in allocators.ALLOCATORS.items() if name not in _UNSCORED},
         formats={"int": (("int4_w", "int8_w"), (1.1, 1.25, 1.6))},
     )
 

@@ -54,7 +54,11 @@ def additivity(rows: Sequence[Additivity]) -> Figure:
     for number, model in enumerate(dict.fromkeys(row.model for row in rows)):
         part = [row for row in rows if row.model == model and row.vs_predicted is not None]
         axes.plot(
-            [row.bits for row in part], [row.vs_predicted for row in part], "o", color=PALETTE[number % 7], label=model
+            [row.bits for row in part],
+            [row.vs_predicted or np.nan for row in part],
+            "o",
+            color=PALETTE[number % 7],
+            label=model,
         )
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_yscale("log")
