@@ -215,9 +215,10 @@ def _words(name: str) -> str:
 def _where(summary: Mapping[str, Any]) -> str:
     """Machine, versions, date, commit and cost in a line."""
     here = summary["environment"]
+    sets = f" ({', '.join(summary['instructions'])})" if summary.get("instructions") else ""
     reused = f", {len(summary['reused_pieces'])} pieces of an earlier run" if summary["reused_pieces"] else ""
     return (
-        f"{here['device']}, {here['cores']} core{'s' * (here['cores'] > 1)}, Python {here['python']}, "
+        f"{here['device']}{sets}, {here['cores']} core{'s' * (here['cores'] > 1)}, Python {here['python']}, "
         f"jax {here['jax']}, flax {here['flax']}, {here['date'][:10]}, commit {summary['commit']}; "
         f"{max(summary['seconds'], summary['pieces_seconds']):.0f} s{reused}, "
         f"{summary['peak_rss_mb'] / 1e3:.1f} GB at most."

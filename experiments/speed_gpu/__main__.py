@@ -13,7 +13,7 @@
 | `fp16 cuDNN` | `fp16` with XLA's own convolutions, which are calls of cuDNN |
 | `fp16_act` | `fp16`, and layers hand on float16 |
 | `bf16_x3` | each product as three of bfloat16 numbers, the rest at full precision |
-| `bf16_w`, `int8_w`, `float8_w`, `int4_w` | `mpjax.apply` with weights in that format, products in the form that is fastest |
+| `bf16_w`, `int8_w`, `float8_w`, `int4_w` | weights in that format, products in the form that is fastest alone |
 | `int8_w reduce`, … | all products in that form (`mpjax.kernels.stored`), or without CUDA graphs |
 
 What mpjax leaves in float32 (the attention's products) runs as jax does by default: in TF32. Weights and inputs (images: random
@@ -61,7 +61,7 @@ TARGETS = (
     (DECODE, 1, "int8_w", "vs_bf16", 0.75),
     (DECODE, 1, "int4_w", "vs_bf16", 0.60),
 )
-# What the rule asks of the device's profile, which takes half a minute: convolutions as XLA's are rows of their own.
+# Made up, so that the rule always takes matrix products and shifted sums; measuring takes half a minute.
 UNPROFILED = profile.DeviceProfile(
     device="not measured",
     backend="",

@@ -1,6 +1,6 @@
 """What low precision pays on this device: models whose layers are all in one format, against float32.
 
-    python -m experiments.what_pays [--quick]      (about 9 minutes on 2 cores; --quick: 1)
+    python -m experiments.what_pays [--quick]      (about 7 minutes on 2 cores; --quick: 1)
 
 The device's profile (`mp.xla.device_profile`) decides how each product is computed, and where weights are stored small and kept
 wide. Two float32 programs stand beside: the model as jax jits it, and with the rule's implementations. Every program is verified

@@ -20,7 +20,7 @@ from mpjax.kernels import dot, flat, im2col, rows, shift, taps, terms
 from mpjax.program.product import Array, Product, row_count
 from mpjax.xla import device_profile
 
-_CLEARLY = 0.9  # of the time of a product's own rows: what padded ones must take
+_CLEARLY = 0.9  # of the time of one row: what padded rows must take
 _MUCH = 2.0  # times slower: XLA's grouped convolutions are 15 to 25 on CPUs
 CHOICES = ("xla", "rule", "auto")  # of a whole model
 
@@ -104,9 +104,8 @@ def rule(product: Product, lhs: Any, rhs: Any, *, narrow: bool = True) -> str:
     if "dot" in possible:
         return "dot" if profile.pointwise["bfloat16" if narrow else "float32"] > 1 else "xla"
     if "rows" in possible:
-        count, dtype = rows_of(product, lhs), lhs.dtype.name
-        padded = profile.ratio(dtype, count, least=rows.LEAST_ROWS)
-        return "rows" if lhs.dtype.itemsize < 4 and padded < _CLEARLY * profile.ratio(dtype, count) else "xla"
+        one, padded = (profile.ratio(lhs.dtype.name, 1, least=least) for least in (1, rows.LEAST_ROWS))
+        return "rows" if lhs.dtype.itemsize < 4 and padded < _CLEARLY * one else "xla"
     if not _slow_grouped():
         return "xla"
     if "taps" in possible and rhs.shape[3] <= 8 and set(product.window_strides) == {1}:

@@ -45,7 +45,7 @@ _MOST_SUMMED = 2**31 // 127**2  # products of int8 that an int32 holds
 # Of the time of weights kept wide, what a form must take to be preferred: in a program it gains less than alone.
 _CLEARLY = 0.8
 _MOST_TIMED = 2**24  # weights of a product that is timed
-_MEMORY, _MOST_COPIES = 2**26, 16  # bytes that no cache holds
+_MEMORY, _MOST_COPIES = 2**26, 32  # bytes that no cache holds
 
 
 def forms(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tuple[int, ...]) -> tuple[str, ...]:
@@ -265,7 +265,7 @@ _FORMS: dict[str, tuple[tuple[str, ...], _Covers]] = {
 
 
 def copies(fmt: Format, weights: int) -> int:
-    """Of a product that is timed, one after the other: as stored, too, they come from memory, as a large model's do."""
+    """Of a product that is timed in a row: as stored, too, they come from memory, as a large model's do, but for small ones."""
     return int(np.clip(_MEMORY * 8 // (fmt.bits * weights), 2, _MOST_COPIES))
 
 

@@ -47,7 +47,8 @@ class DeviceProfile:
         convolution: operand dtype -> time of XLA's own 3x3 convolution over float32's.
         grouped: time of a chain of XLA's depthwise convolutions over that of shifted multiply-adds. On a GPU each convolution is
             a call of cuDNN, started by the host, where a chain of other operations is one CUDA graph.
-        pointwise: dtype -> the same of 1x1 convolutions over matrix products, by the kernels that suit the dtype.
+        pointwise: dtype -> the same of 1x1 convolutions over matrix products, by the kernels that suit the dtype; infinite where
+            the convolution does not compile.
         start: seconds of starting a program.
         bandwidth: bytes a second, read and written by a copy.
         cast: dtype -> seconds of converting a million float32 numbers.
@@ -99,6 +100,7 @@ class DeviceProfile:
         return "\n".join(lines)
 
 
+_NUMBERS = ("seconds", "ynn", "convolution", "grouped", "pointwise", "start", "bandwidth", "cast")
 _assumed: DeviceProfile | None = None
 _lock = threading.RLock()
 
@@ -184,16 +186,27 @@ def _profile(folder: Path, here: tuple[tuple[str, Any], ...]) -> DeviceProfile:
     print("mpjax: measuring what this device is fast at (some ten seconds, once)", file=sys.stderr, flush=True)
     profile: DeviceProfile = outside_trace(_measured)
     with contextlib.suppress(OSError):
-        checkpoint.save("device_profile", {}, asdict(profile))
+        checkpoint.save("device_profile", {}, _to_json(profile))
     return profile
 
 
 def _from_json(meta: dict[str, Any]) -> DeviceProfile:
-    def numbers(values: Sequence[float | None]) -> tuple[float, ...]:
-        return tuple(np.nan if value is None else value for value in values)
+    """JSON has no NaN and no infinity: a file has numbers as text."""
+    return DeviceProfile(
+        **meta | {name: _each(float, meta[name]) for name in _NUMBERS} | {"instructions": tuple(meta["instructions"])}
+    )
 
-    by_dtype = {name: {dtype: numbers(values) for dtype, values in meta[name].items()} for name in ("seconds", "ynn")}
-    return DeviceProfile(**meta | by_dtype | {"instructions": tuple(meta["instructions"])})
+
+def _to_json(profile: DeviceProfile) -> dict[str, Any]:
+    values = asdict(profile)
+    return values | {name: _each(lambda number: repr(float(number)), values[name]) for name in _NUMBERS}
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """Of the numbers in mappings and sequences; the latter become tuples."""
+    if isinstance(value, Mapping):
+        return {name: _each(function, item) for name, item in value.items()}
+    return tuple(_each(function, item) for item in value) if isinstance(value, list | tuple) else function(value)
 
 
 def _measured() -> DeviceProfile:
@@ -210,7 +223,9 @@ def _measured() -> DeviceProfile:
         ynn={dtype: tuple(by_set[""][dtype] / by_set["no YNN"][dtype]) for dtype in DTYPES} if len(sets) > 1 else {},
         convolution={dtype: others[f"conv {dtype}"] / others["conv float32"] for dtype in CONVOLVED},
         grouped=others["grouped"] / others["shifted"],
-        pointwise={dtype: others[f"1x1 {dtype}"] / others[f"dot {dtype}"] for dtype in POINTWISE},
+        pointwise={
+            dtype: np.nan_to_num(others[f"1x1 {dtype}"], nan=np.inf) / others[f"dot {dtype}"] for dtype in POINTWISE
+        },
         start=others["start"],
         bandwidth=2 * 4 * _MANY / others["copy"],
         cast={dtype: others[dtype] * 1e6 / _MANY for dtype in DTYPES[1:]},

@@ -95,10 +95,10 @@ def test_a_dry_run(tmp_path, as_users_run, monkeypatch):
         clock.setattr(models, "build", late)
         rows = rows_after(30)
     done = [(line.model, line.variant) for line in rows if line.ms is not None]
-    assert done[:4] == [(POSE, name) for name in ("fp32", "tf32", "fp16", "bf16")]
-    assert done[4:] == [(DECODE, name) for name in ("fp32", "tf32", "jax_bf16", "int8_w")]
-    assert len(rows) == 2 * 4 + 14 + 7 + 2 * 7
-    assert all("minutes were over" in line.note for line in rows if line.ms is None or line.variant == "fp16")
+    assert done[:6] == [(POSE, name) for name in ("fp32", "tf32", "fp16", "tf32_rule", "bf16", "fp16 cuDNN")]
+    assert done[6:] == [(DECODE, name) for name in ("fp32", "tf32", "jax_bf16", "int8_w")]
+    assert len(rows) == 6 + 10 + 7 + 7 + 5 + 7
+    assert all("minutes were over" in line.note for line in rows if line.ms is None or line.verified is not None)
 
     def failing(name, batch, **options):
         if (name, batch) == (ENCODER, 32):
@@ -112,7 +112,7 @@ def test_a_dry_run(tmp_path, as_users_run, monkeypatch):
     done = [line for line in rows if line.ms is not None]
     assert len(done) == len(rows) - 7 and all(np.isfinite(line.error) and line.error < 0.05 for line in done)
     low = [line for line in done if line.model == DECODE and line.definition_error is not None]
-    assert len(low) == 4 + 7 + 4 and all(line.definition_error < 1e-4 for line in low)
+    assert len(low) == 4 + 3 + 4 and all(line.definition_error < 1e-4 for line in low)
     assert [line.variant for line in done if line.verified] == ["fp16", "bf16"]
     assert (tmp_path / "speed_gpu/docs.md").read_text().count("\n| ") == 2 + 10
 

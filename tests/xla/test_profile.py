@@ -51,6 +51,7 @@ def test_it_is_measured_once_and_read_back(measured, tmp_path, capsys):
     assert measured["timed"] == timed and str(again) == str(first) and not capsys.readouterr().err
     for dtype, seconds in first.seconds.items():
         np.testing.assert_array_equal(again.seconds[dtype], seconds)
+    assert profile._to_json(again) == profile._to_json(first)  # NaN among the numbers
     text = str(first)
     assert all(dtype in text for dtype in profile.DTYPES) and "GB/s" in text
 
@@ -78,7 +79,9 @@ def test_rules_ask_it():
         and kernels.rule(pointwise, x, one_by_one, narrow=False) == "xla"
     )
     row, square = jax.ShapeDtypeStruct((1, 16), jnp.bfloat16), jax.ShapeDtypeStruct((16, 16), jnp.bfloat16)
-    assert kernels.rule(dot(), row, square) == "rows"
+    for count in (1, 2, 3):
+        few = jax.ShapeDtypeStruct((count, 16), jnp.bfloat16)
+        assert kernels.rule(dot(), few, square) == "rows"
     other = {"float32": 1.1, "bfloat16": 0.9}
     with profile.assumed(replace(here, grouped=1.1, seconds=slow, pointwise=other)):
         assert kernels.rule(depthwise, x, w) == "xla" and not runs_narrow(low)
