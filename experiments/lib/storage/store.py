@@ -71,7 +71,7 @@ class Store:
             layers=self.model.names,
             formats=self.formats,
             penalty=penalty,
-            cost=self.weight_bytes,
+            cost=self.weight_bytes.astype(np.float64),
             objective="cost_min",
         )
 
