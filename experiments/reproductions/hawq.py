@@ -1,8 +1,8 @@
 """HAWQ-V3's 18 choices of 4 and 8 bits for ResNet18 and ResNet50, from its published numbers (hawq.json names the source).
 
 A layer's penalty is its mean Hessian trace × ‖w − quantised w‖². Three costs (size, bit operations, latency on a T4), each
-limited to a share of the way from all layers in 4 to all in 8 bits. The layers that a residual adds up share a width; the first and last
-layers are left out. Values are as HAWQ's objective: the penalty less that of all layers in 4 bits.
+limited to a share of the way from all layers in 4 to all in 8 bits. The layers that a residual adds up share a width; the
+first and last layers are left out. Values are as HAWQ's objective: the penalty less that of all layers in 4 bits.
 
 Source: Yao et al., arXiv 2011.10680.
 """
