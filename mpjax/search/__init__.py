@@ -15,8 +15,9 @@ from mpjax.search import pareto as pareto
 from mpjax.search.pareto import Point as Point
 from mpjax.search.pareto import sweep
 from mpjax.search.problem import REFERENCE as REFERENCE
-from mpjax.search.problem import Assignment, InfeasibleError, Limit, Measurement, Problem
+from mpjax.search.problem import Assignment, InfeasibleError, Measurement, Problem
 from mpjax.search.problem import Evaluate as Evaluate
+from mpjax.search.problem import Limit as Limit
 from mpjax.search.solve import Result as Result
 from mpjax.search.solve import SearchInterrupted, ToleranceError, solve
 from mpjax.search.solve import UnsteadyMetricError as UnsteadyMetricError
@@ -36,7 +37,6 @@ from mpjax.search.strategies.strategy import Strategy as Strategy
 __all__ = [
     "Assignment",
     "InfeasibleError",
-    "Limit",
     "Measurement",
     "Problem",
     "SearchInterrupted",

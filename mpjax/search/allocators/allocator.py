@@ -57,18 +57,24 @@ def allocation(
 def two_levels(problem: Problem) -> Problem:
     """The problem with two formats for each layer: those of the neighbouring uniform assignments between which the limits lie.
 
-    Uniform assignments are ordered by cost. A layer that may not take a format has the next cheaper one, or else its cheapest.
+    Uniform assignments are ordered by cost; below them comes each layer's cheapest format. A layer that may not take a format has
+    the next cheaper one, or else its cheapest. One whose cheaper format has no larger penalty has that alone.
     """
     assert problem.cost is not None
-    options = np.flatnonzero(problem.allowed.any(axis=0))
-    totals = np.where(problem.allowed, problem.cost, 0.0).sum(axis=0) / problem.allowed.sum(axis=0).clip(1)
+    loss, rows = problem.kind == "loss", np.arange(len(problem.layers))
+    choices = problem.usable if loss else problem.allowed
+    options = np.flatnonzero(choices.any(axis=0))
+    totals = np.where(choices, problem.cost, 0.0).sum(axis=0) / choices.sum(axis=0).clip(1)
     order = options[np.argsort(-totals[options], kind="stable")]
     levels = []
     for rank in range(len(order)):
         nearest = np.array([*order[rank:], *order[:rank][::-1]])  # the cheaper ones first
-        levels.append(nearest[problem.allowed[:, nearest].argmax(axis=1)])
+        levels.append(nearest[choices[:, nearest].argmax(axis=1)])
+    levels.append(np.where(choices, problem.cost, np.inf).argmin(axis=1))
     fits = next((rank for rank, level in enumerate(levels) if not problem.exceeded(level)), len(levels) - 1)
+    dear, cheap = levels[max(fits - 1, 0)], levels[fits]
+    penalty = np.pad(problem.penalty, ((0, 0), (1, 0)), constant_values=0.0 if loss else -np.inf)
     allowed = np.zeros_like(problem.allowed)
-    for level in levels[max(fits - 1, 0) : fits + 1]:
-        allowed[np.arange(len(level)), level] = True
+    allowed[rows, cheap] = True
+    allowed[rows, dear] |= ~(penalty[rows, cheap] <= penalty[rows, dear])
     return replace(problem, allowed=allowed)

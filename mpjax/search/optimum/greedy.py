@@ -86,7 +86,8 @@ def repaired(problem: Problem, index: Index, limit: float) -> Index:
     while problem.penalty_of(index) > limit * (1 + MARGIN) and (index != problem.start).any():
         loss, value, _ = problem.changes(index)
         back, gain = loss[rows, problem.start], value[rows, problem.start]
-        rate = np.where(index != problem.start, -back / np.maximum(gain, 1e-300), -np.inf)
+        with np.errstate(over="ignore"):
+            rate = np.where(index != problem.start, -back / np.maximum(gain, 1e-300), -np.inf)
         layer = int(np.argmax(rate))
         index[layer] = problem.start[layer]
     return index

@@ -211,7 +211,8 @@ class Program:
         upper = self.upper.copy()
         for row in rows:  # what alone exceeds a row
             form, rest, largest = self.reduced(row.coefficients, upper)
-            room = row.limit - rest + min(row.slack, MARGIN * largest)
+            slack = row.slack if math.isfinite(row.slack) else MARGIN * max(largest, abs(row.limit))
+            room = row.limit - rest + slack
             upper[form > max(room, 0.0)] = 0.0
             if room < 0:
                 raise self.infeasible(rows)
