@@ -139,7 +139,8 @@ def with_implementation(model: Model, implementation: Implementation, *, activat
         shape = layer.kernel_shape[layer.levels :] or rhs.shape
         name = "xla"
         if implementation != "xla" and product.kind in ("dot", "conv"):
-            dtype_of = FLOAT32.operand if product.weighted and arithmetic.kept_wide(fmt, rhs) else fmt.operand
+            is_wide = product.weighted and arithmetic.kept_wide(fmt, rhs)
+            dtype_of = FLOAT32.operand if is_wide else arithmetic.operand_dtype(fmt, product.kind)
             specs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype_of)) for shape in (lhs.shape, shape)]
             specs[1] = jax.eval_shape(product.viewed, specs[1])
             name = picked(implementation, layer, product, *specs, narrow=narrow)
@@ -185,7 +186,8 @@ def implemented_calls(
     narrow = runs_narrow(model) if narrow is None else narrow
     for call in calls(model, *inputs):
         fmt = formats[call.layer]
-        dtype = jnp.dtype(FLOAT32.operand if _kept_wide(model, call, fmt) else fmt.operand)
+        narrow_dtype = arithmetic.operand_dtype(fmt, call.product.kind)
+        dtype = jnp.dtype(FLOAT32.operand if _kept_wide(model, call, fmt) else narrow_dtype)
         lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, dtype) for spec in (call.lhs, call.rhs))
         layer = model.layer(call.layer)
         yield call, picked(implementation or model.implementation, layer, call.product, lhs, rhs, narrow=narrow)

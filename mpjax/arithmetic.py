@@ -5,7 +5,12 @@ nothing else. Weights are rounded as they are stored (`formats.storage`), with t
 program does to them before it multiplies them (`Product.view`) only moves them. A bias is no part of a product.
 
 `float16_acc16` is emulated by a mixed model, too (`kernels.float16`). A product of two activations takes no weight-only format:
-it stays as it is. Its scaled formats need a range for either operand.
+it stays as it is; formats with static scales need a range for either operand.
+
+Activations in 8 bits and fewer are divided by a scale, too (`Format.activations`). A row or block whose scale is found at run
+time and that holds a NaN or an infinity becomes NaN. Products of weights that are multiplied out (`Format.multiplied_out`), and
+convolutions of integers, are computed on the float32 numbers that the operands stand for, as they are emulated; dots of int8 are
+summed in int32, exactly, and multiplied by both scales.
 """
 
 from __future__ import annotations
@@ -22,8 +27,17 @@ from jax import lax
 
 from mpjax import kernels
 from mpjax.formats import FLOAT32, Format, amax_scale, narrowed, round_to
+from mpjax.formats.registry import numbers
 from mpjax.formats.rounding import bfloat16_parts
-from mpjax.formats.storage import Stored, dequantize_rows, quantize, round_weights, stands_for
+from mpjax.formats.storage import (
+    Stored,
+    dequantize_rows,
+    grouped,
+    quantize,
+    round_weights,
+    scale_dtype,
+    stands_for,
+)
 from mpjax.kernels import float16, stored
 from mpjax.program.product import Array, Layer, Product, operand_summed
 from mpjax.xla import device_profile
@@ -47,7 +61,7 @@ def check_ranges(wanted: Iterable[tuple[Layer, Format]], calibration: Calibratio
         ValueError: the first such layer.
     """
     for layer, fmt in wanted:
-        if fmt.scaled and None in ranges_of(calibration, layer)[: 1 if layer.kernel else 2]:
+        if fmt.needs_range and None in ranges_of(calibration, layer)[: 1 if layer.kernel else 2]:
             both = "" if layer.kernel else " of both operands (calibrate with_activation_products(model))"
             raise ValueError(
                 f"Layer {layer.name!r} in {fmt.name} needs its activation range{both}: pass "
@@ -60,9 +74,15 @@ def is_executed(fmt: Format) -> bool:
     return fmt.accumulate != "float16" and (fmt.algorithm != "tensorfloat32" or jax.default_backend() == "gpu")
 
 
-def is_narrow(fmt: Format) -> bool:
-    """Whether a mixed model multiplies operands narrower than float32."""
-    return is_executed(fmt) and fmt.operand != "float32"
+def is_narrow(fmt: Format, kind: str = "dot") -> bool:
+    """Whether a mixed model multiplies operands narrower than float32, in a product of this kind."""
+    return is_executed(fmt) and operand_dtype(fmt, kind) != "float32"
+
+
+def operand_dtype(fmt: Format, kind: str = "dot") -> str:
+    """Of the operands that a program multiplies in a product of this kind (that of an emulation's, where it is emulated)."""
+    wide = fmt.multiplied_out or (numbers(fmt.operand).integer and kind != "dot")
+    return FLOAT32.operand if wide else fmt.operand
 
 
 def emulated(fmt: Format, product: Product, lhs: Array, rhs: Array, *, ranges: Ranges = (None, None)) -> Array:
@@ -73,7 +93,7 @@ def emulated(fmt: Format, product: Product, lhs: Array, rhs: Array, *, ranges: R
         product: the product.
         lhs: activations, float32.
         rhs: the whole weight, float32; or activations.
-        ranges: static largest magnitudes, for scaled formats.
+        ranges: static largest magnitudes, for formats that need them.
 
     Returns:
         An array of the format's output dtype.
@@ -85,12 +105,7 @@ def emulated(fmt: Format, product: Product, lhs: Array, rhs: Array, *, ranges: R
         return suited(lhs, rhs) if product.kind == "lookup" else _by_algorithm(fmt, suited, lhs, rhs)
     if product.kind == "lookup":
         return _rounded_rows(fmt, product, lhs, rhs).astype(fmt.output)
-    rhs = (
-        round_weights(rhs, fmt, product.summed, product.stacked) if product.weighted else _rounded(fmt, rhs, ranges[1])
-    )
-    if fmt.weight_only:
-        return suited(lhs, rhs)
-    lhs = _rounded(fmt, lhs, ranges[0])
+    lhs, rhs = _rounded(fmt, product, lhs, 0, ranges), _rounded(fmt, product, rhs, 1, ranges)
     if fmt.accumulate == "float16":
         return float16.compute(product, lhs, product.viewed(rhs)).astype(fmt.output)
     return suited(lhs, rhs)
@@ -122,30 +137,34 @@ def executed(
         return computed(lhs, rhs)
     if fmt.algorithm:
         return _executed_algorithm(fmt, product, lhs, rhs, implementation)
-    if product.weighted and kept_wide(fmt, rhs):
-        return computed(lhs if fmt.weight_only or product.kind == "lookup" else _rounded(fmt, lhs, ranges[0]), rhs)
     if product.kind == "lookup":
-        return _stored_rows(fmt, product, lhs, rhs, shape)
-    if fmt.weight_only:
+        return computed(lhs, rhs) if kept_wide(fmt, rhs) else _stored_rows(fmt, product, lhs, rhs, shape)
+    if product.weighted and kept_wide(fmt, rhs):
+        return computed(_rounded(fmt, product, lhs, 0, ranges), rhs)
+    if fmt.multiplied_out and isinstance(rhs, Stored):
+        lhs = _rounded(fmt, product, lhs, 0, ranges)
         form = stored.choice(product, lhs, rhs, fmt, shape) if as_stored else stored.MULTIPLIED_OUT
         if form != stored.MULTIPLIED_OUT:
             return stored.compute(form, product, lhs, rhs, shape)
         return computed(lhs, _multiplied_out(fmt, product, rhs, shape))
     if fmt.accumulate == "float16":
         return emulated(fmt, product, lhs, rhs.astype(jnp.float32), ranges=ranges)
-    lhs, scale = operand(fmt, lhs, ranges[0])
+    # XLA's ragged products take operands of one width; and what has several scales, which of the output is not seen here.
+    if not is_narrow(fmt, product.kind) or product.kind == "ragged" or not _scales_outputs(fmt, product, rhs):
+        if product.weighted:
+            rhs = _multiplied_out(fmt, product, rhs, shape)
+        else:
+            rhs = _rounded(fmt, product, rhs, 1, ranges)
+        return computed(_rounded(fmt, product, lhs, 0, ranges), rhs)
+    ranks = lhs.ndim, (rhs.numbers if isinstance(rhs, Stored) else rhs).ndim
+    lhs, scale = _narrow(fmt, product, lhs, 0, ranges, ranks)
     if not product.weighted:
-        rhs, other = operand(fmt, rhs, ranges[1])
+        rhs, other = _narrow(fmt, product, rhs, 1, ranges, ranks)
         scale = scale * other
     elif isinstance(rhs, Stored):
-        if product.kind == "ragged" and rhs.scale is not None and rhs.scale.size > 1:  # a scale for each group
-            rhs = stands_for(rhs, fmt, shape, product.summed, product.stacked)
-        else:
-            scale, rhs = scale * _output_scale(product, rhs, lhs), rhs.numbers
-    if product.kind == "ragged":  # XLA's own takes operands of one width
-        lhs, rhs = lhs.astype(jnp.float32), rhs.astype(jnp.float32)
-    out = computed.multiply(lhs, rhs, accumulate=fmt.accumulate)
-    return out if isinstance(scale, float) and scale == 1.0 else out * scale
+        scale, rhs = scale * _output_scale(product, rhs, lhs), rhs.numbers
+    out = computed.multiply(lhs, rhs, accumulate="int32" if numbers(fmt.operand).integer else fmt.accumulate)
+    return out if isinstance(scale, float) and scale == 1.0 else out.astype(jnp.float32) * scale
 
 
 def kept_wide(fmt: Format, weights: Any) -> bool:
@@ -161,11 +180,11 @@ def time_ratio(
     `lhs`, `rhs`: shapes and dtypes, `rhs` as the product multiplies it; `as_stored`: as in `executed`. A weight-only product is
     timed at its sizes (`kernels.stored`); the others are like the profile's product with that many rows, or its convolution.
     """
-    if fmt.weight_only:
+    if fmt.multiplied_out:
         stored_as = jax.eval_shape(functools.partial(quantize, fmt=fmt, summed=product.summed), rhs)
-        return stored.time_ratio(product, lhs, Stored(*stored_as), fmt, rhs.shape) if as_stored else math.inf
-    if not is_narrow(fmt):
-        return 1.0
+        return stored.time_ratio(product, lhs, stored_as, fmt, rhs.shape) if as_stored else math.inf
+    if not is_narrow(fmt, product.kind):
+        return math.inf if is_narrow(fmt) else 1.0
     profile = device_profile()
     if product.kind == "conv" and implementation not in kernels.MATRIX_PRODUCTS:
         ratio = profile.convolution.get(fmt.operand, math.inf)
@@ -174,58 +193,113 @@ def time_ratio(
     return profile.ratio(fmt.operand, kernels.rows_of(product, lhs), least=least)
 
 
-def operand(fmt: Format, x: Array, amax: float | None = None) -> tuple[Array, Any]:
-    """Activations as a product takes them: in the operand dtype, divided by a scale; and that scale, 1.0 where there is none.
-
-    Unchanged in formats with float32 operands, and in float16_acc16, whose emulation rounds them. What is in the operand dtype
-    already is taken as it is.
-    """
-    if not is_narrow(fmt):
-        return x, 1.0
-    scale: Any = _range_scale(fmt, amax) if fmt.scaled else 1.0
-    if x.dtype != jnp.dtype(fmt.operand):
-        x = narrowed(jnp.clip(x / scale, -fmt.max, fmt.max) if fmt.scaled else x, fmt.operand)
-    return x, scale
-
-
-def _range_scale(fmt: Format, amax: float | None) -> Array:
-    if amax is None:
-        raise ValueError(
-            f"Format {fmt.name} needs the activations' largest magnitude: pass "
-            "calibration=mp.calibrate(model, batches)."
-        )
-    return amax_scale(jnp.float32(amax), fmt)
-
-
-def _rounded(fmt: Format, x: Array, amax: float | None) -> Array:
-    """Activations rounded to the operand dtype."""
-    if not fmt.scaled:
+def _rounded(fmt: Format, product: Product, x: Array, side: int, ranges: Ranges) -> Array:
+    """An operand, `side` 0 or 1, as the float32 numbers that it stands for in the format."""
+    if side and product.weighted:
+        return round_weights(x, fmt, product.summed, product.stacked)
+    if fmt.weight_only:
+        return x
+    if not fmt.activations:
         return round_to(x, fmt.operand)
-    scale = _range_scale(fmt, amax)
-    return round_to(x / scale, fmt.operand) * scale
+    blocks, scale = _activation_scale(fmt, product, x, side, ranges)
+    return (round_to(blocks / scale, fmt.operand) * scale).reshape(x.shape)
 
 
-def _multiplied_out(fmt: Format, product: Product, weights: Stored, shape: tuple[int, ...]) -> Array:
+def _narrow(
+    fmt: Format, product: Product, x: Array, side: int, ranges: Ranges, ranks: tuple[int, int]
+) -> tuple[Array, Any]:
+    """Activations in the operand dtype, and their scale as it multiplies the output, 1.0 where there is none.
+
+    What is in the operand dtype already is taken as it is. `ranks`: of both operands.
+    """
+    scale: Any = 1.0
+    if fmt.activations:
+        _, scale = _activation_scale(fmt, product, x, side, ranges)
+    if x.dtype != jnp.dtype(fmt.operand):
+        if numbers(fmt.operand).integer:
+            x = round_to(x / scale, fmt.operand)
+        elif fmt.activations:
+            x = jnp.clip(x / scale, -fmt.max, fmt.max)
+        x = narrowed(x, fmt.operand)
+    return x, _on_output(product, scale, side, ranks) if jnp.ndim(scale) else scale
+
+
+def _activation_scale(fmt: Format, product: Product, x: Array, side: int, ranges: Ranges) -> tuple[Array, Array]:
+    """Activations, in blocks where each has a scale, and their scales; NaN of a row or block that is not finite."""
+    largest = numbers(fmt.operand).max
+    if fmt.activations == "static":
+        if ranges[side] is None:
+            raise ValueError(
+                f"Format {fmt.name} needs the activations' largest magnitude: pass "
+                "calibration=mp.calibrate(model, batches)."
+            )
+        return x, amax_scale(jnp.float32(ranges[side]), largest)
+    x, dtype = x.astype(jnp.float32), "float32"
+    axes = _row_axes(fmt, product, x, side)
+    if fmt.activations == "blocks":
+        (x, axes), dtype = grouped(x, fmt.group, axes), scale_dtype(fmt)
+    amax = jnp.max(jnp.abs(lax.stop_gradient(x)), axis=axes, keepdims=True, initial=0.0)
+    return x, jnp.where(jnp.isfinite(amax), amax_scale(amax, largest, dtype), jnp.nan)
+
+
+def _row_axes(fmt: Format, product: Product, x: Array, side: int) -> tuple[int, ...]:
+    """Axes of activations that share a scale: those that the product sums over; of a convolution all of an example.
+
+    Blocks lie along a convolution's channels.
+    """
+    if side:
+        return operand_summed(product)
+    if product.kind == "conv":
+        batch, channels, *_ = lax.conv_dimension_numbers(x.shape, x.shape, product.dimension_numbers).lhs_spec
+        if fmt.activations == "blocks":
+            return (channels,)
+        return tuple(axis for axis in range(x.ndim) if axis != batch or product.batch_group_count > 1)
+    dimensions = product.dimension_numbers
+    return tuple((dimensions if product.kind == "dot" else dimensions.dot_dimension_numbers)[0][0])
+
+
+def _multiplied_out(fmt: Format, product: Product, weights: Any, shape: tuple[int, ...]) -> Array:
+    if not isinstance(weights, Stored):
+        return weights.astype(jnp.float32)
     with jax.named_scope(MULTIPLIED_OUT):
         return stands_for(weights, fmt, shape, product.summed, product.stacked)
 
 
+def _scales_outputs(fmt: Format, product: Product, weights: Any) -> bool:
+    """Whether the scales of narrow operands can multiply the product's output instead."""
+    if not fmt.activations or (fmt.per_tensor and fmt.activations == "static"):
+        return True
+    if product.kind != "dot" or any(move.primitive.name != "transpose" for move in product.view):
+        return False
+    if fmt.per_tensor:
+        return True
+    scale = weights.scale if isinstance(weights, Stored) else None
+    shape = () if scale is None else product.viewed(scale).shape
+    return not shape or all(shape[axis] == 1 for axis in operand_summed(product))
+
+
+def _on_output(product: Product, scale: Array, side: int, ranks: tuple[int, int]) -> Array:
+    """The scale of an operand of a dot, with size one along what it sums over, as it multiplies the output."""
+    sums, batches = product.dimension_numbers
+    summed, batch = sums[side], batches[side]
+    rest = [axis for axis in range(scale.ndim) if axis not in (*summed, *batch)]
+    scale = jnp.squeeze(scale.transpose(*batch, *rest, *summed), tuple(range(len(batch) + len(rest), scale.ndim)))
+    first = len(batch) if side else scale.ndim
+    others = ranks[1 - side] - len(sums[1 - side]) - len(batch)
+    return product.in_program_order(jnp.expand_dims(scale, tuple(range(first, first + others))), ranks[1])
+
+
 def _output_scale(product: Product, weights: Stored, lhs: Array) -> Array:
-    """The weights' scale as it multiplies the product's output: one number, or one for each weight in a stack."""
+    """The weights' scale as it multiplies the product's output: one number, or one for each channel or weight in a stack."""
     assert weights.scale is not None
     if weights.scale.size == 1:
-        return weights.scale.reshape(())
-    spread = product.viewed(jnp.broadcast_to(weights.scale, weights.numbers.shape))
+        return weights.scale.astype(jnp.float32).reshape(())
+    spread = product.viewed(jnp.broadcast_to(weights.scale.astype(jnp.float32), weights.numbers.shape))
     summed = operand_summed(product)
-    scale = spread[tuple(0 if axis in summed else slice(None) for axis in range(spread.ndim))]
+    scale = spread[tuple(slice(1 if axis in summed else None) for axis in range(spread.ndim))]
     if product.kind != "dot":
         return scale.reshape(-1)[0]  # a convolution's weights are one of the stack
-    (contract, _), (batch, batch_rhs) = product.dimension_numbers
-    rest = [axis for axis in range(spread.ndim) if axis not in summed]
-    order = [*batch_rhs, *(axis for axis in rest if axis not in batch_rhs)]
-    scale = scale.transpose([rest.index(axis) for axis in order])
-    free = tuple(range(len(batch), lhs.ndim - len(contract)))  # axes of the output that are the activations' own
-    return product.in_program_order(jnp.expand_dims(scale, free), spread.ndim)
+    return _on_output(product, scale, 1, (lhs.ndim, scale.ndim))
 
 
 # --- algorithms of float32 products -----------------------------------------------------------------------------------
@@ -280,12 +354,12 @@ def _plain(product: Product, rank: int) -> bool:
 
 def _rounded_rows(fmt: Format, product: Product, ids: Array, table: Array) -> Array:
     """Rows of a table, rounded as the whole table is; only they are, where a row has scales of its own or the table has one."""
-    if fmt.scaled and not product.stacked:
-        scale = amax_scale(jnp.max(jnp.abs(table), initial=0.0), fmt)
-        return round_to(product(ids, table) / scale, fmt.operand) * scale
-    if not fmt.scaled and not fmt.weight_only:
+    if not fmt.scaled:
         return round_to(product(ids, table), fmt.storage)
-    if fmt.weight_only and _plain(product, table.ndim):
+    if fmt.per_tensor and not product.stacked:
+        scale = amax_scale(jnp.max(jnp.abs(table), initial=0.0), numbers(fmt.storage).max, scale_dtype(fmt))
+        return round_to(product(ids, table) / scale, fmt.storage) * scale
+    if not fmt.per_tensor and _plain(product, table.ndim):
         rows = product(ids, table)
         rounded = round_weights(rows, fmt, (rows.ndim - 1,))
         return jnp.where(jnp.isnan(rows), rows, rounded)  # of a row that the table has not
@@ -296,16 +370,17 @@ def _stored_rows(fmt: Format, product: Product, ids: Array, table: Any, shape: t
     """Rows of a stored table; only these are multiplied out, where it can be."""
     if not isinstance(table, Stored):
         return product.multiply(ids, table, accumulate="float32")
-    if fmt.weight_only and _plain(product, len(shape)):
+    if not fmt.per_tensor and _plain(product, len(shape)):
         (axis,), count, ids = product.dimension_numbers.offset_dims, shape[0], ids[..., 0]
         fill, outside = None, (ids < 0) | (ids >= count)
         if product.extra["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
             fill, ids = product.extra["fill_value"], jnp.where(outside, count, ids)  # NaN outside
         else:
             ids = jnp.clip(ids, 0, count - 1)
-        rows = dequantize_rows(*table, fmt, shape, ids)
+        rows = dequantize_rows(table, fmt, shape, ids)
         rows = rows if fill is None else jnp.where(outside[..., None], jnp.asarray(fill, rows.dtype), rows)
         return jnp.moveaxis(rows, -1, axis)
-    if table.scale is not None and table.scale.size == 1 and not fmt.weight_only:
-        return product.multiply(ids, table.numbers, accumulate="float32") * table.scale.reshape(())
+    if table.scale is not None and table.scale.size == 1 and not fmt.multiplied_out:
+        rows = product.multiply(ids, table.numbers, accumulate="float32")
+        return rows * table.scale.astype(jnp.float32).reshape(())
     return product(ids, _multiplied_out(fmt, product, table, shape))

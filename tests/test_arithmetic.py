@@ -82,11 +82,11 @@ def test_other_formats_round_both_operands_and_nothing_else(name):
         out = arithmetic.emulated(fmt, dot(), jnp.asarray(x), jnp.asarray(w), ranges=(amax, None))
 
         def rounded(values, largest):
-            scale = np.float32(largest) / np.float32(fmt.max) if fmt.scaled else np.float32(1)
+            scale = np.float32(largest) / np.float32(fmt.max) if fmt.needs_range else np.float32(1)
             return (values / scale).astype(jnp.dtype(fmt.operand)).astype(np.float64) * np.float64(scale)
 
         expected = rounded(x, amax) @ rounded(w, np.abs(w).max())
         np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
-    if fmt.scaled:
+    if fmt.needs_range:
         with pytest.raises(ValueError, match="calibration=mp.calibrate"):
             arithmetic.emulated(fmt, dot(), jnp.ones((1, 2)), jnp.ones((2, 1)))

@@ -43,8 +43,18 @@ def solved(model, batches, scores, name, calibration=None):
 @pytest.mark.parametrize(
     ("fmt", "largest", "bytes_of_32_by_8"),
     [
-        (Format(name="float8_e4m3fnuz", storage="float8_e4m3fnuz", operand="float8_e4m3fnuz", scaled=True), 240, 256),
-        (Format(name="int8_w16", storage="int8", operand="float32", weight_only=True, group=16), 127, 256 + 2 * 8 * 2),
+        (
+            Format(
+                name="float8_e4m3fnuz",
+                storage="float8_e4m3fnuz",
+                operand="float8_e4m3fnuz",
+                per_tensor=True,
+                activations="static",
+            ),
+            240,
+            256,
+        ),
+        (Format(name="int8_w16", storage="int8", group=16), 127, 256 + 2 * 8 * 2),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -87,7 +97,7 @@ def test_a_format_of_a_known_scheme_is_one_line(model_and_batches, request, fmt,
 
 def test_only_formats_and_arithmetic_ask_what_a_scheme_is():
     package = Path(mpjax.__file__).parent
-    asks = re.compile(r"\.(scaled|weight_only|accumulate|group)\b(?!\()")
+    asks = re.compile(r"\.(scaled|zero_point|per_tensor|accumulate|group)\b(?!\()")
     asking = {str(path.relative_to(package)) for path in package.rglob("*.py") if asks.search(path.read_text())}
     assert {name for name in asking if not name.startswith("formats")} == {"arithmetic.py"}
 

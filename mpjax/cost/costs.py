@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mpjax.arithmetic import operand_dtype
 from mpjax.formats import FLOAT32, parse
 
 
@@ -75,7 +76,7 @@ class Costs:
         casts, edges = self._measured("cast_seconds"), tuple(edges)
         for pair in edges:
             check_known(pair, self.layers)
-        dtypes = np.array([parse(name).operand for name in self.formats])
+        dtypes = np.array([operand_dtype(parse(name)) for name in self.formats])
         consumers = [consumer for _, consumer in edges]
         shares = np.array([casts[self.layers.index(name)] / consumers.count(name) for name in consumers])
         return np.where(dtypes[:, None] != dtypes, shares.reshape(len(edges), 1, len(dtypes)), 0.0)

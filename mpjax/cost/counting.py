@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 import numpy as np
 
+from mpjax.arithmetic import operand_dtype
 from mpjax.cost.costs import Costs
 from mpjax.formats import FLOAT32, Format, parse_all
 from mpjax.formats.storage import weight_bytes
@@ -42,7 +43,9 @@ def static(model: Model, formats: Sequence[str | Format], *inputs: Array) -> Cos
 
     def read(fmt: Format) -> np.ndarray:
         def size(call: Call) -> int:
-            dtype = call.lhs.dtype if call.product.kind == "lookup" else jnp.dtype(fmt.operand)
+            dtype = (
+                call.lhs.dtype if call.product.kind == "lookup" else jnp.dtype(operand_dtype(fmt, call.product.kind))
+            )
             return math.prod(call.lhs.shape) * dtype.itemsize
 
         return count(size)

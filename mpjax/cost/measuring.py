@@ -147,7 +147,10 @@ def _candidates(fmt: Format, call: Call, implementation: str, ynn: bool) -> dict
     """What is timed of a product: label -> implementation. "rule" is a label: a layer's products may differ in what it picks."""
     if implementation == "xla":
         return {"xla": "xla"}
-    lhs, rhs = (jax.ShapeDtypeStruct(spec.shape, jnp.dtype(fmt.operand)) for spec in (call.lhs, call.rhs))
+    lhs, rhs = (
+        jax.ShapeDtypeStruct(spec.shape, jnp.dtype(arithmetic.operand_dtype(fmt, call.product.kind)))
+        for spec in (call.lhs, call.rhs)
+    )
     if implementation == "rule":
         return {"rule": kernels.rule(call.product, lhs, rhs, narrow=ynn)}
     return {name: name for name in kernels.implementations(call.product, lhs, rhs)}
@@ -178,5 +181,5 @@ def _programs(fmt: Format, call: Call, implementation: str, as_stored: bool) -> 
 
     narrow = None
     if fmt != FLOAT32 and product.kind != "lookup":
-        narrow = (whole, (lhs.astype(jnp.dtype(fmt.operand)), rhs))
+        narrow = (whole, (lhs.astype(jnp.dtype(arithmetic.operand_dtype(fmt, product.kind))), rhs))
     return timing.Programs(name=name, whole=(whole, (lhs, rhs)), product=narrow)

@@ -56,6 +56,10 @@ def forms(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tuple
     """
     if product.kind != "dot" or product.function is not lax.dot_general or product.summed is None:
         return ()
+    if weights.zero is not None or (
+        weights.numbers.dtype == jnp.uint8 and fmt.storage != "int4"
+    ):  # other packed numbers
+        return ()
     transposes = [move for move in product.view if move.primitive.name == "transpose"]
     if len(transposes) != len(product.view) or (transposes and len(shape) != 2):
         return ()
@@ -284,7 +288,7 @@ def _timed(
 
     def made() -> tuple[list[Any], list[Any]]:
         wide = [np.resize(np.roll(block, i), shape) for i in range(count)]
-        return wide, [Stored(*quantize(jnp.asarray(w), fmt, summed)) for w in wide]
+        return wide, [quantize(jnp.asarray(w), fmt, summed) for w in wide]
 
     wide, small = profile.outside_trace(made)
 

@@ -77,8 +77,7 @@ def test_examples():
 
 def test_scale_of_nothing_is_one():
     fmt = formats.parse("float8_e4m3fn")
-    np.testing.assert_array_equal(formats.amax_scale(np.array([0.0, np.nan, np.inf], np.float32), fmt), [1, 1, 1])
-    assert float(formats.amax_scale(jnp.float32(3.0), formats.parse("bfloat16"))) == 1.0
+    np.testing.assert_array_equal(formats.amax_scale(np.array([0.0, np.nan, np.inf], np.float32), fmt.max), [1, 1, 1])
     np.testing.assert_array_equal(storage.round_weights(np.zeros((2, 2), np.float32), fmt), np.zeros((2, 2)))
 
 
@@ -93,12 +92,12 @@ def test_the_registry_is_open_and_names_the_nearest(monkeypatch):
         with pytest.raises(ValueError, match=message):
             formats.parse_all(names)
     monkeypatch.setattr(formats.registry, "FORMATS", dict(formats.FORMATS))
-    grouped = Format(name="int8_g16_w", storage="int8", operand="float32", weight_only=True, group=16)
+    grouped = Format(name="int8_g16_w", storage="int8", group=16)
     with pytest.raises(ValueError, match="formats.register it"):
         formats.parse(grouped)
     assert formats.register(grouped) == formats.parse("int8_g16_w") == formats.parse(grouped)
     with pytest.raises(ValueError, match="Expected a new name, found 'int8_g16_w'"):
-        formats.register(Format(name="int8_g16_w", storage="int8", operand="float32", weight_only=True))
+        formats.register(Format(name="int8_g16_w", storage="int8"))
 
 
 def test_rounding_under_vmap_and_grad():

@@ -260,14 +260,14 @@ def test_an_authors_own_product_stays():
 def test_derivatives_are_those_of_the_product(fmt):
     weights = jax.random.normal(KEY, (32, 6), jnp.float32)
     x = jax.random.normal(jax.random.key(1), (3, 32), jnp.float32)
-    numbers, scale = storage.quantize(weights, parse(fmt), (0,))
+    numbers, scale, _ = storage.quantize(weights, parse(fmt), (0,))
 
     def loss(x, scale):
         form = {"int8_w": "digits", "bfloat16_w": "parts"}[fmt]
         return jnp.sum(stored.compute(form, dot(), x, storage.Stored(numbers, scale), weights.shape) ** 2)
 
     def plain(x, scale):
-        return jnp.sum((x @ storage.stands_for((numbers, scale), parse(fmt), weights.shape, (0,))) ** 2)
+        return jnp.sum((x @ storage.stands_for(storage.Stored(numbers, scale), parse(fmt), weights.shape, (0,))) ** 2)
 
     which = (0,) if scale is None else (0, 1)
     chex.assert_trees_all_close(jax.grad(loss, which)(x, scale), jax.grad(plain, which)(x, scale), rtol=1e-5, atol=1e-5)

@@ -36,7 +36,7 @@ class Store:
     """
 
     def __init__(self, model: Model, formats: Sequence[str], *inputs: Array) -> None:
-        if wide := [name for name in formats if not parse(name).multiplied_out]:
+        if wide := [name for name in formats if not parse(name).weight_only]:
             raise ValueError(f"Expected weight-only formats, found {', '.join(wide)}.")
         self.model, self.formats = model, tuple(formats)
         self.weight_bytes: NDArray[np.int64] = cost.static(model, formats, *inputs).weight_bytes
