@@ -8,7 +8,7 @@ exceed what is left of a limit or that no optimum makes, and then forms are divi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -128,10 +128,15 @@ class Program:
         larger[~np.isin(np.arange(self.layers), members)] = False
         return Row("", self.form(larger.astype(np.float64)), len(members) - 1)
 
-    def best(self, objective: Floats, rows: Sequence[Row]) -> tuple[Index, float, int]:
+    def best(
+        self, objective: Floats, rows: Sequence[Row], improve: Callable[[Index], Index] = lambda index: index
+    ) -> tuple[Index, float, int]:
         """The optimum of an objective, its proved bound, and the programs solved.
 
-        Choices that no optimum makes are left out between the programs, until what remains is of one magnitude.
+        Choices that no optimum makes are left out before and between the programs, until what remains is of one magnitude.
+
+        Args:
+            improve: betters an index that meets the rows.
 
         Raises:
             InfeasibleError: nothing meets the rows.
@@ -141,7 +146,7 @@ class Program:
         if main is not None:
             trial = self.lagrangian(objective, main)[0]
             if not any(self.over(row, trial) for row in rows):
-                self.narrow(objective, main, trial)
+                self.narrow(objective, main, improve(trial))
         while True:
             index, bound, rounds = self.whole(objective, rows)
             total += rounds

@@ -5,9 +5,11 @@ al. (HAWQ-V3), arXiv 2011.10680.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
+from mpjax.search.optimum.greedy import grown
 from mpjax.search.optimum.integer_program import Program, Row
 from mpjax.search.optimum.solution import MARGIN, Solution, check, on_groups, solution
 from mpjax.search.problem import Index, Problem
@@ -43,11 +45,11 @@ def linear(problem: Problem, limit: float) -> Solution:
     lowered = np.repeat(-1.0 * problem.counts[:, None], program.options, axis=1) * (np.arange(program.options) > 0)
     objective = program.form(lowered) if by_count else program.costs
     second = program.penalties if not by_count or problem.cost is None else program.costs
-    index, bound, rounds = program.best(objective, rows)
-    equal = Program(problem)  # with all choices again
+    plain = replace(problem, interactions=None)
+    index, bound, rounds = program.best(objective, rows, lambda index: grown(plain, index, limit))
     value = program.value(objective, index)
-    other, _, more = equal.best(second, [*rows, Row("", objective, value, 1e-9 * abs(value))])
-    if problem.objective_of(other) <= value + 1e-9 * abs(value) and equal.value(second, other) <= equal.value(
+    other, _, more = program.whole(second, [*rows, Row("", objective, value, 1e-9 * abs(value))])
+    if problem.objective_of(other) <= value + 1e-9 * abs(value) and program.value(second, other) <= program.value(
         second, index
     ):
         index = other
