@@ -70,7 +70,10 @@ def known() -> Entrants:
             "random": Estimator(make=lambda subject: s.random(), seeded=True),
         },
         allocators={name: allocate for name, allocate in allocators.ALLOCATORS.items() if name not in _UNSCORED},
-        formats={"int": (("int4_w", "int8_w"), (1.1, 1.25, 1.6))},
+        formats={
+            "int": (("int4_w", "int2_w", "int3_w", "int5_w", "int6_w", "int8_w"), (0.75, 1.0, 1.25, 1.6)),
+            "float": (("mxfp4_w", "mxfp6_w", "mxfp8_w", "bfloat16_w"), (1.2, 1.6)),
+        },
     )
 
 

@@ -33,7 +33,7 @@ ESTIMATORS = {"backwards": Estimator(make=lambda subject: backwards())}
 FORMAT = """
 from mpjax.formats import Format, register
 
-register(Format(name="toy_w", storage="int8", operand="float32", weight_only=True, group=16))
+register(Format(name="toy_w", storage="int8", group=16))
 FORMATS = {"toy": (("toy_w", "bfloat16_w"), (1.5,))}
 """
 
