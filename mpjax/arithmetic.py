@@ -205,6 +205,11 @@ def _rounded(fmt: Format, x: Array, amax: float | None) -> Array:
     return round_to(x / scale, fmt.operand) * scale
 
 
+def rounded_activations(fmt: Format, x: Array, amax: float | None = None) -> Array:
+    """Activations as a product in the format sees them, in float32."""
+    return x if fmt.weight_only else _rounded(fmt, x, amax)
+
+
 def _multiplied_out(fmt: Format, product: Product, weights: Stored, shape: tuple[int, ...]) -> Array:
     with jax.named_scope(MULTIPLIED_OUT):
         return stands_for(weights, fmt, shape, product.summed, product.stacked)
