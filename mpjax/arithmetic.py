@@ -193,6 +193,11 @@ def time_ratio(
     return profile.ratio(fmt.operand, kernels.rows_of(product, lhs), least=least)
 
 
+def rounded_activations(fmt: Format, product: Product, x: Array, ranges: Ranges = (None, None)) -> Array:
+    """Activations as a product in the format sees them, in float32."""
+    return _rounded(fmt, product, x, 0, ranges)
+
+
 def _rounded(fmt: Format, product: Product, x: Array, side: int, ranges: Ranges) -> Array:
     """An operand, `side` 0 or 1, as the float32 numbers that it stands for in the format."""
     if side and product.weighted:

@@ -182,11 +182,31 @@ def _sampled_labels(key: Array, outputs: Outputs, *targets: Array) -> Outputs:
     return jax.tree.unflatten(jax.tree.structure(outputs), [change])
 
 
+def _noise_to_signal(outputs: Outputs, reference: Outputs) -> Array:
+    return 2 * _half_squares(outputs, reference) / jnp.sum(jnp.square(flat(reference)), axis=1)
+
+
+def _last_kl(outputs: Outputs, reference: Outputs) -> Array:
+    return _kl(*(_logits(logits, "last_kl")[:, -1] for logits in (outputs, reference)))
+
+
+def _last_sampled_labels(key: Array, outputs: Outputs) -> Outputs:
+    logits = _logits(outputs, "last_kl")
+    last = _sampled_labels(key, logits[:, -1])
+    return jax.tree.unflatten(jax.tree.structure(outputs), [jnp.zeros_like(logits).at[:, -1].set(last)])
+
+
 OUTPUT = Loss(name="output", value=_half_squares, stationary=True, cotangents=_signs)
 """½ ‖f(x) − f₀(x)‖², summed over all outputs: its Hessian at the trained weights is exactly JᵀJ."""
 
 KL = Loss(name="kl", value=_kl, stationary=True, cotangents=_sampled_labels)
 """Kullback–Leibler divergence from the float32 model's softmax, in nats; mean over an example's positions."""
+
+LAST_KL = Loss(name="last_kl", value=_last_kl, stationary=True, cotangents=_last_sampled_labels)
+"""The same at the last position of logits (N, T, classes): the next token of a language model."""
+
+NOISE_TO_SIGNAL = Loss(name="noise_to_signal", value=_noise_to_signal, stationary=True)
+"""‖f(x) − f₀(x)‖² / ‖f₀(x)‖²: 10^(−SQNR/10), the SQNR of the model's output in dB (Pandey et al., arXiv 2302.05397)."""
 
 CROSS_ENTROPY = Loss(name="cross_entropy", value=_cross_entropy, num_targets=1, cotangents=_sampled_labels)
 """Cross-entropy with integer labels (N, …), in nats; mean over an example's positions."""

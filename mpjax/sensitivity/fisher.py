@@ -39,13 +39,8 @@ def fisher(
     Raises:
         ValueError: "empirical" under a loss whose gradient is zero by construction.
     """
-    check_choice("kind", kind, ("true", "empirical"))
-    if kind == "empirical":
-        check_not_stationary(loss, "fisher[empirical]")
-    else:
-        check_probes(num_probes, loss, "fisher[true]")
+    probes = probes_of(kind, num_probes, loss, "fisher")
     name = f"fisher[{kind},{'elementwise' if elementwise else 'mean'}]"
-    probes = num_probes if kind == "true" else None
 
     def estimate(task: ModelTask) -> Scores:
         if elementwise:
@@ -53,6 +48,20 @@ def fisher(
         return task.curvature_scores(name, probe(task, "squares", probes), scale="noise", mean=True)
 
     return scorer_of(estimate, loss)
+
+
+def probes_of(kind: str, num_probes: int, loss: Loss, estimator: str) -> int | None:
+    """The number of output probes; None for the one gradient on the given label.
+
+    Raises:
+        ValueError: an unknown kind, fewer than one probe, a loss that has none, or whose gradient is zero by construction.
+    """
+    check_choice("kind", kind, ("true", "empirical"))
+    if kind == "empirical":
+        check_not_stationary(loss, f"{estimator}[empirical]")
+        return None
+    check_probes(num_probes, loss, f"{estimator}[true]")
+    return num_probes
 
 
 def squared_gradient(task: Task) -> Scores:

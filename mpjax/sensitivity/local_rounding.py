@@ -1,14 +1,11 @@
 """Each layer's own rounding error, carried to the output."""
 
 from dataclasses import replace
-from typing import Any
-
-import numpy as np
 
 from mpjax.arithmetic import Calibration
 from mpjax.losses import OUTPUT, Loss
 from mpjax.sensitivity.scores import Scorer, Scores
-from mpjax.sensitivity.taps import tap_ledger, tap_samples
+from mpjax.sensitivity.taps import mean_over_probes, tap_ledger, tap_samples
 from mpjax.sensitivity.task import ModelTask, check_probes, exactly, scorer_of
 
 
@@ -37,19 +34,8 @@ def local_rounding(
     check_probes(num_probes, loss, "local_rounding")
 
     def estimate(task: ModelTask) -> Scores:
-        ranges = task.ranges(calibration)
-        total, variance = (np.zeros((len(task.names), len(task.formats))) for _ in range(2))
-        for samples in tap_samples(task, num_probes, ranges):
-            squares = samples**2 / 2.0  # (N, P, L, F)
-            if num_probes is None:
-                total = total + squares.sum(axis=(0, 1))
-                continue
-            total = total + squares.mean(axis=1).sum(axis=0)
-            with np.errstate(invalid="ignore"):  # inf - inf, where a layer overflows
-                spread = squares.var(axis=1, ddof=1).sum(axis=0) if num_probes > 1 else np.nan
-            variance = variance + spread / num_probes
-        value = total / task.examples
-        stderr: Any = variance**0.5 / task.examples
+        squares = (samples**2 / 2.0 for samples in tap_samples(task, num_probes, task.ranges(calibration)))
+        value, stderr = mean_over_probes(task, squares, num_probes)
         estimate = replace(exactly(value, tap_ledger(task, num_probes)), stderr=stderr)
         name = f"local_rounding[{'exact' if num_probes is None else num_probes}]"
         return task.scores(name, estimate, kind="loss", overflowed=task.overflows(value))

@@ -1,5 +1,7 @@
 """The measured truth that every other score is judged by."""
 
+from collections.abc import Callable, Mapping
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,33 +26,46 @@ def measured(*, loss: Loss = OUTPUT, calibration: Calibration | None = None) -> 
     """
 
     def estimate(task: ModelTask) -> Scores:
-        ranges, names = task.ranges(calibration), task.names
-
-        def outputs_of(params: Params, index: Array, *batch: Array) -> Outputs:
-            chosen = in_formats(index, names, task.formats, calibration=ranges)
-
-            def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
-                out = chosen(layer, product, lhs, rhs)
-                lowered = index[names.index(layer.name)] > 0
-                # NaN everywhere, so that no clamp or pooling after it hides an overflow
-                return jnp.where(lowered & ~jnp.isfinite(out).all(), jnp.asarray(jnp.nan, out.dtype), out)
-
-            return task.model.call(params, *loss.split(batch)[0], override=override)
-
-        def growth(outputs: Outputs, reference: Outputs, *batch: Array) -> Array:
-            targets = loss.split(batch)[1]
-            return jnp.sum(loss.value(outputs, reference, *targets) - loss.value(reference, reference, *targets))
-
-        run, compare = task.timed.jit(outputs_of), task.timed.jit(growth)
-        total = np.zeros((len(names), len(task.formats)))
-        for batch in task.batches:
-            truth = run(task.params, jnp.zeros(len(names), jnp.int32), *batch)
-            for layer, fmt in np.ndindex(*total.shape):
-                index = np.zeros(len(names), np.int32)
-                index[layer] = 1 + fmt
-                total[layer, fmt] += float(compare(run(task.params, jnp.asarray(index), *batch), truth, *batch))
-        value = total / task.examples
-        ledger = Ledger(forward=task.examples * (1 + total.size))
+        growth = growth_of(task, calibration)
+        value = np.zeros((len(task.names), len(task.formats)))
+        for layer, fmt in np.ndindex(*value.shape):
+            value[layer, fmt] = growth({layer: fmt})
+        ledger = Ledger(forward=task.examples * (1 + value.size))
         return task.scores("measured", exactly(value, ledger), kind="loss", overflowed=task.overflows(value))
 
     return scorer_of(estimate, loss, weights_only=False)
+
+
+def growth_of(task: ModelTask, calibration: Calibration | None) -> Callable[[Mapping[int, int]], float]:
+    """Numbers of layers -> numbers of their formats: the growth of the mean loss, all others in float32. The model in float32 is
+    run once."""
+    ranges, names, loss = task.ranges(calibration), task.names, task.loss
+
+    def outputs_of(params: Params, index: Array, *batch: Array) -> Outputs:
+        chosen = in_formats(index, names, task.formats, calibration=ranges)
+
+        def override(layer: Layer, product: Product, lhs: Array, rhs: Array) -> Array:
+            out = chosen(layer, product, lhs, rhs)
+            lowered = index[names.index(layer.name)] > 0
+            # NaN everywhere, so that no clamp or pooling after it hides an overflow
+            return jnp.where(lowered & ~jnp.isfinite(out).all(), jnp.asarray(jnp.nan, out.dtype), out)
+
+        return task.model.call(params, *loss.split(batch)[0], override=override)
+
+    def growth(outputs: Outputs, reference: Outputs, *batch: Array) -> Array:
+        targets = loss.split(batch)[1]
+        return jnp.sum(loss.value(outputs, reference, *targets) - loss.value(reference, reference, *targets))
+
+    run, compare = task.timed.jit(outputs_of), task.timed.jit(growth)
+    truths = [run(task.params, jnp.zeros(len(names), jnp.int32), *batch) for batch in task.batches]
+
+    def growth_with(formats: Mapping[int, int]) -> float:
+        index = np.zeros(len(names), np.int32)
+        for layer, fmt in formats.items():
+            index[layer] = 1 + fmt
+        total = 0.0
+        for batch, truth in zip(task.batches, truths, strict=True):
+            total += float(compare(run(task.params, jnp.asarray(index), *batch), truth, *batch))
+        return total / task.examples
+
+    return growth_with

@@ -155,3 +155,16 @@ def test_clear_errors() -> None:
         ("num_probes", lambda: sensitivity.interactions(model, batches, LOW, KEY, num_probes=0)),
         ("cotangents", lambda: sensitivity.interactions(model, batches, LOW, KEY, num_probes=2, loss=silent)),
     )
+
+
+def test_clado_measures_what_interactions_predict():
+    """With weights rounded alone; where activations round, too, layer two's change as layer one moves them."""
+    model, batches = linen(nn.Sequential([nn.Dense(4), jnp.tanh, nn.Dense(3)]), 5, 7)
+    fmts = ("bfloat16_w", "int8_w")
+    pairs = sensitivity.clado(model, batches, fmts, jax.random.key(0))
+    first = sensitivity.interactions(model, batches, fmts, jax.random.key(0))
+    same = np.kron(np.eye(2), np.ones((2, 2)) - np.eye(2)) == 0  # two formats of one layer do not interact
+    scale = np.abs(first.gram).max()
+    np.testing.assert_allclose(pairs.gram[same], first.gram[same], atol=0.05 * scale)
+    assert np.linalg.eigvalsh(pairs.gram).min() > -1e-6 * scale
+    assert pairs.ledger.forward == 10 * (1 + 4 + 4)

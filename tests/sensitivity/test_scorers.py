@@ -322,6 +322,118 @@ def test_a_spectrum_that_is_not_finite_spoils_no_other_layer():
         assert scores.ranking("bfloat16")[-1] == "depthwise"
 
 
+# --- scores of the field, against a dense loop over layers -----------------------------------------------------------------
+
+
+@cache
+def dot_model(seed):
+    """Two Dense layers and their batches; for each layer its inputs (12, d), and the Jacobians (12, K, m) of the outputs with
+    respect to its outputs, in float64."""
+    model, batches = linen(nn.Sequential([nn.Dense(5, name="one"), jnp.tanh, nn.Dense(4, name="two")]), 6, 7, seed=seed)
+    x = np.concatenate([np.float64(x) for (x,) in batches])
+    weights = {name: np.float64(value) for name, value in model.params.items()}
+    one, two = (next(v for k, v in weights.items() if k == f"{name}/kernel") for name in model.names)
+    hidden = np.tanh(x @ one + next(v for k, v in weights.items() if k == f"{model.names[0]}/bias"))
+    jacobian = np.einsum("nh,hk->nkh", 1 - hidden**2, two)
+    return model, batches, [(x, one, jacobian), (hidden, two, np.broadcast_to(np.eye(4), (12, 4, 4)))]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_of_the_field_are_those_of_dense_formulas(seed):
+    model, batches, layers = dot_model(seed)
+    fmt = formats.parse("bfloat16")
+    rounded = lambda a: np.float64(jnp.asarray(a, jnp.float32).astype(jnp.bfloat16))  # noqa: E731
+    expected = {}
+    for x, w, jacobian in layers:
+        dx, dw = rounded(x) - x, rounded(w) - w
+        da, a = rounded(x) @ rounded(w) - x @ w, x @ w
+        # E over sign probes u of (Jᵀu)_j² is Σ_k J_kj²
+        squares = (jacobian**2).sum(1)
+        fisher_w = np.mean(np.sum(x**2, 1) * squares.sum(1))
+        fisher_x = np.mean(np.sum(np.einsum("nkm,im->nki", jacobian, w) ** 2, (1, 2)))
+        for name, value in (
+            ("gradient_score", 0.5 * np.mean(np.sum(squares * da**2, 1))),
+            ("fit", 0.5 * (fisher_w * np.mean(dw**2) + fisher_x * np.mean(dx**2))),
+            ("imatrix", np.sum(np.mean(x**2, 0)[:, None] * dw**2)),
+            ("sqnr", None),
+            ("magnitude", max(np.abs(x).max(), np.abs(w).max()) / fmt.max),
+        ):
+            value = np.sum(da**2) / np.sum(a**2) if name == "sqnr" else value
+            expected.setdefault(name, []).append(value)
+    for name, scorer in (
+        ("gradient_score", sensitivity.gradient_score(num_probes=300)),
+        ("fit", sensitivity.fit(num_probes=300)),
+        ("imatrix", sensitivity.imatrix()),
+        ("sqnr", sensitivity.sqnr()),
+        ("magnitude", sensitivity.magnitude()),
+    ):
+        scores = score(scorer, model, batches)
+        error = np.abs(scores.value[:, 0] - expected[name])
+        # roundings of hidden activations differ between float32 and float64
+        assert (error <= 4 * scores.stderr[:, 0] + 0.03 * np.abs(expected[name])).all(), (name, scores, expected[name])
+        assert (scores.status == "ok").all() and scores.ledger.forward > 0
+
+
+def test_empirical_scores_are_those_of_the_gradients_on_the_labels():
+    model, batches, layers = dot_model(0)
+    targets = [(x, jnp.zeros((6, 4))) for (x,) in batches]
+    half = losses.Loss(name="half", value=lambda o, reference, y: jnp.sum((o - y) ** 2, -1) / 2, num_targets=1)
+    outputs = np.concatenate([np.float64(model.call(model.params, x)) for (x,) in batches])
+    scores = score(sensitivity.gradient_score(kind="empirical", loss=half), model, targets)
+    traces = score(sensitivity.fit(kind="empirical", loss=half), model, targets)
+    for row, (x, w, jacobian) in enumerate(layers):
+        rounded = [np.float64(jnp.asarray(a, jnp.float32).astype(jnp.bfloat16)) for a in (x, w)]
+        gradient = np.einsum("nkm,nk->nm", jacobian, outputs)
+        expected = 0.5 * np.mean(np.sum((gradient * (rounded[0] @ rounded[1] - x @ w)) ** 2, 1))
+        assert scores.value[row, 0] == pytest.approx(expected, rel=0.03)
+        fisher = [np.mean(np.sum(g**2, 1) * np.sum(y**2, 1)) for g, y in ((gradient, x),)]
+        noise = [np.mean((r - a) ** 2) for r, a in zip(rounded, (x, w), strict=True)]
+        expected = 0.5 * (fisher[0] * noise[1] + np.mean(np.sum((gradient @ w.T) ** 2, 1)) * noise[0])
+        assert traces.value[row, 0] == pytest.approx(expected, rel=0.03)
+    np.testing.assert_array_equal(scores.stderr, 0)
+    with pytest.raises(ValueError, match="zero by construction"):
+        sensitivity.fit(kind="empirical")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_higgs_is_exact_in_the_mean_for_a_linear_layer(seed):
+    """E of the loss with noise t ‖w‖ / √d is ½ t² ‖w‖² / d · outputs · E‖x‖²."""
+    model, batches = linen(nn.Dense(4), 5, 7, seed=seed)
+    scores = score(sensitivity.higgs(levels=(0.1, 0.3), draws=60), model, batches, ("int8_w", "bfloat16"))
+    x = np.concatenate([np.float64(x) for (x,) in batches])
+    for column, fmt in enumerate(("int8_w", "bfloat16")):
+        kernel = model.params["kernel"]
+        delta = np.float64(storage.round_weights(kernel, formats.parse(fmt), model.layers[0].block.summed) - kernel)
+        expected = 0.5 * np.mean(delta**2) * 4 * np.mean(np.sum(x**2, 1))
+        assert abs(scores.value[0, column] - expected) < 4 * scores.stderr[0, column]
+        assert 0 < scores.stderr[0, column] < 0.2 * expected
+
+
+def test_output_losses_of_measured():
+    model, batches = classifier()
+    outputs = [model.call(model.params, x) for (x,) in batches]
+    low = [
+        model.call(model.params, x, override=emulation.in_format({"stem": formats.parse("int4_w")})) for (x,) in batches
+    ]
+    ratio = np.mean([jnp.sum((a - b) ** 2, 1) / jnp.sum(b**2, 1) for a, b in zip(low, outputs, strict=True)])
+    scores = score(sensitivity.measured(loss=losses.NOISE_TO_SIGNAL), model, batches, ("int4_w",))
+    assert scores.value[0, 0] == pytest.approx(ratio, rel=1e-3)
+    logits, other = jax.random.normal(KEY, (2, 3, 4, 5))
+    np.testing.assert_allclose(
+        losses.LAST_KL.value(other, logits), losses.KL.value(other[:, -1], logits[:, -1]), rtol=1e-6
+    )
+    drawn = losses.LAST_KL.cotangents(KEY, logits)
+    assert not drawn[:, :-1].any() and drawn[:, -1].any()
+
+
+def test_every_estimator_of_the_registry_makes_a_scorer():
+    labelled = losses.CROSS_ENTROPY
+    for name, factory in sensitivity.ESTIMATORS.items():
+        assert callable(factory(labelled)), name
+    for name in ("gradient_score", "fit", "depth"):
+        assert callable(sensitivity.ESTIMATORS[name](losses.OUTPUT))
+
+
 # --- common to all --------------------------------------------------------------------------------------------------------
 
 
