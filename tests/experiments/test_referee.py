@@ -60,6 +60,7 @@ def toy(monkeypatch):
 
 def _few():
     crossed = _KNOWN()
+    crossed.formats = {"int": (("int4_w", "int8_w"), (1.1, 1.6))}
     crossed.estimators = {
         name: crossed.estimators[name] for name in ("local_rounding", "interactions", "depth", "random")
     }
