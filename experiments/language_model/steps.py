@@ -66,11 +66,7 @@ class Subject:
 
     def windows(self, text: str, count: int) -> np.ndarray:
         """(count, WINDOW) tokens, evenly spaced in the text."""
-        ids = np.asarray(self.language.tokenizer.encode(text).ids, np.int32)
-        if len(ids) < count * WINDOW:
-            raise SystemExit(f"Expected at least {count * WINDOW} tokens of text in this Python, found {len(ids)}.")
-        starts = np.linspace(0, len(ids) - WINDOW, count).round().astype(int)
-        return np.stack([ids[start : start + WINDOW] for start in starts])
+        return text_data.windows(self.language.tokenizer.encode(text).ids, count, WINDOW)
 
     def scores(self, run: Run, probes: int, seed: int) -> sensitivity.Scores:
         """Predicted KL of each layer alone in each format."""

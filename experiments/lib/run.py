@@ -33,6 +33,7 @@ from mpjax import sensitivity, xla
 from mpjax.files import Checkpoint, Piece, jsonable, source_digest, write_bytes, write_json
 from mpjax.ledger import Ledger
 from mpjax.program import Batches, Model
+from mpjax.xla.environment import instruction_sets
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGEST, MOST_ROWS = 150_000, 12  # bytes of a file, rows of a table in docs/
@@ -215,7 +216,7 @@ def _words(name: str) -> str:
 def _where(summary: Mapping[str, Any]) -> str:
     """Machine, versions, date, commit and cost in a line."""
     here = summary["environment"]
-    sets = f" ({', '.join(summary['instructions'])})" if summary.get("instructions") else ""
+    sets = f" ({', '.join(names)})" if (names := instruction_sets()) else ""
     reused = f", {len(summary['reused_pieces'])} pieces of an earlier run" if summary["reused_pieces"] else ""
     return (
         f"{here['device']}{sets}, {here['cores']} core{'s' * (here['cores'] > 1)}, Python {here['python']}, "

@@ -27,7 +27,6 @@ from experiments.litert.rows import Row, findings, scaling
 from experiments.speed.steps import pinned
 from mpjax import xla
 from mpjax.ledger import Ledger
-from mpjax.xla.environment import instruction_sets
 from mpjax.xla.profiling import OUTSIDE
 
 MODELS = ("pose_landmark_full", "iris_landmark", "face_landmark")
@@ -82,7 +81,6 @@ def main(config: Config) -> None:
         results=Table("litert", Row, list(rows.values())),
         tables=tables,
         findings=findings(list(rows.values()), scalings),
-        facts={"instructions": list(instruction_sets())},
     )
 
 

@@ -17,7 +17,7 @@ from experiments.lib.times import interleaved
 from experiments.models import litert
 from experiments.models.tflite_import import load_tflite
 from mpjax import compiled, xla
-from mpjax.apply import as_mixed, with_implementation
+from mpjax.apply import with_implementation
 from mpjax.compiled.building import as_function
 from mpjax.program import from_linen
 from mpjax.xla import profiling, timing
@@ -33,11 +33,12 @@ def main(name: str, batch: int, rounds: int) -> dict[str, Any]:
     peer = litert.float32(file, 1)  # which is faster than a batch, and iris takes no other
     peer(images[0, :1])
     placed = jax.device_put(images[0])
-    function, (weights, *_) = as_function(with_implementation(as_mixed(model), "rule"), (placed,))
-    whole = xla.build(function, jax.device_put((weights, placed)), program.options)
+    function, arguments = as_function(with_implementation(model, "rule"), (placed,))
+    arguments = jax.device_put(arguments)
+    whole = xla.build(function, arguments, program.options)
     runs: dict[str, Callable[[], Any]] = {
         "float32": functools.partial(program, placed),
-        "whole": functools.partial(whole, *jax.device_put((weights, placed))),
+        "whole": functools.partial(whole, *arguments),
         "litert": lambda: [peer.invoke() for _ in range(batch)],
     }
     times = interleaved(runs, rounds=rounds, shortest=timing.WHOLE)

@@ -22,7 +22,7 @@ from experiments.lib.run import Options, Run
 from experiments.models.minilm import encode, load_minilm
 from experiments.models.pretrained import jitted
 from experiments.problems import text_data
-from experiments.sentence_encoder.steps import LENGTH, spread
+from experiments.sentence_encoder.steps import LENGTH
 
 TEXTS = 64
 LEAST = 0.99999  # cosine
@@ -46,7 +46,7 @@ def main(config: Options) -> None:
     from sentence_transformers import SentenceTransformer
 
     run = Run("minilm_parity", config)
-    texts = spread(text_data.prose()[1].text, TEXTS)
+    texts = text_data.spread(text_data.prose()[1].text, TEXTS)
     tokenizer = assets.fetch("minilm_tokenizer")
     ids, mask = map(jnp.asarray, encode(tokenizer, texts, length=LENGTH))
     embedded = np.asarray(jitted(load_minilm(assets.fetch("minilm")))(ids, mask))

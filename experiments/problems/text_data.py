@@ -9,10 +9,13 @@ import hashlib
 import re
 import sysconfig
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 _LEAST_LETTERS = 0.75  # of the characters: prose, not code or tables
 _CODE = re.compile(r"::=|>>>|\||___")
@@ -61,6 +64,24 @@ def _paragraphs(text: str) -> list[str]:
         if prose and not _CODE.search(line):
             paragraphs.append(line)
     return paragraphs
+
+
+def spread(texts: Sequence[str], count: int) -> list[str]:
+    """So many texts, evenly spaced."""
+    if len(texts) < count:
+        raise SystemExit(
+            f"Expected at least {count} paragraphs in this Python's pydoc_data.topics, found {len(texts)}."
+        )
+    return [texts[place] for place in np.linspace(0, len(texts) - 1, count).round().astype(int)]
+
+
+def windows(ids: ArrayLike, count: int, width: int) -> NDArray[np.int32]:
+    """(count, width) tokens, evenly spaced in a text's (N,)."""
+    tokens = np.asarray(ids, np.int32)
+    if len(tokens) < count * width:
+        raise SystemExit(f"Expected at least {count * width} tokens of text in this Python, found {len(tokens)}.")
+    starts = np.linspace(0, len(tokens) - width, count).round().astype(int)
+    return np.stack([tokens[start : start + width] for start in starts])
 
 
 def docstrings(*, shortest: int = 400) -> str:

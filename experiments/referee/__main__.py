@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -85,6 +85,13 @@ def main(config: Config) -> None:
             leave(run, tables)
 
 
+class Drawn(NamedTuple):
+    """One draw of an estimator, with the interactions of layers where it has them."""
+
+    scores: Scores
+    gram: np.ndarray | None = None
+
+
 class Contest:
     """All methods on one model with one set of formats."""
 
@@ -92,7 +99,6 @@ class Contest:
         self.run, self.config, self.crossed, self.subject, self.set_name = run, config, crossed, subject, formats
         self.formats, self.budgets = crossed.formats[formats]
         self.judge = Judge(subject, self.formats)
-        self._grams: dict[int, np.ndarray] = {}
         self._key = {"data": subject.digest, "quick": config.quick, "file": crossed.files.get(formats, "")}
 
     def enter(self, tables: Tables) -> None:
@@ -103,9 +109,9 @@ class Contest:
             scores.items(), self.crossed.allocators.items(), self.budgets
         ):
             picks = []
-            for seed, score in enumerate(drawn):
+            for seed, draw in enumerate(drawn):
                 try:
-                    problem = self.problem(score)
+                    problem = self.problem(draw)
                     picks.append(problem.assignment(allocate(problem, self.budget(share), seed).index))
                 except ValueError:  # a ranking that this allocator cannot take, or a budget below the smallest storage
                     break
@@ -131,12 +137,14 @@ class Contest:
             fits = [error for pick, error in errors.items() if self.weight_bytes(pick) <= most]
             tables.known[self.subject.name, self.set_name, share] = fits
         for name, drawn in scores.items():
-            tables.scores += [self._row(name, drawn[0])] if drawn else []
+            tables.scores += [self._row(name, drawn[0].scores)] if drawn else []
         if DEFAULT[0] in scores:
             mixes = {share: chosen[*DEFAULT, share][0] for share in self.budgets if (*DEFAULT, share) in chosen}
-            tables.additivity += self.additivity(mixes, {name: scores[name][0] for name in ADDED if scores.get(name)})
+            tables.additivity += self.additivity(
+                mixes, {name: scores[name][0].scores for name in ADDED if scores.get(name)}
+            )
 
-    def scores(self, name: str) -> list[Scores]:
+    def scores(self, name: str) -> list[Drawn]:
         """An estimator's, once for each seed; none where it has no meaning."""
         estimator = self.crossed.estimators[name]
         scorer = estimator.make(self.subject)
@@ -150,11 +158,12 @@ class Contest:
             if scorer is None:
                 drawn.append(self._interactions(title, name, estimator.probes, key, more))
             else:
-                drawn.append(self.run.scores(title, scorer, self.subject.model, batches, self.formats, key, **more))
+                scores = self.run.scores(title, scorer, self.subject.model, batches, self.formats, key, **more)
+                drawn.append(Drawn(scores))
         return drawn
 
-    def _interactions(self, title: str, name: str, probes: int | None, key: Any, more: Mapping[str, Any]) -> Scores:
-        """Scores of `sensitivity.interactions`: half of the diagonal; the whole is kept for `problem`."""
+    def _interactions(self, title: str, name: str, probes: int | None, key: Any, more: Mapping[str, Any]) -> Drawn:
+        """Scores of `sensitivity.interactions`: half of the diagonal; and the whole."""
 
         def compute() -> Computed:
             crossed = sensitivity.interactions(
@@ -180,19 +189,19 @@ class Contest:
             ledger=Ledger(**piece.meta["ledger"]),
             **{field: float(piece.meta[field]) for field in ("seconds", "compile_seconds", "peak_mb")},
         )
-        self._grams[id(scores)] = gram
-        return scores
+        return Drawn(scores, gram)
 
     def batches(self, name: str) -> Batches:
         """That an estimator sees."""
         batches, most = self.subject.scored, self.crossed.estimators[name].examples
         return batches if most is None or most >= examples_in(batches) else first(batches, most)
 
-    def problem(self, score: Scores) -> Problem:
+    def problem(self, draw: Drawn) -> Problem:
         """The least predicted loss at a number of bytes."""
         sizes = self.judge.store.weight_bytes.astype(np.float64)
-        gram = self._grams.get(id(score))
-        return Problem.from_scores(score, formats=self.formats, cost=sizes, interactions=gram, objective="cost_min")
+        return Problem.from_scores(
+            draw.scores, formats=self.formats, cost=sizes, interactions=draw.gram, objective="cost_min"
+        )
 
     def additivity(self, mixes: Mapping[float, Assignment], scores: Mapping[str, Scores]) -> list[Additivity]:
         """Rows of the uniform formats and of the default's mixes."""
@@ -202,7 +211,7 @@ class Contest:
         parts = {name: self.batches(name) for name in scores}
 
         def compute() -> Computed:
-            losses = {name: [self.judge.loss(mix, part) for mix in storages.values()] for name, part in parts.items()}
+            losses = {name: self.judge.losses(storages.values(), part) for name, part in parts.items()}
             count = sum(examples_in(part) for part in parts.values())
             return losses, {}, Ledger(forward=(1 + len(storages)) * count)
 

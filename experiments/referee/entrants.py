@@ -5,13 +5,11 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from experiments.referee.subjects import Subject
-from mpjax import sensitivity
 from mpjax.search import allocators
 from mpjax.search.allocators import Allocator
-from mpjax.sensitivity import Scorer
+from mpjax.sensitivity import ESTIMATORS, Scorer, fisher
 
 _UNSCORED = ("random_order", "last_first")  # allocators without scores: `random` and `depth` stand for them
 
@@ -47,27 +45,24 @@ class Entrants:
     files: dict[str, str] = field(default_factory=dict)
 
 
-def _estimator(
-    factory: Callable[..., Scorer], *, examples: int | None = None, seeded: bool = False, **knobs: Any
-) -> Estimator:
-    return Estimator(make=lambda subject: factory(loss=subject.loss, **knobs), examples=examples, seeded=seeded)
+def _of_registry(name: str, *, examples: int | None = None, seeded: bool = False) -> Estimator:
+    return Estimator(make=lambda subject: ESTIMATORS[name](subject.loss), examples=examples, seeded=seeded)
 
 
 def known() -> Entrants:
     """Those that mpjax has."""
-    s = sensitivity
     return Entrants(
         estimators={
-            "local_rounding": _estimator(s.local_rounding, num_probes=4, seeded=True),
+            "local_rounding": _of_registry("local_rounding", seeded=True),
             "interactions": Estimator(probes=4, seeded=True),
-            "measured": _estimator(s.measured, examples=8),
-            "quadratic": _estimator(s.quadratic, hessian="gauss_newton"),
-            "fisher": _estimator(s.fisher, num_probes=4, seeded=True),
-            "fisher[mean]": _estimator(s.fisher, num_probes=4, elementwise=False, seeded=True),
-            "trace": _estimator(s.trace, num_probes=8, seeded=True),
-            "rounding_norm": Estimator(make=lambda subject: s.rounding_norm()),
-            "depth": Estimator(make=lambda subject: s.depth()),
-            "random": Estimator(make=lambda subject: s.random(), seeded=True),
+            "measured": _of_registry("measured", examples=8),
+            "quadratic": _of_registry("quadratic"),
+            "fisher": _of_registry("fisher_true", seeded=True),
+            "fisher[mean]": Estimator(make=lambda subject: fisher(elementwise=False, loss=subject.loss), seeded=True),
+            "trace": _of_registry("hawq_v2", seeded=True),
+            "rounding_norm": _of_registry("rounding_norm"),
+            "depth": _of_registry("depth"),
+            "random": _of_registry("random", seeded=True),
         },
         allocators={name: allocate for name, allocate in allocators.ALLOCATORS.items() if name not in _UNSCORED},
         formats={

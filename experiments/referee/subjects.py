@@ -13,17 +13,17 @@ Truth is everywhere the float32 model's own output.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.classifier.steps import load_model
 from experiments.lib import assets
 from experiments.lib.storage.store import Store
-from experiments.models.efficientnet import SIZE, load_efficientnet, normalised
+from experiments.models.efficientnet import normalised
 from experiments.models.minilm import encode, load_minilm
 from experiments.models.smollm2 import load_smollm2
 from experiments.problems import benchmarks, classifier_data, searches_tasks, text_data
@@ -31,7 +31,7 @@ from experiments.problems.benchmarks import Metric, in_batches
 from mpjax import losses, plan
 from mpjax.apply import with_implementation
 from mpjax.losses import Loss
-from mpjax.program import Batches, Model, from_linen, from_nnx
+from mpjax.program import Batches, Model, from_nnx
 from mpjax.search import Assignment
 
 WINDOW = 128  # tokens
@@ -76,22 +76,29 @@ class Judge:
 
     @functools.cached_property
     def _reference(self) -> list[Any]:
-        return self.store.outputs(Assignment.uniform(self.subject.model.names), self.subject.heldout)
+        return self._float32(self.subject.heldout)
 
-    def loss(self, assignment: Assignment, batches: Batches) -> float:
-        """Mean loss, as scores predict it."""
-        float32 = Assignment.uniform(self.subject.model.names)
-        pairs = zip(self.store.outputs(assignment, batches), self.store.outputs(float32, batches), strict=True)
-        return float(np.mean([np.float64(self._loss(low, truth)).mean() for low, truth in pairs]))
+    def _float32(self, batches: Batches) -> list[Any]:
+        return self.store.outputs(Assignment.uniform(self.subject.model.names), batches)
 
-    @functools.cached_property
-    def _loss(self) -> Callable[[Any, Any], Any]:
-        return jax.jit(self.subject.loss.value)
+    def _compared(
+        self, error: Callable[[Any, Any], Any], assignment: Assignment, batches: Batches, truths: Sequence[Any]
+    ) -> list[Any]:
+        """A batch each."""
+        outputs = self.store.outputs(assignment, batches)
+        return [error(low, truth) for low, truth in zip(outputs, truths, strict=True)]
+
+    def losses(self, assignments: Iterable[Assignment], batches: Batches) -> list[float]:
+        """The mean loss of each, as scores predict it."""
+        loss, truths = jax.jit(self.subject.loss.value), self._float32(batches)
+        return [
+            float(np.mean([np.float64(value).mean() for value in self._compared(loss, assignment, batches, truths)]))
+            for assignment in assignments
+        ]
 
     def __call__(self, assignment: Assignment) -> np.ndarray:
         """(N,) errors."""
-        outputs = self.store.outputs(assignment, self.subject.heldout)
-        errors = [self.subject.error(low, truth) for low, truth in zip(outputs, self._reference, strict=True)]
+        errors = self._compared(self.subject.error, assignment, self.subject.heldout, self._reference)
         return np.concatenate([np.float64(part) for part in errors])
 
 
@@ -124,12 +131,10 @@ def _flattened(metric: Metric) -> Callable[[Any, Any], Any]:
 
 def _efficientnet(quick: bool) -> Subject:
     count, scored = (8, 4) if quick else (56, 16)
-    module, variables = load_efficientnet(assets.fetch("efficientnet_lite0"), batch_norm="folded")
-    model = from_linen(module, variables, jnp.zeros((1, SIZE, SIZE, 3), jnp.float32))
     calibration, heldout = (part.first(count) for part in classifier_data.frames())
     return Subject(
         name="efficientnet_lite0",
-        model=model,
+        model=load_model("folded"),
         loss=losses.KL,
         scored=in_batches((normalised(calibration.first(scored).images),), 1),
         heldout=heldout.batches,
@@ -141,7 +146,10 @@ def _efficientnet(quick: bool) -> Subject:
 def _minilm(quick: bool) -> Subject:
     count = 16 if quick else 64
     tokenizer = assets.fetch("minilm_tokenizer")
-    parts = [in_batches(encode(tokenizer, _spread(part.text, count), length=WINDOW), 8) for part in text_data.prose()]
+    parts = [
+        in_batches(encode(tokenizer, text_data.spread(part.text, count), length=WINDOW), 8)
+        for part in text_data.prose()
+    ]
     return Subject(
         name="minilm",
         model=from_nnx(load_minilm(assets.fetch("minilm")), *parts[0][0]),
@@ -158,9 +166,7 @@ def _smollm2(quick: bool) -> Subject:
     count = 4 if quick else 16
 
     def windows(text: str) -> np.ndarray:
-        ids = np.asarray(language.tokenizer.encode(text).ids, np.int32)
-        starts = np.linspace(0, len(ids) - WINDOW, count).round().astype(int)
-        return np.stack([ids[start : start + WINDOW] for start in starts])
+        return text_data.windows(language.tokenizer.encode(text).ids, count, WINDOW)
 
     scored = in_batches((windows(text_data.prose()[0].joined),), 2)
     return Subject(
@@ -172,10 +178,6 @@ def _smollm2(quick: bool) -> Subject:
         blocks=np.arange(count),
         error=jax.jit(losses.KL.value),
     )
-
-
-def _spread(texts: Sequence[str], count: int) -> list[str]:
-    return [texts[place] for place in np.linspace(0, len(texts) - 1, count).round().astype(int)]
 
 
 LOADERS: Mapping[str, Callable[[bool], Subject]] = {

@@ -50,7 +50,7 @@ class Subject:
     def __init__(self, texts: int) -> None:
         tokenizer = assets.fetch("minilm_tokenizer")
         self.batches = {
-            name: in_batches(encode(tokenizer, spread(part.text, texts), length=LENGTH), 8)
+            name: in_batches(encode(tokenizer, text_data.spread(part.text, texts), length=LENGTH), 8)
             for name, part in zip(("calibration", "heldout"), text_data.prose(), strict=True)
         }
         self.module = load_minilm(assets.fetch(MODEL))
@@ -79,15 +79,6 @@ class Subject:
 def drift(low: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """(N, K) and (N, K) of length 1 -> (N,) 1 − cosine, exact also where it is tiny."""
     return 0.5 * np.square(np.float64(low) - np.float64(reference)).sum(axis=1)
-
-
-def spread(texts: tuple[str, ...], count: int) -> list[str]:
-    """So many texts, evenly spaced."""
-    if len(texts) < count:
-        raise SystemExit(
-            f"Expected at least {count} paragraphs in this Python's pydoc_data.topics, found {len(texts)}."
-        )
-    return [texts[place] for place in np.linspace(0, len(texts) - 1, count).round().astype(int)]
 
 
 def reference_rows(subject: Subject, result: Study) -> None:

@@ -99,7 +99,7 @@ def main(config: Config) -> None:
         results=Table("what_pays", Row, rows),
         overview=overview(rows),
         findings=[*findings(rows), *(f"{what} was refused: {reason}" for what, reason in refused.items())],
-        facts={"profile": str(profile).splitlines(), "instructions": list(profile.instructions)},
+        facts={"profile": str(profile).splitlines()},
     )
 
 

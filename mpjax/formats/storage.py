@@ -212,15 +212,13 @@ def _packed_rows(stored: Array, bits: int, count: int, width: int, rows: Array) 
         return jnp.take(stored, rows, axis=0)
     numbers: Array = jnp.uint8(0)
     for bit_width, shift, start, end in _planes(bits, count * width):
-        plane, place, half = (
-            stored[start:end],
-            rows[..., None] * width + jnp.arange(width).reshape((1,) * rows.ndim + (width,)),
-            end - start,
-        )
+        plane, part_size = stored[start:end], end - start
         if count % (8 // bit_width) == 0:
-            plane, place, half = plane.reshape(-1, width), rows, half // width
-        part = (bit_width * (place // half)).astype(jnp.uint8).reshape(*rows.shape, -1)
-        taken = jnp.take(plane, place % half, axis=0) >> part & jnp.uint8(2**bit_width - 1)
+            plane, place, part_size = plane.reshape(-1, width), rows, part_size // width
+        else:
+            place = rows[..., None] * width + jnp.arange(width).reshape((1,) * rows.ndim + (width,))
+        part = (bit_width * (place // part_size)).astype(jnp.uint8).reshape(*rows.shape, -1)
+        taken = jnp.take(plane, place % part_size, axis=0) >> part & jnp.uint8(2**bit_width - 1)
         numbers = numbers | taken << jnp.uint8(shift)
     return numbers
 

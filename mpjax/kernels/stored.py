@@ -56,9 +56,8 @@ def forms(product: Product, lhs: Any, weights: Stored, fmt: Format, shape: tuple
     """
     if product.kind != "dot" or product.function is not lax.dot_general or product.summed is None:
         return ()
-    if weights.zero is not None or (
-        weights.numbers.dtype == jnp.uint8 and fmt.storage != "int4"
-    ):  # other packed numbers
+    packed_otherwise = weights.numbers.dtype == jnp.uint8 and fmt.storage != "int4"
+    if packed_otherwise or weights.zero is not None:
         return ()
     transposes = [move for move in product.view if move.primitive.name == "transpose"]
     if len(transposes) != len(product.view) or (transposes and len(shape) != 2):
@@ -270,7 +269,7 @@ _FORMS: dict[str, tuple[tuple[str, ...], _Covers]] = {
 
 def copies(fmt: Format, weights: int) -> int:
     """Of a product that is timed in a row: as stored, too, they come from memory, as a large model's do, but for small ones."""
-    return int(np.clip(_MEMORY * 8 // (fmt.bits * weights), 2, _MOST_COPIES))
+    return profile.copies(max(fmt.bits * weights // 8, 1), read=_MEMORY, most=_MOST_COPIES)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """The measured truth that every other score is judged by."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,20 +53,32 @@ def growth_of(task: ModelTask, calibration: Calibration | None) -> Callable[[Map
 
         return task.model.call(params, *loss.split(batch)[0], override=override)
 
-    def growth(outputs: Outputs, reference: Outputs, *batch: Array) -> Array:
-        targets = loss.split(batch)[1]
-        return jnp.sum(loss.value(outputs, reference, *targets) - loss.value(reference, reference, *targets))
-
-    run, compare = task.timed.jit(outputs_of), task.timed.jit(growth)
-    truths = [run(task.params, jnp.zeros(len(names), jnp.int32), *batch) for batch in task.batches]
+    growth = compared(task, outputs_of, jnp.zeros(len(names), jnp.int32))
 
     def growth_with(formats: Mapping[int, int]) -> float:
         index = np.zeros(len(names), np.int32)
         for layer, fmt in formats.items():
             index[layer] = 1 + fmt
-        total = 0.0
-        for batch, truth in zip(task.batches, truths, strict=True):
-            total += float(compare(run(task.params, jnp.asarray(index), *batch), truth, *batch))
-        return total / task.examples
+        return growth(jnp.asarray(index))
 
     return growth_with
+
+
+def compared(task: ModelTask, outputs_of: Callable[..., Outputs], *unchanged: Any) -> Callable[..., float]:
+    """Arguments of outputs_of(params, *arguments, *batch) -> the growth of the mean loss over that with the arguments
+    `unchanged`, which is run once."""
+    loss = task.loss
+
+    def growth(outputs: Outputs, reference: Outputs, *batch: Array) -> Array:
+        targets = loss.split(batch)[1]
+        return jnp.sum(loss.value(outputs, reference, *targets) - loss.value(reference, reference, *targets))
+
+    run, compare = task.timed.jit(outputs_of), task.timed.jit(growth)
+    truths = [run(task.params, *unchanged, *batch) for batch in task.batches]
+
+    def mean_growth(*arguments: Any) -> float:
+        pairs = zip(task.batches, truths, strict=True)
+        total = sum(float(compare(run(task.params, *arguments, *batch), truth, *batch)) for batch, truth in pairs)
+        return total / task.examples
+
+    return mean_growth

@@ -164,9 +164,9 @@ def chained(product: Callable[[Any, Any], Any]) -> Callable[..., Any]:
     return program
 
 
-def copies(bytes_each: int) -> int:
-    """How many different weights of that size a chain needs, for them to come from memory."""
-    return int(np.clip(_BYTES // bytes_each, 2, 4))
+def copies(bytes_each: int, *, read: int = _BYTES, most: int = 4) -> int:
+    """How many different weights of that size a chain needs to read so many bytes; 2 to `most`."""
+    return int(np.clip(read // bytes_each, 2, most))
 
 
 @functools.cache
